@@ -1,0 +1,32 @@
+"""Compressed training for PyTorch on Horovod and MPI, with step-ahead error feedback (SAEF).
+
+>>> import horovod.torch as hvd
+>>> import hvd_saef
+>>> optimizer = hvd_saef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+"""
+
+from hvd_saef.communicator import MPI as _MPI  # noqa: F401  # before hvd.init(), see communicator.py
+from hvd_saef.compression import Compression, Compressor
+from hvd_saef.errors import (
+    ConfigurationMismatchError,
+    ConsensusError,
+    NonFiniteUpdateError,
+    SaefError,
+    WorkerError,
+)
+from hvd_saef.optimizer import DistributedOptimizer
+from hvd_saef.simulation import run_workers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compression",
+    "Compressor",
+    "ConfigurationMismatchError",
+    "ConsensusError",
+    "DistributedOptimizer",
+    "NonFiniteUpdateError",
+    "SaefError",
+    "WorkerError",
+    "run_workers",
+]

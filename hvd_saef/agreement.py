@@ -1,0 +1,108 @@
+"""The one small word that all workers exchange a step, before the local step, so that all decide alike.
+
+A later feature that needs all workers to do the same thing adds a bit here, not a collective.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.communicator import Communicator
+from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
+from hvd_saef.layout import Layout
+
+
+class Word(enum.IntFlag):
+    """What a worker has to say before a step; all see the bitwise or."""
+
+    NOTHING = 0
+    ANCHOR = 1
+    """I was just wrapped or loaded: let us agree where x, e and s come from."""
+    FAILED = 2
+    """An exception was raised here."""
+    OVERFLOW = 4
+    """A GradScaler found an overflow here: skip this step."""
+    NONFINITE = 8
+    """A gradient here holds a NaN or an infinity."""
+
+
+def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:
+    """Everyone's words together. Collective.
+
+    If anyone failed, everyone raises: the worker that failed its own exception, the others WorkerError.
+    """
+    combined = Word(communicator.combine(int(word | (Word.FAILED if failure else Word.NOTHING))))
+    if Word.FAILED in combined:
+        reasons = communicator.allgather_object(
+            None if failure is None else f"{type(failure).__name__}: {failure}"
+        )
+        if failure is not None:
+            raise failure
+        raise WorkerError("; ".join(f"rank {k} raised {why}" for k, why in enumerate(reasons) if why))
+    return combined
+
+
+def check_configuration(communicator: Communicator, layout: Layout) -> None:
+    """Raise ConfigurationMismatchError on all workers if settings or parameters differ. Collective."""
+    if len(set(communicator.allgather_object(layout.digest))) == 1:
+        return
+    everyone = communicator.allgather_object(layout.description)
+    flattened = [_flatten(description) for description in everyone]
+    keys = {key: None for items in flattened for key in items}
+    for key in keys:
+        values = [items.get(key, "(missing)") for items in flattened]
+        if len({repr(value) for value in values}) > 1:
+            raise ConfigurationMismatchError(
+                f"workers disagree on {key}: {_who_has_what(values)}. Make it the same on all of them."
+            )
+    raise ConfigurationMismatchError("workers disagree on the order of their parameters.")
+
+
+def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice: str) -> None:
+    """Raise ConsensusError on all workers unless x has the same bits everywhere. Collective.
+
+    Costs a hash of x and one gather of 16 bytes a worker.
+    """
+    digests = {name: _digest(tensor) for name, tensor in x.items()}
+    together = hashlib.blake2b("".join(digests.values()).encode(), digest_size=16).hexdigest()
+    if len(set(communicator.allgather_object(together))) == 1:
+        return
+    everyone = communicator.allgather_object(digests)
+    for name in digests:
+        values = [theirs[name] for theirs in everyone]
+        if len(set(values)) > 1:
+            raise ConsensusError(f"x differs between workers in {name!r}: {_who_has_what(values)}. {advice}")
+    raise ConsensusError(f"x differs between workers. {advice}")
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+
+
+def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry for each thing to agree on, under a name that a reader understands."""
+    items: dict[str, Any] = dict(description["settings"])
+    items["the number of parameters"] = len(description["parameters"])
+    for place, parameter in enumerate(description["parameters"]):
+        items[f"the name of parameter {place}"] = parameter["name"]
+        for key, value in parameter.items():
+            if key != "name":
+                items[f"{key} of {parameter['name']!r}"] = value
+    return items
+
+
+def _who_has_what(values: Sequence[Any]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(repr(value), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        for value, who in ranks.items()
+    )

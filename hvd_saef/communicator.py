@@ -1,0 +1,274 @@
+"""What workers say to each other: gathers of bytes, means of tensors, small objects.
+
+Three ways to say it, one interface: MPI and Horovod (`MpiCommunicator`), threads of one process
+(`ThreadCommunicator`), and nobody to talk to (`SoloCommunicator`, for ranks outside a process set).
+Every method is collective: all workers call the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_saef.errors import SaefError
+
+try:  # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
+    from mpi4py import MPI
+except ImportError as error:  # pragma: no cover - only the simulation works then
+    MPI = None
+    _missing: str | None = f"mpi4py cannot be imported ({error})"
+else:
+    _missing = None
+try:
+    import horovod.torch as hvd
+except ImportError as error:  # pragma: no cover
+    hvd = None
+    _missing = f"horovod.torch cannot be imported ({error})"
+
+CHUNK_BYTES = 1 << 30
+"""The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
+
+
+class Communicator(abc.ABC):
+    """K workers, of which this is number `rank`. Tensors are contiguous; payloads are 1-D uint8."""
+
+    rank: int
+    size: int
+
+    @abc.abstractmethod
+    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Everyone's payload, in rank order, on this payload's device. Worker k sends counts[k] bytes."""
+
+    @abc.abstractmethod
+    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Cut `payload` into pieces of counts[j] bytes, send piece j to worker j, and return the pieces
+        that the others (and oneself) sent here, in rank order, counts[rank] bytes each."""
+
+    @abc.abstractmethod
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:
+        """Replace a floating tensor by its mean over workers: the same bits on every worker."""
+
+    @abc.abstractmethod
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """Replace a tensor by worker `root`'s, to the bit."""
+
+    @abc.abstractmethod
+    def allgather_object(self, value: Any) -> list[Any]:
+        """Everyone's small picklable object, in rank order."""
+
+    @abc.abstractmethod
+    def combine(self, word: int) -> int:
+        """The bitwise or of everyone's word (up to 63 bits)."""
+
+
+class SoloCommunicator(Communicator):
+    """One worker, alone."""
+
+    rank, size = 0, 1
+
+    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        return [payload]
+
+    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        return [payload]
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        pass
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        pass
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return [value]
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        return word
+
+
+class MpiCommunicator(Communicator):
+    """The ranks of a Horovod process set: payloads by mpi4py, means by Horovod's allreduce."""
+
+    def __init__(self, ranks: Sequence[int], process_set: Any) -> None:
+        group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
+        # Create_group involves the set's ranks alone; Split or Dup would need every rank.
+        self._mpi = MPI.COMM_WORLD.Create_group(group)
+        self._process_set = process_set
+        self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
+
+    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        send = payload.cpu().numpy()
+        received = [np.empty(count, np.uint8) for count in counts]
+        step = max(1, CHUNK_BYTES // self.size)
+        for start in range(0, max(counts), step):
+            sizes = [max(0, min(step, count - start)) for count in counts]
+            chunk = np.empty(sum(sizes), np.uint8)
+            mine = send[start : start + sizes[self.rank]]
+            self._mpi.Allgatherv([mine, MPI.BYTE], [chunk, (sizes, None), MPI.BYTE])
+            for k, piece in enumerate(np.split(chunk, np.cumsum(sizes)[:-1])):
+                received[k][start : start + sizes[k]] = piece
+        return [torch.from_numpy(array).to(payload.device) for array in received]
+
+    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        pieces = np.split(payload.cpu().numpy(), np.cumsum(counts)[:-1])
+        received = [np.empty(counts[self.rank], np.uint8) for _ in counts]
+        step = max(1, CHUNK_BYTES // self.size)
+        for start in range(0, max(counts), step):
+            sizes = [max(0, min(step, count - start)) for count in counts]
+            out = np.concatenate([piece[start : start + n] for piece, n in zip(pieces, sizes, strict=True)])
+            own = sizes[self.rank]
+            chunk = np.empty(own * self.size, np.uint8)
+            incoming = ([own] * self.size, None)
+            self._mpi.Alltoallv([out, (sizes, None), MPI.BYTE], [chunk, incoming, MPI.BYTE])
+            for k in range(self.size):
+                received[k][start : start + own] = chunk[k * own : (k + 1) * own]
+        return [torch.from_numpy(array).to(payload.device) for array in received]
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
+        # how tensors are fused decides how sums round.
+        hvd.allreduce_(tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self._process_set)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
+        for start in range(0, flat.size, CHUNK_BYTES):
+            self._mpi.Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return list(self._mpi.allgather(value))
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
+        self._mpi.Allreduce(mine, all_of_them, op=MPI.BOR)
+        return int(all_of_them[0])
+
+
+class Meeting:
+    """Where the threads of a simulation meet: everyone brings something, everyone sees everything."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._changed = threading.Condition()
+        self._brought: dict[int, tuple[str, Any]] = {}
+        self._seen: list[tuple[str, Any]] = []
+        self._meetings = 0
+        self._left: int | None = None
+
+    def exchange(self, rank: int, operation: str, value: Any) -> list[Any]:
+        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else."""
+        with self._changed:
+            number = self._meetings
+            self._brought[rank] = (operation, value)
+            if len(self._brought) == self.size:
+                self._seen = [self._brought[k] for k in range(self.size)]
+                self._brought = {}
+                self._meetings += 1
+                self._changed.notify_all()
+            else:
+                self._changed.wait_for(lambda: self._meetings != number or self._left is not None)
+            if self._meetings == number:
+                raise SaefError(f"worker {self._left} has ended, and worker {rank} waits for it in {operation}.")
+            operations = [name for name, _ in self._seen]
+            if len(set(operations)) > 1:
+                raise SaefError(f"workers called different collectives at the same time: {operations}.")
+            return [brought for _, brought in self._seen]
+
+    def leave(self, rank: int) -> None:
+        """Say that worker `rank` will not come again."""
+        with self._changed:
+            self._left = rank if self._left is None else self._left
+            self._changed.notify_all()
+
+
+class ThreadCommunicator(Communicator):
+    """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting = meeting
+        self.rank, self.size = rank, meeting.size
+
+    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        return self._meeting.exchange(self.rank, "allgather", payload.clone())
+
+    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        pieces = payload.clone().split(list(counts))
+        return [sent[self.rank] for sent in self._meeting.exchange(self.rank, "alltoall", pieces)]
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        tensors = self._meeting.exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
+        total = tensors[0].clone()
+        for other in tensors[1:]:
+            total += other
+        with torch.no_grad():
+            tensor.copy_(total / self.size)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        tensors = self._meeting.exchange(self.rank, "broadcast", tensor.detach().clone())
+        with torch.no_grad():
+            tensor.copy_(tensors[root])
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return self._meeting.exchange(self.rank, "allgather_object", value)
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        combined = 0
+        for other in self._meeting.exchange(self.rank, "combine", word):
+            combined |= other
+        return combined
+
+
+_here = threading.local()
+_of_process_sets: dict[tuple[int, ...], MpiCommunicator] = {}
+
+
+def set_thread_communicator(communicator: ThreadCommunicator | None) -> None:
+    """Make `communicator` the one that this thread's optimizers find."""
+    _here.communicator = communicator
+
+
+def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
+    """The communicator of this thread or of a Horovod process set, and whether this rank is in the set.
+
+    Collective over the process set the first time; the communicator lives as long as the process.
+    Raises RuntimeError if there is no Horovod on MPI to talk through, ValueError for a process set
+    that Horovod does not know.
+    """
+    own: ThreadCommunicator | None = getattr(_here, "communicator", None)
+    if own is not None:
+        if process_set is not None and process_set is not (hvd and hvd.global_process_set):
+            raise ValueError(f"process_set={process_set}: a simulation has the global process set only.")
+        return own, True
+    if _missing:
+        raise RuntimeError(
+            f"{_missing}: hvd_saef needs both. launch/bootstrap.sh makes an environment with them; "
+            "hvd_saef.simulation.run_workers works without."
+        )
+    if not hvd.is_initialized():
+        raise RuntimeError("Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer.")
+    world = MPI.COMM_WORLD
+    if (hvd.rank(), hvd.size()) != (world.Get_rank(), world.Get_size()):
+        raise RuntimeError(
+            f"Horovod says rank {hvd.rank()} of {hvd.size()}, MPI says rank {world.Get_rank()} of "
+            f"{world.Get_size()}. Payloads travel by MPI: start the job with mpirun, srun --mpi or "
+            "horovodrun --mpi (not --gloo), and call hvd.init() without a communicator."
+        )
+    process_set = hvd.global_process_set if process_set is None else process_set
+    ranks = tuple(range(hvd.size())) if process_set is hvd.global_process_set else process_set.ranks
+    if ranks is None or process_set.process_set_id is None:
+        raise ValueError(
+            f"process_set={process_set}: Horovod does not know it. Pass it to hvd.init(process_sets=[...]) "
+            "or hvd.add_process_set(...) first."
+        )
+    if hvd.rank() not in ranks:
+        return SoloCommunicator(), False
+    key = tuple(ranks)
+    if key not in _of_process_sets:
+        _of_process_sets[key] = MpiCommunicator(key, process_set)
+    return _of_process_sets[key], True

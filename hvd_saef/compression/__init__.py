@@ -1,0 +1,42 @@
+"""C, the compressor: one file each. No workers, no MPI."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from hvd_saef.compression.blocks import BlockedTensor, Blocks, Run
+from hvd_saef.compression.compressor import Compressor, state_dtype
+from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
+from hvd_saef.compression.sign import SignCompressor
+from hvd_saef.compression.topk import TopKCompressor
+
+
+class Compression:
+    """The compressors by name, as `horovod.torch.Compression` has them."""
+
+    none: ClassVar[Compressor] = NoneCompressor()
+    """Dense, in x's dtype."""
+    fp16: ClassVar[Compressor] = FP16Compressor()
+    """Dense, in float16."""
+    sign: ClassVar[Compressor] = SignCompressor()
+    """1 bit a parameter and a scale a block."""
+
+    @staticmethod
+    def topk(ratio: float) -> Compressor:
+        """The `ratio` (in (0, 1]; 0.01 is 1 %) of each block's entries that are largest."""
+        return TopKCompressor(ratio)
+
+
+__all__ = [
+    "BlockedTensor",
+    "Blocks",
+    "Compression",
+    "Compressor",
+    "DenseCompressor",
+    "FP16Compressor",
+    "NoneCompressor",
+    "Run",
+    "SignCompressor",
+    "TopKCompressor",
+    "state_dtype",
+]

@@ -1,0 +1,89 @@
+"""A bucket's flat memory, and the blocks it is cut into, which is what compressors see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` blocks of `size` elements each, one after the other from element `start`."""
+
+    start: int
+    size: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """The element after the run's last."""
+        return self.start + self.size * self.count
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How flat memory of `dtype` is cut into blocks: runs of equal ones, without gaps, from element 0."""
+
+    runs: tuple[Run, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def cut(cls, sizes: list[int], block_size: int | None, dtype: torch.dtype) -> Blocks:
+        """Cut tensors of `sizes` elements, laid end to end, into blocks of at most `block_size`."""
+        runs: list[Run] = []
+        start = 0
+        for size in sizes:
+            whole = min(size, block_size or size)
+            for length, count in ((whole, size // whole if whole else 0), (size % whole if whole else 0, 1)):
+                if length and count:
+                    runs.append(Run(start, length, count))
+                    start += length * count
+        return cls(tuple(runs), dtype)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements in all blocks."""
+        return self.runs[-1].stop if self.runs else 0
+
+    @cached_property
+    def count(self) -> int:
+        """Number of blocks."""
+        return sum(run.count for run in self.runs)
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest block."""
+        return max((run.size for run in self.runs), default=0)
+
+    def nearest_boundary(self, element: int) -> int:
+        """The block boundary nearest to `element`, as an element; the lower one of two as near."""
+        for run in self.runs:
+            if element <= run.stop:
+                return run.start + (2 * (element - run.start) + run.size - 1) // (2 * run.size) * run.size
+        return self.numel
+
+    def between(self, start: int, stop: int) -> Blocks:
+        """The blocks between two block boundaries, counted from the first of them."""
+        runs = []
+        for run in self.runs:
+            first, last = max(start, run.start), min(stop, run.stop)
+            if first < last:
+                runs.append(Run(first - start, run.size, (last - first) // run.size))
+        return Blocks(tuple(runs), self.dtype)
+
+
+@dataclass(frozen=True)
+class BlockedTensor:
+    """Flat memory (1-D, contiguous, of the blocks' dtype and length) together with its blocks."""
+
+    flat: Tensor
+    blocks: Blocks
+
+    def rows(self) -> Iterator[tuple[Run, Tensor]]:
+        """Each run with its memory as a matrix, a block a row: a view, of shape [count, size]."""
+        for run in self.blocks.runs:
+            yield run, self.flat[run.start : run.stop].view(run.count, run.size)

@@ -1,0 +1,81 @@
+"""The Compressor: C in the paper, the class people subclass."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.compression.blocks import BlockedTensor, Blocks
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which x, e and s of a parameter of `dtype` are kept: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Compressor(abc.ABC):
+    """C: turns a bucket's blocks into a payload of bytes and back. Frozen; local, no collectives.
+
+    Subclasses define the three methods below, on flat memory of any floating dtype and device.
+    Equal compressors must have equal `description`s on all workers: make a subclass a frozen
+    dataclass, and its fields say what it is.
+    """
+
+    @abc.abstractmethod
+    def payload_bytes(self, layout: Blocks) -> int:
+        """Bytes of the payload for these blocks: known to all workers beforehand, whatever the data."""
+
+    @abc.abstractmethod
+    def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """Write C(delta) into `payload` (uint8, [payload_bytes]) and leave delta - C(delta) in `delta`.
+
+        The residual is computed from what the payload can represent. Blocks are independent.
+        """
+
+    @abc.abstractmethod
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """Add weight · C(delta) to `out`, in out's dtype, the same bits on every worker."""
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """None: payloads are gathered by MPI. A dtype: a payload is one number of that dtype an
+        element, and the mean of payloads is the payload of the mean, so Horovod averages them."""
+        return None
+
+    @property
+    def description(self) -> str:
+        """What all workers must agree on: the class and its settings."""
+        fields = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else vars(self)
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(fields.items()))
+        return f"{type(self).__module__}.{type(self).__qualname__}({settings})"
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """C(tensor) as a dense tensor of the same shape and dtype, the whole tensor one block."""
+        flat = tensor.detach().reshape(-1).to(state_dtype(tensor.dtype), copy=True)
+        blocks = Blocks.cut([flat.numel()], None, flat.dtype)
+        payload = torch.empty(self.payload_bytes(blocks), dtype=torch.uint8, device=flat.device)
+        self.encode(BlockedTensor(flat, blocks), payload)
+        self.decode_add(payload, BlockedTensor(flat.zero_(), blocks), 1.0)
+        return flat.to(tensor.dtype).view(tensor.shape)
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """For plain `hvd.DistributedOptimizer(compression=...)`: C(tensor), dense, which saves nothing.
+
+        Horovod's allreduce sums what this returns, so a payload would come out as garbage.
+        """
+        if self.wire_dtype(torch.float32) is None:
+            warnings.warn(
+                f"{type(self).__name__} was given to Horovod's own DistributedOptimizer, whose allreduce "
+                "takes dense tensors only: the result is right but no byte is saved, and there is no error "
+                "feedback. Use hvd_saef.DistributedOptimizer instead.",
+                stacklevel=2,
+            )
+        return (self.apply(tensor) if tensor.is_floating_point() else tensor), None
+
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
+        """The second half of :meth:`compress`: the tensor as it is."""
+        return tensor

@@ -1,0 +1,47 @@
+"""Dense payloads, which Horovod's allreduce averages: nothing compressed, or half the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_saef.compression.blocks import BlockedTensor, Blocks
+from hvd_saef.compression.compressor import Compressor
+
+
+class DenseCompressor(Compressor):
+    """One number of the wire's dtype an element; what the cast rounds away stays in the error."""
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that travels for x of `dtype`."""
+        return dtype
+
+    def payload_bytes(self, layout: Blocks) -> int:
+        """The elements' number times the bytes of the wire's dtype."""
+        return layout.numel * self.wire_dtype(layout.dtype).itemsize
+
+    def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """See :meth:`Compressor.encode`."""
+        wire = payload.view(self.wire_dtype(delta.blocks.dtype))
+        wire.copy_(delta.flat)
+        delta.flat.sub_(wire.to(delta.flat.dtype))
+
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """See :meth:`Compressor.decode_add`."""
+        out.flat.add_(payload.view(self.wire_dtype(out.blocks.dtype)).to(out.flat.dtype) * weight)
+
+
+@dataclass(frozen=True)
+class NoneCompressor(DenseCompressor):
+    """C = the identity."""
+
+
+@dataclass(frozen=True)
+class FP16Compressor(DenseCompressor):
+    """C rounds to float16. The sum rounds on the wire too, and that rounding is lost."""
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16, whatever x is."""
+        return torch.float16

@@ -1,0 +1,25 @@
+"""What can go wrong while workers train together.
+
+Every error here is raised on all workers in the same step, with x, the errors and the optimizer's
+state as they were before it. Wrong arguments are ValueError and TypeError, raised where they are given.
+"""
+
+
+class SaefError(RuntimeError):
+    """Base class of every error that concerns more than one worker."""
+
+
+class ConfigurationMismatchError(SaefError):
+    """Workers were set up differently; names the first difference and which ranks have what."""
+
+
+class NonFiniteUpdateError(SaefError):
+    """A gradient holds a NaN or an infinity; names the parameter and the rank."""
+
+
+class ConsensusError(SaefError):
+    """x differs between workers; names the parameter and the ranks."""
+
+
+class WorkerError(SaefError):
+    """Another worker raised an exception; names its rank and repeats its message."""

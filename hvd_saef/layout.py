@@ -1,0 +1,205 @@
+"""Parameters → blocks → buckets, and the parts into which a sharded server cuts a bucket. Local."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.compression import Blocks, Compressor, state_dtype
+from hvd_saef.settings import Settings
+
+ChooseCompressor = Callable[[str, Tensor], Compressor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in its bucket's flat memory."""
+
+    name: str
+    parameter: Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The element after the parameter's last."""
+        return self.start + self.parameter.numel()
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This parameter's place in `flat`, in the parameter's shape: a view.
+
+        The elements are taken in the parameter's memory order where that is dense (channels_last
+        too), so that copies run straight through memory, else in logical order.
+        """
+        part = flat[self.start : self.stop]
+        if is_dense(self.parameter):
+            return part.as_strided(
+                self.parameter.shape, self.parameter.stride(), storage_offset=part.storage_offset()
+            )
+        return part.view(self.parameter.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Whole blocks of a bucket from element `start` to `stop`: what one server of a sharded DC serves."""
+
+    start: int
+    stop: int
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one compressor, dtype and device, end to end in one flat memory."""
+
+    index: int
+    slots: tuple[Slot, ...]
+    compressor: Compressor
+    blocks: Blocks
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its parameters."""
+        return self.blocks.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of x, e and s: float32 or wider."""
+        return self.blocks.dtype
+
+    @property
+    def dense(self) -> bool:
+        """Whether its payloads are averaged by Horovod's allreduce."""
+        return self.compressor.wire_dtype(self.dtype) is not None
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """Its parameters, in order."""
+        return [slot.parameter for slot in self.slots]
+
+    def new_flat(self) -> Tensor:
+        """Flat memory for the bucket, [numel], zeros."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """`flat` ([numel]) cut into views of the parameters' shapes."""
+        return [slot.view(flat) for slot in self.slots]
+
+    def parts(self, number: int) -> list[Part]:
+        """The bucket cut at block boundaries into `number` parts, as even as its blocks allow."""
+        cuts = [self.blocks.nearest_boundary(j * self.numel // number) for j in range(number)] + [self.numel]
+        return [
+            Part(start, stop, self.blocks.between(start, stop))
+            for start, stop in zip(cuts, cuts[1:], strict=False)
+        ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All buckets of an optimizer, and what the workers must agree on."""
+
+    buckets: tuple[Bucket, ...]
+    description: dict[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the description."""
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """All slots, bucket by bucket."""
+        return [slot for bucket in self.buckets for slot in bucket.slots]
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing travels as a payload."""
+        return all(bucket.dense for bucket in self.buckets)
+
+    def largest_share(self) -> tuple[float, str]:
+        """The largest block of compressed payloads, as a fraction of all of them, and its parameter."""
+        compressed = [bucket for bucket in self.buckets if not bucket.dense and bucket.numel]
+        if not compressed:
+            return 0.0, ""
+        bucket = max(compressed, key=lambda b: b.blocks.largest)
+        run = max(bucket.blocks.runs, key=lambda r: r.size)
+        name = next(slot.name for slot in bucket.slots if slot.start <= run.start < slot.stop)
+        return run.size / sum(b.numel for b in compressed), name
+
+
+def build_layout(
+    param_groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Tensor, str],
+    choose: ChooseCompressor,
+    settings: Settings,
+) -> Layout:
+    """Lay out all parameters of `param_groups`, in their order.
+
+    Raises TypeError for a parameter that is not of a real floating dtype.
+    """
+    open_buckets: dict[tuple[torch.dtype, torch.device, str], list[tuple[str, Tensor, Compressor]]] = {}
+    full: list[list[tuple[str, Tensor, Compressor]]] = []
+    parameters: list[dict[str, Any]] = []
+    for number, group in enumerate(param_groups):
+        for parameter in group["params"]:
+            name = names[parameter]
+            if not parameter.is_floating_point():
+                raise TypeError(
+                    f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
+                    "float64 are allowed. Leave it out of the optimizer."
+                )
+            compressor = choose(name, parameter)
+            dtype = state_dtype(parameter.dtype)
+            key = (dtype, parameter.device, compressor.description)
+            entries = open_buckets.setdefault(key, [])
+            if entries and _bytes(entries, dtype) + parameter.numel() * dtype.itemsize > settings.bucket_bytes:
+                full.append(entries)
+                entries = open_buckets[key] = []
+            entries.append((name, parameter, compressor))
+            parameters.append(
+                {
+                    "name": name,
+                    "shape": list(parameter.shape),
+                    "strides": list(parameter.stride()),
+                    "dtype": str(parameter.dtype),
+                    "group": number,
+                    "compression": compressor.description,
+                }
+            )
+    full += open_buckets.values()
+    buckets = tuple(_bucket(i, entries, settings.block_size) for i, entries in enumerate(full))
+    return Layout(buckets, {"settings": settings.describe(), "parameters": parameters})
+
+
+def _bytes(entries: Iterable[tuple[str, Tensor, Compressor]], dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for _, parameter, _ in entries) * dtype.itemsize
+
+
+def _bucket(index: int, entries: list[tuple[str, Tensor, Compressor]], block_size: int | None) -> Bucket:
+    slots: list[Slot] = []
+    start = 0
+    for name, parameter, _ in entries:
+        slots.append(Slot(name, parameter, start))
+        start = slots[-1].stop
+    parameter, compressor = entries[0][1], entries[0][2]
+    blocks = Blocks.cut([p.numel() for _, p, _ in entries], block_size, state_dtype(parameter.dtype))
+    return Bucket(index, tuple(slots), compressor, blocks, parameter.device)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill a stretch of memory without gaps or overlaps, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return expected == math.prod(tensor.shape)

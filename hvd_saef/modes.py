@@ -1,0 +1,149 @@
+"""Where the parameters are: at the point to train at (b, different on each worker) or at x. Local."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_saef.exchange import Exchange
+from hvd_saef.state import State
+
+
+class Modes:
+    """Moves the parameters of one optimizer between the training point and the consensus point x.
+
+    Before x is taken (`state` is None) the parameters are x, and only the mode is remembered.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.state: State | None = None
+        self.evaluating = False
+        """The user called eval(): the parameters stay at x until train()."""
+        self._visiting = False
+        """A hook of the model brought the parameters to x; the next training forward brings them back."""
+        self._gradients_at_x = False
+        self.local_steps_done = 0
+        """Local steps since the round began; above 0 the training point is the one reached, not b."""
+        self._reached: list[Tensor] | None = None
+
+    @property
+    def at_x(self) -> bool:
+        """Whether the parameters are at x."""
+        return self.evaluating or self._visiting
+
+    def eval(self) -> None:
+        """Move the parameters to x."""
+        if not self.at_x:
+            self._to_x()
+        self.evaluating, self._visiting = True, False
+
+    def train(self) -> None:
+        """Move the parameters to the training point."""
+        if self.at_x:
+            self._to_training_point()
+        self.evaluating = self._visiting = False
+
+    def visit_x(self, gradients: bool = False) -> None:
+        """For the model's hooks: move to x unless there; `gradients` if a backward pass may follow."""
+        if not self.at_x:
+            self._to_x()
+            self._visiting = True
+        self._gradients_at_x |= gradients
+
+    def leave_x(self) -> None:
+        """For the model's hooks: move back, unless the user said eval()."""
+        if self._visiting:
+            self._to_training_point()
+        self._visiting = self._gradients_at_x = False
+
+    def before_step(self) -> None:
+        """Bring the parameters to the training point. Raises RuntimeError after eval()."""
+        if self.evaluating:
+            raise RuntimeError(
+                "step() after eval(): the parameters are at the consensus point x, where SAEF does not "
+                "train. Call optimizer.train() before the forward pass."
+            )
+        if self._visiting and self._gradients_at_x:
+            warnings.warn(
+                "the model was in eval mode during the forward pass before step(), so its gradients were "
+                "taken at the consensus point x: there is no step ahead in such steps. "
+                "Call model.train() before a forward pass to train on.",
+                stacklevel=4,
+            )
+        self.leave_x()
+
+    @torch.no_grad()
+    def to_start(self, points: list[Tensor] | None = None) -> None:
+        """x, e or s changed: put the parameters where they belong now.
+
+        `points` is what :meth:`points` once gave, for a training point between local steps.
+        """
+        self._reached = None if points is None else [point.clone() for point in points]
+        if self.state is not None and self.at_x:
+            self.state.show_x()
+        else:
+            self._to_training_point()
+
+    @torch.no_grad()
+    def points(self) -> list[Tensor] | None:
+        """Copies of the training point between local steps, a tensor a parameter; None at a round's start."""
+        if self.state is None or self.local_steps_done == 0:
+            return None
+        source = self._reached if self._reached is not None else self._parameters(self.state)
+        return [tensor.clone() for tensor in source]
+
+    def _to_x(self) -> None:
+        if self.state is None:
+            return
+        self._reached = self.points()
+        self.state.show_x()
+
+    @torch.no_grad()
+    def _to_training_point(self) -> None:
+        if self.state is None:
+            return
+        if self._reached is None:
+            self._exchange.show_start_points(self.state)
+        else:
+            torch._foreach_copy_(self._parameters(self.state), self._reached)
+            self._reached = None
+
+    @staticmethod
+    def _parameters(state: State) -> list[Tensor]:
+        return [slot.parameter for slot in state.layout.slots]
+
+
+class ModelHooks:
+    """The hooks on `model=`: a copy or a pickle of the model takes them along, but without effect."""
+
+    def __init__(self, modes: Modes | None) -> None:
+        self._modes = weakref.ref(modes) if modes is not None else lambda: None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelHooks, (None,)
+
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Evaluation sees x, training the training point."""
+        modes = self._modes()
+        if modes is None:
+            return
+        if module.training:
+            modes.leave_x()
+        else:
+            modes.visit_x(gradients=torch.is_grad_enabled())
+
+    def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """What is saved, or broadcast, is x."""
+        modes = self._modes()
+        if modes is not None:
+            modes.visit_x()
+
+    def attach(self, model: nn.Module) -> None:
+        """Register with a model, for as long as it lives."""
+        model.register_forward_pre_hook(self.before_forward)
+        model.register_state_dict_pre_hook(self.before_state_dict)

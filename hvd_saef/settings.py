@@ -1,0 +1,141 @@
+"""Every setting of the algorithm in one validated, frozen object: what is hashed, compared and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Feedback = Literal["saef", "ef", "none"]
+Server = Literal["auto", "replicated", "sharded"]
+OnNonfinite = Literal["raise", "skip"]
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one :func:`hvd_saef.DistributedOptimizer`, equal on all workers.
+
+    Raises TypeError or ValueError, naming the argument, its value and what is allowed.
+    """
+
+    feedback: Feedback = "saef"
+    """"saef" (step-ahead error feedback), "ef" (plain error feedback) or "none"."""
+    step_ahead: float = 1.0
+    """α in [0, 1]: how far each worker steps ahead by its own error. Less is closer to plain EF."""
+    server_step_ahead: float = 0.0
+    """β in [0, 1]: how far to step ahead by the server's error too. More costs a replicated server's bytes."""
+    double_compression: bool = True
+    """Double-way compression (DC): the server's answer is compressed too. False is single-way (SC)."""
+    averaging_period: int | None = None
+    """p >= 2: errors are averaged every p rounds. Smaller means less mismatch and more bytes. None is never."""
+    local_steps: int = 1
+    """H >= 1: local steps between two exchanges. More means fewer bytes and workers further apart."""
+    warmup_steps: int = 0
+    """First rounds, exchanged uncompressed."""
+    block_size: int | None = None
+    """Elements a block has at most. Smaller means more scales to send and a better fit. None is a tensor."""
+    server: Server = "auto"
+    """Where the server of DC runs: on every worker ("replicated") or cut between them ("sharded")."""
+    bucket_bytes: int = 32 * MEBIBYTE
+    """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
+    on_nonfinite: OnNonfinite = "raise"
+    """What a NaN or infinity in any worker's gradient does: "raise" on all workers, or "skip" the step on all."""
+    backward_passes_per_step: int = 1
+    """As in Horovod: backward passes whose gradients add up before a step."""
+    sparse_as_dense: bool = False
+    """As in Horovod: sparse gradients are made dense; otherwise they are refused."""
+
+    def __post_init__(self) -> None:
+        _choice("feedback", self.feedback, ("saef", "ef", "none"))
+        _choice("server", self.server, ("auto", "replicated", "sharded"))
+        _choice("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        _fraction("step_ahead", self.step_ahead)
+        _fraction("server_step_ahead", self.server_step_ahead)
+        _flag("double_compression", self.double_compression)
+        _flag("sparse_as_dense", self.sparse_as_dense)
+        _whole("averaging_period", self.averaging_period, 2, or_none=True)
+        _whole("local_steps", self.local_steps, 1)
+        _whole("warmup_steps", self.warmup_steps, 0)
+        _whole("block_size", self.block_size, 1, or_none=True)
+        _whole("bucket_bytes", self.bucket_bytes, 1)
+        _whole("backward_passes_per_step", self.backward_passes_per_step, 1)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.feedback != "saef" and self.step_ahead != 1.0:
+            raise ValueError(
+                f"step_ahead={self.step_ahead!r} has no meaning with feedback={self.feedback!r}: only "
+                'feedback="saef" steps ahead. Leave step_ahead at its default, or use feedback="saef".'
+            )
+        if self.server_step_ahead > 0:
+            for name, value, allowed in (
+                ("feedback", self.feedback, ("saef",)),
+                ("double_compression", self.double_compression, (True,)),
+                ("server", self.server, ("auto", "replicated")),
+            ):
+                if value not in allowed:
+                    raise ValueError(
+                        f"server_step_ahead={self.server_step_ahead!r} steps ahead by the server's error, "
+                        f"which {name}={value!r} does not give to every worker; allowed with it: "
+                        f"{name}={' or '.join(map(repr, allowed))}."
+                    )
+        if self.server == "sharded" and not self.double_compression:
+            raise ValueError(
+                "server='sharded' needs double_compression=True: with single-way compression there is "
+                "nothing to recompress, and every worker needs every payload. "
+                "Use server='auto' or 'replicated'."
+            )
+        if self.averaging_period is not None and self.feedback == "none":
+            raise ValueError(
+                f"averaging_period={self.averaging_period!r} has no meaning with feedback='none', which "
+                "keeps no errors to average. Leave averaging_period at None."
+            )
+
+    @property
+    def alpha(self) -> float:
+        """α, 0 unless the feedback is SAEF."""
+        return float(self.step_ahead) if self.feedback == "saef" else 0.0
+
+    @property
+    def beta(self) -> float:
+        """β, 0 unless the feedback is SAEF."""
+        return float(self.server_step_ahead) if self.feedback == "saef" else 0.0
+
+    def sharded(self, workers: int) -> bool:
+        """Whether the server is cut between `workers` workers: fewer bytes from three workers on."""
+        if self.server == "auto":
+            return self.double_compression and self.beta == 0 and workers > 2
+        return self.server == "sharded"
+
+    def describe(self) -> dict[str, Any]:
+        """All settings as plain values, for comparison between workers and for state dicts."""
+        return dataclasses.asdict(self)
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: allowed are True and False.")
+
+
+def _fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: a number from 0 to 1 is allowed.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: a number from 0 to 1 is allowed.")
+
+
+def _whole(name: str, value: object, least: int, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    allowed = f"a whole number >= {least}{' or None' if or_none else ''} is allowed"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: {allowed}.")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: {allowed}.")

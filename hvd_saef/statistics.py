@@ -1,0 +1,51 @@
+"""What an optimizer counts: bytes and seconds. Local."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging")
+
+
+@dataclass
+class Statistics:
+    """Bytes that this worker sent and received, and where its time went, since it was wrapped."""
+
+    skipped: int = 0
+    payload_bytes_sent: int = 0
+    payload_bytes_received: int = 0
+    averaging_bytes_sent: int = 0
+    dense_bytes_sent: int = 0
+    ring_allreduce_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time spent inside as phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def compression_ratio(self) -> float:
+        """A float32 ring allreduce's bytes over the bytes sent; 1 where nothing needed sending."""
+        sent = self.payload_bytes_sent + self.averaging_bytes_sent + self.dense_bytes_sent
+        return self.ring_allreduce_bytes / sent if sent else 1.0
+
+    def as_dict(self) -> dict[str, float]:
+        """All of it as numbers; seconds under `seconds_<phase>`."""
+        numbers: dict[str, float] = {
+            name: value for name, value in vars(self).items() if not isinstance(value, dict)
+        }
+        numbers["compression_ratio"] = self.compression_ratio
+        return numbers | {f"seconds_{name}": value for name, value in self.seconds.items()}
+
+
+def ring_bytes(workers: int, size: int) -> int:
+    """Bytes that each of `workers` workers sends in a ring allreduce of `size` bytes: 2·(K-1)/K·size."""
+    return 2 * (workers - 1) * size // workers

