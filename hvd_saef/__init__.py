@@ -5,7 +5,6 @@
 >>> optimizer = hvd_saef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 """
 
-from hvd_saef.communicator import MPI as _MPI  # noqa: F401  # before hvd.init(), see communicator.py
 from hvd_saef.compression import Compression, Compressor
 from hvd_saef.errors import (
     ConfigurationMismatchError,

@@ -54,7 +54,9 @@ def serve(
 
 
 def receive(payloads: Sequence[Tensor], weight: float, x: BlockedTensor, compressor: Compressor) -> None:
-    """Row 6: x ← x - u, where u = Σ weight·C(...), in rank order: the server's one answer with
-    weight 1, or (row 5) all workers' payloads with weight 1/K."""
+    """Row 6: x ← x - u, where u = Σ weight·C(...), in rank order.
+
+    The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
+    """
     for payload in payloads:
         compressor.decode_add(payload, x, -weight)

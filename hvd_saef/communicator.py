@@ -8,6 +8,7 @@ Every method is collective: all workers call the same ones in the same order.
 from __future__ import annotations
 
 import abc
+import importlib
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,18 +19,20 @@ from torch import Tensor
 
 from hvd_saef.errors import SaefError
 
-try:  # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
-    from mpi4py import MPI
-except ImportError as error:  # pragma: no cover - only the simulation works then
-    MPI = None
-    _missing: str | None = f"mpi4py cannot be imported ({error})"
-else:
-    _missing = None
-try:
-    import horovod.torch as hvd
-except ImportError as error:  # pragma: no cover
-    hvd = None
-    _missing = f"horovod.torch cannot be imported ({error})"
+
+def _import(name: str) -> Any:
+    """The module, or None where it cannot be had: then only the simulation works."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library: RuntimeError
+        _missing.append(f"{name} cannot be imported ({error})")
+        return None
+
+
+_missing: list[str] = []
+# mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
+MPI: Any = _import("mpi4py.MPI")
+hvd: Any = _import("horovod.torch")
 
 CHUNK_BYTES = 1 << 30
 """The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
@@ -47,8 +50,10 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Cut `payload` into pieces of counts[j] bytes, send piece j to worker j, and return the pieces
-        that the others (and oneself) sent here, in rank order, counts[rank] bytes each."""
+        """Cut `payload` into pieces of counts[j] bytes and send piece j to worker j.
+
+        Returns the pieces sent to this worker, its own among them, in rank order, counts[rank] bytes each.
+        """
 
     @abc.abstractmethod
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:
@@ -174,7 +179,9 @@ class Meeting:
             else:
                 self._changed.wait_for(lambda: self._meetings != number or self._left is not None)
             if self._meetings == number:
-                raise SaefError(f"worker {self._left} has ended, and worker {rank} waits for it in {operation}.")
+                raise SaefError(
+                    f"worker {self._left} has ended, and worker {rank} waits for it in {operation}."
+                )
             operations = [name for name, _ in self._seen]
             if len(set(operations)) > 1:
                 raise SaefError(f"workers called different collectives at the same time: {operations}.")
@@ -198,7 +205,7 @@ class ThreadCommunicator(Communicator):
         return self._meeting.exchange(self.rank, "allgather", payload.clone())
 
     def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        pieces = payload.clone().split(list(counts))
+        pieces = torch.split(payload.clone(), list(counts))
         return [sent[self.rank] for sent in self._meeting.exchange(self.rank, "alltoall", pieces)]
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
@@ -247,11 +254,13 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
         return own, True
     if _missing:
         raise RuntimeError(
-            f"{_missing}: hvd_saef needs both. launch/bootstrap.sh makes an environment with them; "
+            f"{'; '.join(_missing)}: hvd_saef needs both; launch/bootstrap.sh makes an environment with them. "
             "hvd_saef.simulation.run_workers works without."
         )
     if not hvd.is_initialized():
-        raise RuntimeError("Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer.")
+        raise RuntimeError(
+            "Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer."
+        )
     world = MPI.COMM_WORLD
     if (hvd.rank(), hvd.size()) != (world.Get_rank(), world.Get_size()):
         raise RuntimeError(

@@ -71,15 +71,15 @@ class Exchange:
     def _trip(self, state: BucketState, warmup: bool) -> None:
         bucket = state.bucket
         compressor = Compression.none if warmup else bucket.compressor
-        dense = compressor.wire_dtype(bucket.dtype) is not None
+        wire_dtype = compressor.wire_dtype(bucket.dtype)
         with self.statistics.phase("encode"):
             y = bucket.new_flat()
             torch._foreach_copy_(bucket.views(y), bucket.parameters)
             algorithm.add_update(state.e, self.start_point(state), y)
             del y
-            payload, sizes = self._encode(state, compressor, whole=dense)
-        if dense:
-            self._through_horovod(state, compressor, payload, double=not warmup)
+            payload, sizes = self._encode(state, compressor, whole=wire_dtype is not None)
+        if wire_dtype is not None:
+            self._through_horovod(state, compressor, payload, wire_dtype, double=not warmup)
         else:
             self._through_mpi(state, compressor, payload, sizes)
         if self.settings.feedback == "none":
@@ -94,19 +94,18 @@ class Exchange:
         parts = bucket.parts(1) if whole else state.parts
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         payload = _bytes(sum(sizes), bucket)
-        for part, piece in zip(parts, payload.split(sizes), strict=True):
+        for part, piece in zip(parts, torch.split(payload, sizes), strict=True):
             algorithm.send(BlockedTensor(state.e[part.start : part.stop], part.blocks), compressor, piece)
         return payload, sizes
 
     def _through_horovod(
-        self, state: BucketState, compressor: Compressor, payload: Tensor, double: bool
+        self, state: BucketState, compressor: Compressor, payload: Tensor, wire: torch.dtype, double: bool
     ) -> None:
         """Rows 5 and 6 where the payloads' mean is itself a payload."""
         bucket = state.bucket
-        wire = payload.view(compressor.wire_dtype(bucket.dtype))
         with self.statistics.phase("exchange"):
-            self.communicator.allreduce_mean(wire, f"dense.{bucket.index}")
-        self.statistics.dense_bytes_sent += self._ring(wire)
+            self.communicator.allreduce_mean(payload.view(wire), f"dense.{bucket.index}")
+        self.statistics.dense_bytes_sent += self._ring(payload)
         with self.statistics.phase("decode"):
             if double and state.s is not None:
                 mean, payload = payload, _bytes(payload.numel(), bucket)
@@ -160,15 +159,16 @@ class Exchange:
     def average_gradients(self, layout: Layout) -> None:
         """Replace every gradient by the workers' mean; one that is missing counts as zero."""
         for bucket in layout.buckets:
-            slots = [slot for slot in bucket.slots if slot.parameter.requires_grad]
-            if not slots:
-                continue
-            for slot in slots:
-                if slot.parameter.grad is None:
-                    slot.parameter.grad = torch.zeros_like(slot.parameter)
             flat = bucket.new_flat()
-            views = [slot.view(flat) for slot in slots]
-            gradients = [slot.parameter.grad for slot in slots]
+            gradients, views = [], []
+            for slot in bucket.slots:
+                if slot.parameter.requires_grad:
+                    if slot.parameter.grad is None:
+                        slot.parameter.grad = torch.zeros_like(slot.parameter)
+                    gradients.append(slot.parameter.grad)
+                    views.append(slot.view(flat))
+            if not gradients:
+                continue
             torch._foreach_copy_(views, gradients)
             wire = flat.to(bucket.compressor.wire_dtype(bucket.dtype))
             with self.statistics.phase("exchange"):

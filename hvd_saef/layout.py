@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ class Slot:
         return self.start + self.parameter.numel()
 
     def view(self, flat: Tensor) -> Tensor:
-        """This parameter's place in `flat`, in the parameter's shape: a view.
+        """The parameter's place in `flat`, in the parameter's shape: a view.
 
         The elements are taken in the parameter's memory order where that is dense (channels_last
         too), so that copies run straight through memory, else in logical order.
@@ -97,8 +98,7 @@ class Bucket:
         """The bucket cut at block boundaries into `number` parts, as even as its blocks allow."""
         cuts = [self.blocks.nearest_boundary(j * self.numel // number) for j in range(number)] + [self.numel]
         return [
-            Part(start, stop, self.blocks.between(start, stop))
-            for start, stop in zip(cuts, cuts[1:], strict=False)
+            Part(start, stop, self.blocks.between(start, stop)) for start, stop in itertools.pairwise(cuts)
         ]
 
 
@@ -160,7 +160,10 @@ def build_layout(
             dtype = state_dtype(parameter.dtype)
             key = (dtype, parameter.device, compressor.description)
             entries = open_buckets.setdefault(key, [])
-            if entries and _bytes(entries, dtype) + parameter.numel() * dtype.itemsize > settings.bucket_bytes:
+            if (
+                entries
+                and _bytes(entries, dtype) + parameter.numel() * dtype.itemsize > settings.bucket_bytes
+            ):
                 full.append(entries)
                 entries = open_buckets[key] = []
             entries.append((name, parameter, compressor))

@@ -146,4 +146,4 @@ class ModelHooks:
     def attach(self, model: nn.Module) -> None:
         """Register with a model, for as long as it lives."""
         model.register_forward_pre_hook(self.before_forward)
-        model.register_state_dict_pre_hook(self.before_state_dict)
+        model.register_state_dict_pre_hook(self.before_state_dict)  # type: ignore[no-untyped-call]

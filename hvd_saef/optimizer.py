@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -14,15 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hvd_saef.communicator import find_communicator, hvd
-from hvd_saef.compression import Compression, Compressor, DenseCompressor
-from hvd_saef.layout import ChooseCompressor
+from hvd_saef.arguments import (
+    AVERAGE,
+    GLOBAL_PROCESS_SET,
+    HOROVODS_MODULE,
+    check_horovod_arguments,
+    check_optimizer,
+    compressor_chooser,
+    give_advice,
+    name_parameters,
+)
+from hvd_saef.communicator import find_communicator
+from hvd_saef.compression import Compression
 from hvd_saef.modes import ModelHooks
 from hvd_saef.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings
-
-AVERAGE: Any = hvd.Average if hvd else None
-GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
 
 
 def DistributedOptimizer(
@@ -66,7 +70,8 @@ def DistributedOptimizer(
         backward_passes_per_step: backward passes whose gradients add up before step().
         op: `hvd.Average` only.
         gradient_predivide_factor: 1.0 only.
-        num_groups, groups: without effect; buckets are formed by `bucket_bytes`.
+        num_groups: without effect.
+        groups: without effect; buckets are formed by `bucket_bytes`.
         sparse_as_dense: make sparse gradients dense instead of refusing them.
         process_set: the Horovod process set whose ranks are the workers. Ranks outside train alone.
         model: with it, forward passes in eval mode and model.state_dict() see x by themselves.
@@ -91,8 +96,9 @@ def DistributedOptimizer(
     Raises:
         TypeError, ValueError: for a wrong argument, naming it, its value and what is allowed.
         RuntimeError: Horovod is not initialized, is elastic, or does not run on MPI.
+
     """
-    _check_horovod_arguments(op, gradient_predivide_factor, overlap, check_consensus_every)
+    check_horovod_arguments(op, gradient_predivide_factor, overlap, check_consensus_every)
     settings = Settings(
         feedback=feedback,
         step_ahead=step_ahead,
@@ -110,13 +116,13 @@ def DistributedOptimizer(
     )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: a torch.nn.Module or None is allowed.")
-    _check_optimizer(optimizer)
-    choose = _compressor_chooser(compression)
-    names = _name_parameters(optimizer, named_parameters)
+    check_optimizer(optimizer)
+    choose = compressor_chooser(compression)
+    names = name_parameters(optimizer, named_parameters)
     communicator, included = find_communicator(process_set)
     if not included:  # as with Horovod, a rank outside the process set trains alone
         settings = dataclasses.replace(Settings(feedback="none"), sparse_as_dense=sparse_as_dense)
-        choose = _compressor_chooser(Compression.none)
+        choose = compressor_chooser(Compression.none)
 
     wrapped = _share(optimizer)
     session = Session(wrapped, names, choose, settings, communicator, check_consensus_every)
@@ -126,7 +132,7 @@ def DistributedOptimizer(
     if model is not None:
         ModelHooks(session.modes).attach(model)
     if communicator.rank == 0 and included:
-        _give_advice(session, compression, model)
+        give_advice(settings, compression, model)
     return wrapped
 
 
@@ -178,10 +184,9 @@ class SaefMethods:
         self._saef.consolidate()
 
     def reanchor(self) -> None:
-        """Take x anew from rank 0's parameters and clear the errors. Collective.
+        """Take x anew from rank 0's parameters as they are, and clear the errors. Collective.
 
-        For parameters that were changed behind the optimizer's back. In training mode they are
-        taken as they are, so write a new x while in `eval()` mode or over all of them.
+        For parameters that were changed behind the optimizer's back.
         """
         self._saef.reanchor()
 
@@ -214,18 +219,21 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
         def _local_step(self) -> None:
             # Gradients are unscaled by now; a fused optimizer that saw the scale would do it again.
-            scaler = {name: vars(self)[name] for name in ("grad_scale", "found_inf") if name in vars(self)}
-            vars(self).update(dict.fromkeys(scaler))
+            scaler = {
+                name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)
+            }
+            self.__dict__.update(dict.fromkeys(scaler))
             self._in_step = True
             try:
                 super().step()
             finally:
                 self._in_step = False
-                vars(self).update(scaler)
+                self.__dict__.update(scaler)
 
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
-            return super().state_dict() | {"hvd_saef": self._saef.export()}
+            state_dict: dict[str, Any] = super().state_dict()
+            return state_dict | {"hvd_saef": self._saef.export()}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
             """The inverse. Local; at the next step all workers agree who loaded what."""
@@ -244,13 +252,13 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
     Wrapped.__name__, Wrapped.__qualname__ = base.__name__, base.__qualname__
     # Horovod's broadcast_optimizer_state tells by the module whether step() is collective.
-    Wrapped.__module__ = hvd.DistributedOptimizer.__module__ if hvd else __name__
+    Wrapped.__module__ = HOROVODS_MODULE or __name__
     return Wrapped
 
 
 def _share(optimizer: torch.optim.Optimizer) -> Any:
     """An instance of the wrapped class that shares everything with `optimizer` but its step hooks."""
-    wrapped = object.__new__(_wrapped_class(type(optimizer)))
+    wrapped = object.__new__(_wrapped_class(type(optimizer)))  # type: ignore[arg-type]
     for name, value in vars(optimizer).items():
         if name != "step":  # a scheduler's patch of the original's step()
             vars(wrapped)[name] = copy.copy(value) if name.startswith("_optimizer_step_") else value
@@ -258,8 +266,11 @@ def _share(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _undo_horovods_initial_step(wrapped: Any) -> None:
-    """hvd.broadcast_optimizer_state takes a step with zero gradients on ranks without state, past our
-    step(). Weight decay would move the parameters there: put them back."""
+    """Put parameters back that Horovod moves.
+
+    hvd.broadcast_optimizer_state takes a step with zero gradients on ranks without state, past our
+    step(), and weight decay moves the parameters there.
+    """
     before: list[tuple[Tensor, Tensor]] = []
 
     def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -275,121 +286,3 @@ def _undo_horovods_initial_step(wrapped: Any) -> None:
 
     wrapped.register_step_pre_hook(remember)
     wrapped.register_step_post_hook(put_back)
-
-
-def _check_horovod_arguments(op: Any, predivide: float, overlap: bool, check_every: int) -> None:
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
-        raise RuntimeError(
-            "HOROVOD_ELASTIC=1: elastic Horovod is not supported, since a worker that leaves takes its "
-            "error with it. Start the job without --min-np, --max-np and a host discovery script."
-        )
-    if op != AVERAGE:
-        raise ValueError(
-            f"op={op!r}: only hvd.Average is allowed: the algorithm applies the mean of the workers' updates. "
-            "For a sum, scale the learning rate by hvd.size()."
-        )
-    if predivide != 1.0:
-        raise ValueError(
-            f"gradient_predivide_factor={predivide!r}: only 1.0 is allowed: gradients are not summed, so "
-            "there is nothing to divide before or after."
-        )
-    if overlap is not False:
-        raise ValueError(f"overlap={overlap!r}: only False is allowed; it is not available yet.")
-    if isinstance(check_every, bool) or not isinstance(check_every, int):
-        raise TypeError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
-    if check_every < 0:
-        raise ValueError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer={optimizer!r}: a torch.optim.Optimizer is allowed.")
-    if isinstance(optimizer, SaefMethods) or (hvd and type(optimizer).__module__ == hvd.optimizer.__name__):
-        raise TypeError(
-            f"optimizer={type(optimizer).__name__} is a DistributedOptimizer already: give the torch "
-            "optimizer, and wrap it once."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "optimizer=LBFGS: it evaluates its closure several times a step, with line searches that "
-            "workers would end at different points. Every other optimizer of torch.optim is allowed."
-        )
-
-
-def _name_parameters(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
-) -> dict[Tensor, str]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if named_parameters is None:
-        return {
-            p: f"noname.{i}.{j}"
-            for i, group in enumerate(optimizer.param_groups)
-            for j, p in enumerate(group["params"])
-        }
-    pairs = list(named_parameters)
-    for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(
-                f"named_parameters holds {pair!r}: tuples (name, parameter) are allowed, as "
-                "model.named_parameters() gives them."
-            )
-    seen: set[str] = set()
-    for name, _ in pairs:
-        if name in seen:
-            raise ValueError(f"named_parameters holds the name {name!r} twice: each must be unique.")
-        seen.add(name)
-    names = {parameter: name for name, parameter in sorted(pairs, key=lambda pair: pair[0])}
-    for parameter in parameters:
-        if parameter not in names:
-            raise ValueError(
-                f"named_parameters names no parameter of shape {tuple(parameter.shape)} that the optimizer "
-                "has: pass the model.named_parameters() of all its models, or None."
-            )
-    return names
-
-
-def _compressor_chooser(compression: Any) -> ChooseCompressor:
-    allowed = (
-        "a hvd_saef.Compressor (Compression.sign, .topk(ratio), .none, .fp16), hvd.Compression.none or "
-        ".fp16, or a callable (name, parameter) -> Compressor is allowed"
-    )
-    fixed = _as_compressor(compression)
-    if fixed is not None:
-        return lambda name, parameter: fixed
-    if isinstance(compression, type) or not callable(compression):
-        raise TypeError(f"compression={compression!r}: {allowed}.")
-
-    def choose(name: str, parameter: Tensor) -> Compressor:
-        value = compression(name, parameter)
-        chosen = _as_compressor(value)
-        if chosen is None:
-            raise TypeError(f"compression={compression!r} gave {value!r} for parameter {name!r}: {allowed}.")
-        return chosen
-
-    return choose
-
-
-def _as_compressor(value: Any) -> Compressor | None:
-    if isinstance(value, Compressor):
-        return value
-    if hvd and value is hvd.Compression.none:
-        return Compression.none
-    if hvd and value is hvd.Compression.fp16:
-        return Compression.fp16
-    return None
-
-
-def _give_advice(session: Session, compression: Any, model: nn.Module | None) -> None:
-    if not isinstance(compression, DenseCompressor) and isinstance(_as_compressor(compression), DenseCompressor):
-        warnings.warn(
-            f"compression={compression.__name__} is Horovod's own: nothing is compressed below 16 bits. "
-            "For 1 bit a parameter leave it out, or pass hvd_saef.Compression.sign.",
-            stacklevel=3,
-        )
-    if model is None and (session.settings.alpha > 0 or session.settings.beta > 0):
-        warnings.warn(
-            "parameters are stepped ahead while training, differently on each worker. Pass model=model to "
-            "hvd_saef.DistributedOptimizer, or put evaluation and saving into "
-            "`with optimizer.consensus():`, to see the consensus point x.",
-            stacklevel=3,
-        )

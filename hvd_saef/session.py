@@ -5,25 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_saef.agreement import Word, agree, check_configuration, check_consensus
+from hvd_saef.agreement import Word, agree, check_consensus
 from hvd_saef.communicator import Communicator
-from hvd_saef.errors import ConfigurationMismatchError, NonFiniteUpdateError
+from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout
 from hvd_saef.modes import Modes
+from hvd_saef.origin import Origin, average_moments
 from hvd_saef.settings import Settings
-from hvd_saef.state import State
 from hvd_saef.statistics import Statistics
-
-BROADCAST_ADVICE = (
-    "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
-    "root_rank=0) before the first step."
-)
 
 
 class Session:
@@ -47,23 +43,22 @@ class Session:
         self.modes = Modes(self.exchange)
         self._choose = choose
         self._check_consensus_every = check_consensus_every
-        self._layout: Layout | None = None
-        self._anchored = False
-        self._loaded = False
         self._skip_synchronize = False
-        self._rounds_without_state = 0
-        self._loaded_points: list[Tensor] | None = None
-        self._consolidated = False
+        self.origin = Origin(communicator, settings, self.modes)
 
     # -- what there is ------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
-        """The buckets, laid out when first asked for."""
-        if self._layout is None:
-            self._layout = build_layout(self.optimizer.param_groups, self.names, self._choose, self.settings)
-            self._warn_of_large_block(self._layout)
-        return self._layout
+        """The buckets of all parameters."""
+        layout = build_layout(self.optimizer.param_groups, self.names, self._choose, self.settings)
+        self._warn_of_large_block(layout)
+        return layout
+
+    @property
+    def kept(self) -> Layout:
+        """The buckets that have x and errors: none where gradients are averaged."""
+        return Layout((), {}) if self.averages_gradients else self.layout
 
     @property
     def averages_gradients(self) -> bool:
@@ -73,13 +68,7 @@ class Session:
     @property
     def rounds(self) -> int:
         """t: completed rounds."""
-        return self._rounds_without_state if self.modes.state is None else self.modes.state.rounds
-
-    def consensus(self) -> dict[str, Tensor]:
-        """x by parameter name: views."""
-        if self.modes.state is None:
-            return {slot.name: slot.parameter for slot in self.layout.slots}
-        return self.modes.state.views_of("x")
+        return self.modes.state.rounds if self.modes.state else 0
 
     def _warn_of_large_block(self, layout: Layout) -> None:
         workers = self.communicator.size
@@ -146,10 +135,10 @@ class Session:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
         with self.statistics.phase("agreement"):
             combined = agree(
-                self.communicator, word | (Word.NOTHING if self._anchored else Word.ANCHOR), failure
+                self.communicator, word | (Word.NOTHING if self.origin.settled else Word.ANCHOR), failure
             )
             if Word.ANCHOR in combined:
-                self._anchor()
+                self.origin.settle(self.layout, self.kept)
             if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
                 self._raise_nonfinite()
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
@@ -171,25 +160,24 @@ class Session:
         """Complete the round now, if any local step was taken since the last. Collective."""
         if self.modes.local_steps_done == 0:
             return
-        state = self.modes.state
-        self.modes.leave_x()
         evaluating = self.modes.evaluating
         self.modes.train()
         self.modes.local_steps_done = 0
-        self._consolidated = False
-        if state is None:
-            self._rounds_without_state += 1
-        else:
-            self.exchange.complete_round(state)
+        self.origin.consolidated = False
+        if self.modes.state is not None:
+            self.exchange.complete_round(self.modes.state)
         if evaluating:
             self.modes.eval()
         if self._check_consensus_every and self.rounds % self._check_consensus_every == 0:
             with self.statistics.phase("agreement"):
-                check_consensus(self.communicator, self.consensus(), "Call optimizer.reanchor() to go on.")
+                x = self.origin.x(self.layout)
+                check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
+
+    # -- before the first step --------------------------------------------------------------------------
 
     def check_can_grow(self) -> None:
         """Raise RuntimeError once training began."""
-        if self._anchored or self.modes.state is not None:
+        if self.modes.state is not None:
             raise RuntimeError(
                 "add_param_group after the first step is not available yet: add all groups before it."
             )
@@ -199,91 +187,14 @@ class Session:
         for i, group in enumerate(self.optimizer.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")
-        self._layout = None
-
-    # -- where x, e and s come from -------------------------------------------------------------------
-
-    def _anchor(self) -> None:
-        """Agree who was loaded, and take x, e and s accordingly. Collective."""
-        check_configuration(self.communicator, self.layout)
-        mine = (self._loaded, self.rounds, self.modes.local_steps_done, self._consolidated)
-        everyone = self.communicator.allgather_object(mine)
-        loaded = [rank for rank, (was_loaded, *_) in enumerate(everyone) if was_loaded]
-        if self.averages_gradients:
-            self._rounds_without_state = everyone[loaded[0]][1] if loaded else self.rounds
-        elif not loaded:
-            self._take_x_from_parameters()
-        elif len(loaded) == len(everyone):
-            if len({counts[1:3] for counts in everyone}) > 1:
-                raise ConfigurationMismatchError(
-                    "workers loaded states of different steps: (rounds, local steps) are "
-                    f"{[counts[1:3] for counts in everyone]}, by rank. Load the same checkpoint everywhere."
-                )
-            self.modes.to_start(self._loaded_points)  # the model may have been loaded after the optimizer
-        else:
-            self._take_all_from(loaded[0], consolidated=everyone[loaded[0]][3])
-        check_consensus(self.communicator, self.consensus(), BROADCAST_ADVICE)
-        self._anchored, self._loaded, self._loaded_points = True, False, None
-
-    def _take_x_from_parameters(self) -> None:
-        if self.modes.state is None:
-            self.modes.state = State(
-                self.layout, self.settings, self.communicator.rank, self.communicator.size
-            )
-        self.modes.state.anchor()
-        self.modes.local_steps_done = 0
-
-    def _take_all_from(self, root: int, consolidated: bool) -> None:
-        """Only some ranks were loaded: everyone takes x, s and t of `root`, and e if it is everyone's."""
-        if self.modes.state is None:
-            self._take_x_from_parameters()
-        state = self.modes.state
-        if state is None:
-            return
-        for bucket_state in state.buckets:
-            self.communicator.broadcast(bucket_state.x, root)
-            if consolidated:
-                self.communicator.broadcast(bucket_state.e, root)
-            else:
-                bucket_state.e.zero_()
-            if bucket_state.s is not None:
-                if bucket_state.sharded:
-                    bucket_state.s.zero_()
-                else:
-                    self.communicator.broadcast(bucket_state.s, root)
-        state.rounds = self.communicator.allgather_object(state.rounds)[root]
-        self.modes.local_steps_done = 0
-        self.modes.to_start()
-        lost = [] if consolidated else ["the workers' errors"]
-        if any(s.sharded for s in state.buckets):
-            lost.append("the sharded server's error")
-        if lost and self.communicator.rank == 0:
-            warnings.warn(
-                f"only rank {root} was loaded, and its state does not hold all of {' and '.join(lost)}: "
-                "cleared on all workers. Let every rank save and load its own optimizer.state_dict().",
-                stacklevel=2,
-            )
-
-    def reanchor(self) -> None:
-        """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
-        check_configuration(self.communicator, self.layout)
-        with torch.no_grad():
-            for slot in self.layout.slots:
-                self.communicator.broadcast(slot.parameter, 0)
-        if not self.averages_gradients:
-            rounds = self.rounds
-            self._take_x_from_parameters()
-            if self.modes.state is not None:
-                self.modes.state.rounds = rounds
-        self._anchored, self._loaded = True, False
+        vars(self).pop("layout", None)
 
     # -- synchronize, consolidate ---------------------------------------------------------------------
 
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients:
-            if not self._anchored:
-                self._agree(Word.NOTHING, None)
+            self._settle()
             self.exchange.average_gradients(self.layout)
 
     @contextmanager
@@ -295,71 +206,38 @@ class Session:
         finally:
             self._skip_synchronize = False
 
+    def _settle(self) -> None:
+        if not self.origin.settled:
+            self._agree(Word.NOTHING, None)
+
     def consolidate(self) -> None:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
-        if not self._anchored:
-            self._agree(Word.NOTHING, None)
+        self._settle()
         if self.modes.state is not None:
             self.exchange.average_errors(self.modes.state)
             self.modes.to_start()
-        self._average_optimizer_state()
-        self._consolidated = True
+        average_moments(self.communicator, self.optimizer, self.layout)
+        self.origin.consolidated = True
 
-    def _average_optimizer_state(self) -> None:
-        """Means over workers of every floating state tensor that has its parameter's shape."""
-        for bucket in self.layout.buckets:
-            for slot in bucket.slots:
-                mine = self.optimizer.state.get(slot.parameter, {})
-                keys = {key for key, value in mine.items() if _is_moment(value, slot.parameter)}
-                theirs = self.communicator.allgather_object(sorted(keys))
-                for key in sorted({key for names in theirs for key in names}):
-                    # A worker that has had no gradient yet adds zero, and keeps its empty state.
-                    moment = mine[key] if key in keys else torch.zeros_like(slot.parameter)
-                    self.communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")
+    def reanchor(self) -> None:
+        """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        self.origin.renew(self.layout, self.kept)
 
-    # -- state dicts ----------------------------------------------------------------------------------
+    # -- what is told, local --------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
-        exported: dict[str, Any] = {"version": 1, "settings": self.settings.describe(), "rounds": self.rounds}
-        exported["skipped"] = self.statistics.skipped
-        exported["local_steps_done"] = self.modes.local_steps_done
-        exported["consolidated"] = self._consolidated
-        if self.modes.state is not None:
-            exported |= self.modes.state.export()
-            exported["reached"] = self.modes.points()
-        return exported
+        """What stands under "hvd_saef" in the state dict."""
+        return self.origin.export() | {"skipped": self.statistics.skipped}
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError if `saved` is not a state of ours for these parameters."""
-        if saved.get("version") != 1:
-            raise ValueError(
-                f"the state under 'hvd_saef' is of version {saved.get('version')!r}: 1 is allowed."
-            )
-        if "x" in saved:
-            State.check(saved, self.layout)
+        self.origin.check(saved, self.kept)
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """The inverse of :meth:`export`; None for a state dict without ours, after which x is taken anew."""
-        self._anchored = False
-        self._loaded = saved is not None
-        if saved is None or "x" not in saved:
-            self.modes.state = None
-            self.modes.local_steps_done = 0
-            self._rounds_without_state = int(saved["rounds"]) if saved is not None else 0
-            self._loaded = self._loaded and self._rounds_without_state > 0
-            return
-        if self.modes.state is None:
-            self.modes.state = State(
-                self.layout, self.settings, self.communicator.rank, self.communicator.size
-            )
-        self.modes.state.restore(saved)
-        self.statistics.skipped = int(saved["skipped"])
-        self.modes.local_steps_done = int(saved["local_steps_done"])
-        self._consolidated = bool(saved["consolidated"])
-        self._loaded_points = saved["reached"]
-        self.modes.to_start(self._loaded_points)
+        """Take what :meth:`export` gave, or None for a state dict without ours."""
+        self.origin.restore(saved, self.kept)
+        self.statistics.skipped = int(saved["skipped"]) if saved is not None else 0
 
     def stats(self) -> dict[str, float]:
         """See :func:`hvd_saef.DistributedOptimizer`."""
@@ -372,7 +250,3 @@ def _is_finite(gradient: Tensor) -> bool:
     if bool(torch.isfinite(gradient.detach().sum())):
         return True
     return bool(torch.isfinite(gradient).all())
-
-
-def _is_moment(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape

@@ -25,11 +25,11 @@ class Settings:
     step_ahead: float = 1.0
     """α in [0, 1]: how far each worker steps ahead by its own error. Less is closer to plain EF."""
     server_step_ahead: float = 0.0
-    """β in [0, 1]: how far to step ahead by the server's error too. More costs a replicated server's bytes."""
+    """β in [0, 1]: how far to step ahead by the server's error too, at a replicated server's bytes."""
     double_compression: bool = True
     """Double-way compression (DC): the server's answer is compressed too. False is single-way (SC)."""
     averaging_period: int | None = None
-    """p >= 2: errors are averaged every p rounds. Smaller means less mismatch and more bytes. None is never."""
+    """p >= 2: errors are averaged every p rounds. Less means less mismatch, more bytes. None is never."""
     local_steps: int = 1
     """H >= 1: local steps between two exchanges. More means fewer bytes and workers further apart."""
     warmup_steps: int = 0
@@ -41,7 +41,7 @@ class Settings:
     bucket_bytes: int = 32 * MEBIBYTE
     """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
     on_nonfinite: OnNonfinite = "raise"
-    """What a NaN or infinity in any worker's gradient does: "raise" on all workers, or "skip" the step on all."""
+    """A NaN or infinity in any worker's gradient: "raise" on all workers, or "skip" the step on all."""
     backward_passes_per_step: int = 1
     """As in Horovod: backward passes whose gradients add up before a step."""
     sparse_as_dense: bool = False

@@ -42,8 +42,10 @@ class Compressor(abc.ABC):
         """Add weight · C(delta) to `out`, in out's dtype, the same bits on every worker."""
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """None: payloads are gathered by MPI. A dtype: a payload is one number of that dtype an
-        element, and the mean of payloads is the payload of the mean, so Horovod averages them."""
+        """How payloads travel for x of `dtype`: None, gathered by MPI; or a dtype, averaged by Horovod.
+
+        Averaged payloads are one number of that dtype an element, and their mean is the mean's payload.
+        """
         return None
 
     @property

@@ -39,11 +39,8 @@ def pack_signs(rows: Tensor) -> Tensor:
     width = -(-rows.shape[1] // 8)
     signs = rows.new_zeros((rows.shape[0], width * 8), dtype=torch.uint8)
     signs[:, : rows.shape[1]] = torch.signbit(rows)
-    octets = signs.view(-1, width, 8)
-    packed = octets[..., 0].clone()
-    for bit in range(1, 8):
-        packed |= octets[..., bit] << bit
-    return packed
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=rows.device)
+    return (signs.view(-1, width, 8) * places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:

@@ -1,0 +1,145 @@
+"""What users pass to `hvd_saef.DistributedOptimizer`, checked; and what they are told about it. Local."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_saef.communicator import hvd
+from hvd_saef.compression import Compression, Compressor, DenseCompressor
+from hvd_saef.layout import ChooseCompressor
+from hvd_saef.settings import Settings
+
+AVERAGE: Any = hvd.Average if hvd else None
+GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
+HOROVODS_MODULE: str | None = hvd.DistributedOptimizer.__module__ if hvd else None
+
+
+def check_horovod_arguments(op: Any, predivide: float, overlap: bool, check_every: int) -> None:
+    """Refuse what Horovod takes and what would mean something else here."""
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        raise RuntimeError(
+            "HOROVOD_ELASTIC=1: elastic Horovod is not supported, since a worker that leaves takes its "
+            "error with it. Start the job without --min-np, --max-np and a host discovery script."
+        )
+    if op != AVERAGE:
+        raise ValueError(
+            f"op={op!r}: only hvd.Average is allowed: what is applied is the mean of the workers' updates. "
+            "For a sum, scale the learning rate by hvd.size()."
+        )
+    if predivide != 1.0:
+        raise ValueError(
+            f"gradient_predivide_factor={predivide!r}: only 1.0 is allowed: gradients are not summed, so "
+            "there is nothing to divide before or after."
+        )
+    if overlap is not False:
+        raise ValueError(f"overlap={overlap!r}: only False is allowed; it is not available yet.")
+    if isinstance(check_every, bool) or not isinstance(check_every, int):
+        raise TypeError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
+    if check_every < 0:
+        raise ValueError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError unless the optimizer is torch's, not wrapped yet, and takes one gradient a step."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r}: a torch.optim.Optimizer is allowed.")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__} is a DistributedOptimizer already: give the torch "
+            "optimizer, and wrap it once."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer=LBFGS: it evaluates its closure several times a step, with line searches that "
+            "workers would end at different points. Every other optimizer of torch.optim is allowed."
+        )
+
+
+def name_parameters(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
+) -> dict[Tensor, str]:
+    """Every parameter's name; Horovod's checks. Without names, a parameter's group and place."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if named_parameters is None:
+        return {
+            p: f"noname.{i}.{j}"
+            for i, group in enumerate(optimizer.param_groups)
+            for j, p in enumerate(group["params"])
+        }
+    pairs = list(named_parameters)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f"named_parameters holds {pair!r}: tuples (name, parameter) are allowed, as "
+                "model.named_parameters() gives them."
+            )
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"named_parameters holds the name {name!r} twice: each must be unique.")
+        seen.add(name)
+    names = {parameter: name for name, parameter in sorted(pairs, key=lambda pair: pair[0])}
+    for parameter in parameters:
+        if parameter not in names:
+            raise ValueError(
+                f"named_parameters names no parameter of shape {tuple(parameter.shape)} that the optimizer "
+                "has: pass the model.named_parameters() of all its models, or None."
+            )
+    return names
+
+
+def compressor_chooser(compression: Any) -> ChooseCompressor:
+    """Make (name, parameter) -> Compressor of the `compression` argument, told apart by its type."""
+    allowed = (
+        "a hvd_saef.Compressor (Compression.sign, .topk(ratio), .none, .fp16), hvd.Compression.none or "
+        ".fp16, or a callable (name, parameter) -> Compressor is allowed"
+    )
+    fixed = _as_compressor(compression)
+    if fixed is not None:
+        return lambda name, parameter: fixed
+    if isinstance(compression, type) or not callable(compression):
+        raise TypeError(f"compression={compression!r}: {allowed}.")
+
+    def choose(name: str, parameter: Tensor) -> Compressor:
+        value = compression(name, parameter)
+        chosen = _as_compressor(value)
+        if chosen is None:
+            raise TypeError(f"compression={compression!r} gave {value!r} for parameter {name!r}: {allowed}.")
+        return chosen
+
+    return choose
+
+
+def _as_compressor(value: Any) -> Compressor | None:
+    if isinstance(value, Compressor):
+        return value
+    if hvd and value is hvd.Compression.none:
+        return Compression.none
+    if hvd and value is hvd.Compression.fp16:
+        return Compression.fp16
+    return None
+
+
+def give_advice(settings: Settings, compression: Any, model: nn.Module | None) -> None:
+    """Warn of what a user would rather know before training."""
+    if not isinstance(compression, DenseCompressor) and isinstance(
+        _as_compressor(compression), DenseCompressor
+    ):
+        warnings.warn(
+            f"compression={compression.__name__} is Horovod's own: nothing is compressed below 16 bits. "
+            "For 1 bit a parameter leave it out, or pass hvd_saef.Compression.sign.",
+            stacklevel=3,
+        )
+    if model is None and (settings.alpha > 0 or settings.beta > 0):
+        warnings.warn(
+            "parameters are stepped ahead while training, differently on each worker. Pass model=model to "
+            "hvd_saef.DistributedOptimizer, or put evaluation and saving into "
+            "`with optimizer.consensus():`, to see the consensus point x.",
+            stacklevel=3,
+        )
