@@ -108,7 +108,7 @@ class MpiCommunicator(Communicator):
 
     def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
         send = payload.cpu().numpy()
-        received = [np.empty(count, np.uint8) for count in counts]
+        received = [torch.empty(count, dtype=torch.uint8) for count in counts]
         step = max(1, CHUNK_BYTES // self.size)
         for start in range(0, max(counts), step):
             sizes = [max(0, min(step, count - start)) for count in counts]
@@ -116,12 +116,12 @@ class MpiCommunicator(Communicator):
             mine = send[start : start + sizes[self.rank]]
             self._mpi.Allgatherv([mine, MPI.BYTE], [chunk, (sizes, None), MPI.BYTE])
             for k, piece in enumerate(np.split(chunk, np.cumsum(sizes)[:-1])):
-                received[k][start : start + sizes[k]] = piece
-        return [torch.from_numpy(array).to(payload.device) for array in received]
+                received[k].numpy()[start : start + sizes[k]] = piece
+        return [piece.to(payload.device) for piece in received]
 
     def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
         pieces = np.split(payload.cpu().numpy(), np.cumsum(counts)[:-1])
-        received = [np.empty(counts[self.rank], np.uint8) for _ in counts]
+        received = [torch.empty(counts[self.rank], dtype=torch.uint8) for _ in counts]
         step = max(1, CHUNK_BYTES // self.size)
         for start in range(0, max(counts), step):
             sizes = [max(0, min(step, count - start)) for count in counts]
@@ -131,8 +131,8 @@ class MpiCommunicator(Communicator):
             incoming = ([own] * self.size, None)
             self._mpi.Alltoallv([out, (sizes, None), MPI.BYTE], [chunk, incoming, MPI.BYTE])
             for k in range(self.size):
-                received[k][start : start + own] = chunk[k * own : (k + 1) * own]
-        return [torch.from_numpy(array).to(payload.device) for array in received]
+                received[k].numpy()[start : start + own] = chunk[k * own : (k + 1) * own]
+        return [piece.to(payload.device) for piece in received]
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
@@ -254,7 +254,7 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
         return own, True
     if _missing:
         raise RuntimeError(
-            f"{'; '.join(_missing)}: hvd_saef needs both; launch/bootstrap.sh makes an environment with them. "
+            f"{'; '.join(_missing)}: both are needed; launch/bootstrap.sh makes an environment with them. "
             "hvd_saef.simulation.run_workers works without."
         )
     if not hvd.is_initialized():

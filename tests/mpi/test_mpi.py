@@ -1,0 +1,41 @@
+"""Runs tests/mpi/checks.py under mpirun with 1 to 4 ranks, and quick jobs under horovodrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+
+from tests.mpi.launch import ENVIRONMENT, ROOT
+
+pytest.importorskip("mpi4py", reason="needs mpi4py")
+pytest.importorskip("horovod.torch", reason="needs Horovod")
+if shutil.which("mpirun", path=ENVIRONMENT["PATH"]) is None:
+    pytest.skip("needs mpirun on the PATH", allow_module_level=True)
+
+from tests.mpi.checks import CHECKS
+
+
+@cache
+def report(ranks: int) -> dict[str, list[str]]:
+    """What failed in a job of `ranks` ranks, check by check; run once a process."""
+    output = Path(mkdtemp()) / "report.json"
+    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "mpi4py", "-m", "tests.mpi.checks", str(output)]
+    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
+    found: dict[str, list[str]] = json.loads(output.read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.xdist_group("mpi")
+def test_check(name: str, ranks: int) -> None:
+    assert report(ranks)[name] == []

@@ -1,0 +1,221 @@
+"""The Compressor interface: bytes, the L1 sum, the Horovod pair, compressors of one's own, wrong ratios."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_saef import Compression, Compressor, kernels
+from hvd_saef.compression import BlockedTensor, Blocks, state_dtype
+from tests.codes import COMPRESSORS, RATIOS, bucket_of, code, kept_by_topk, tree
+from tests.oracle import Setup
+from tests.problems import schedule, start_point, worst
+from tests.rounds import moves, watch
+
+# -- bytes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("block_size", "lengths"),
+    [(None, [35, 3, 1]), (17, [17, 17, 1, 3, 1]), (1, [1] * 39), (1000, [35, 3, 1]), (9, [9, 9, 9, 8, 3, 1])],
+)
+def test_payload_bytes(dtype: torch.dtype, block_size: int | None, lengths: list[int]) -> None:
+    layout, number = Blocks.cut([35, 0, 3, 1], block_size, dtype), dtype.itemsize
+    assert Compression.sign.payload_bytes(layout) == sum(number + math.ceil(n / 8) for n in lengths)
+    for ratio in RATIOS:
+        expected = sum(kept_by_topk(ratio, n) * (4 + number) for n in lengths)
+        assert Compression.topk(ratio).payload_bytes(layout) == expected
+    assert Compression.none.payload_bytes(layout) == 39 * number
+    assert Compression.fp16.payload_bytes(layout) == 39 * 2
+
+
+def test_too_large_a_block_for_topk_is_refused() -> None:
+    with pytest.raises(ValueError, match="block_size"):
+        Compression.topk(1e-9).payload_bytes(Blocks.cut([2**31], None, torch.float32))
+
+
+def test_the_wire_by_hand() -> None:
+    """Two blocks of Sign (9 and 2 elements), two of Top-K (4 and 2); little-endian."""
+    signs = bucket_of(-1, 1, 1, 1, 1, 1, 1, 1, -1, 0.0, -0.0, block_size=9)
+    assert code(Compression.sign, signs).payload.hex() == "0000803f" + "00000000" + "0101" + "02"
+    ties = bucket_of(1, -3, 3, 3, -0.0, 0.0, block_size=4)
+    values = "000040c0" + "00004040" + "00000080"
+    assert code(Compression.topk(0.5), ties).payload.hex() == "01000000" + "02000000" + "00000000" + values
+
+
+# -- the L1 sum -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l1_sums_follow_the_tree(dtype: torch.dtype) -> None:
+    generator, naive = torch.Generator().manual_seed(1), 0
+    for columns in [*range(1, 71), 255, 256, 257, 1000, 4097, 65551]:
+        rows = (
+            torch.randn(3, columns, generator=generator, dtype=dtype)
+            * 10.0 ** torch.arange(-3, 6, 3)[:, None]
+        )
+        rows = rows.to(dtype)
+        sums = kernels.l1_norms(rows)
+        assert sums.tolist() == [tree(row) for row in rows.tolist()]
+        assert sums.tolist() == [float(kernels.l1_norms(row[None])) for row in rows]
+        naive += [sum(map(abs, row)) for row in rows.tolist()] != sums.tolist()
+    assert naive > 50  # the counter-test: another order of summation has other bits
+
+
+def test_l1_sums_do_not_depend_on_threads() -> None:
+    rows = torch.randn(2, (1 << 18) + 5, generator=torch.Generator().manual_seed(2))
+    before, sums = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            sums.append(kernels.l1_norms(rows).tolist())
+    finally:
+        torch.set_num_threads(before)
+    assert sums[0] == sums[1] == sums[2] == [tree(row) for row in rows.tolist()]
+
+
+# -- the Horovod pair -------------------------------------------------------------------------------
+
+
+def images(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of several shapes and strides."""
+    whole = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    return {
+        "contiguous": whole,
+        "transposed": whole[0, 0].t(),
+        "strided": whole[:, 1, ::2, 1:5],
+        "channels_last": whole.to(memory_format=torch.channels_last),
+        "0-dim": whole[0, 0, 0, 0],
+        "empty": whole[:0],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.description.split(".")[-1])
+def test_apply_is_the_dense_c(compressor: Compressor, dtype: torch.dtype) -> None:
+    """The tensor is one block, in logical order; C is taken in float32 or wider and rounded at the end."""
+    for tensor in images(dtype).values():
+        before, version = tensor.clone(), tensor._version
+        wide = tensor.contiguous().view(-1).to(state_dtype(dtype), copy=True)
+        blocks = Blocks.cut([wide.numel()], None, wide.dtype)
+        payload = torch.empty(compressor.payload_bytes(blocks), dtype=torch.uint8)
+        compressor.encode(BlockedTensor(wide, blocks), payload)
+        compressor.decode_add(payload, BlockedTensor(wide.zero_(), blocks), 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sent, context = compressor.compress(tensor)
+        for dense in (compressor.apply(tensor), compressor.decompress(sent, context)):
+            assert dense.dtype == dtype
+            assert dense.shape == tensor.shape
+            assert torch.equal(dense, wide.to(dtype).view(tensor.shape))
+        assert torch.equal(tensor, before)
+        assert tensor._version == version
+
+
+def test_apply_by_hand() -> None:
+    tensor = torch.tensor([[4.0, -1.0], [0.0, -3.0]]).t()
+    assert Compression.sign.apply(tensor).tolist() == [[2.0, 2.0], [-2.0, -2.0]]
+    assert Compression.topk(0.5).apply(tensor).tolist() == [[4.0, 0.0], [0.0, -3.0]]
+    assert Compression.fp16.apply(tensor / 3).tolist() == (tensor / 3).half().float().tolist()
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.description.split(".")[-1])
+def test_integers_pass_through(compressor: Compressor) -> None:
+    tensor = torch.arange(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sent, context = compressor.compress(tensor)
+    assert compressor.decompress(sent, context).tolist() == [0, 1, 2, 3, 4]
+    assert sent.dtype == torch.int64
+
+
+def test_only_what_saves_nothing_warns() -> None:
+    for compressor in (Compression.sign, Compression.topk(0.1)):
+        with pytest.warns(UserWarning, match=r"no byte is saved.*hvd_saef\.DistributedOptimizer"):
+            compressor.compress(torch.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Compression.none.compress(torch.ones(3))
+        sent, _ = Compression.fp16.compress(torch.ones(3))
+    assert sent.tolist() == [1, 1, 1]
+
+
+# -- a compressor of one's own ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class First(Compressor):
+    """Sends the first element of each block times `gain`, after a byte that means nothing."""
+
+    gain: float = 1.0
+    forgetful: bool = False
+
+    def payload_bytes(self, layout: Blocks) -> int:
+        """One byte, and one number a block."""
+        return 1 + layout.count * layout.dtype.itemsize
+
+    def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """Take the firsts out."""
+        firsts = [self.gain * rows[:, 0] for _, rows in delta.rows()]
+        for (_, rows), first in zip(delta.rows(), firsts, strict=True):
+            rows[:, 0] -= 0 if self.forgetful else first
+        payload[1:] = torch.cat([*firsts, delta.flat[:0]]).view(torch.uint8)
+
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """Put them back."""
+        firsts, start = payload[1:].clone().view(out.blocks.dtype), 0
+        for run, rows in out.rows():
+            rows[:, 0] += weight * firsts[start : start + run.count]
+            start += run.count
+
+
+def lost(compressor: Compressor, server: str, block_size: int | None) -> float:
+    """How far the auxiliary point is from where the updates bring it, in the worst round."""
+    setup = Setup(
+        workers=3, compressor="none", averaging_period=3, block_size=block_size, optimizer="sgd", lr=schedule
+    )
+    rounds = watch(setup, compression=compressor, server=server)
+    assert all(worst(outcome.x, r.after[0].x) == 0 for r in rounds for outcome in r.after)
+    assert worst(rounds[-1].after[0].x, start_point()) > 0
+    return max(worst(after, expected) for after, expected in moves(start_point(), rounds))
+
+
+@pytest.mark.filterwarnings("ignore:parameters are stepped ahead")
+@pytest.mark.parametrize("server", ["replicated", "sharded"])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_ones_own_compressor_loses_nothing(server: str, block_size: int | None) -> None:
+    assert lost(First(), server, block_size) < 1e-12
+    assert lost(First(gain=0.25), server, block_size) < 1e-12
+    assert lost(First(forgetful=True), server, block_size) > 1e-3  # the counter-test
+
+
+def test_descriptions_tell_compressors_apart() -> None:
+    every = [*COMPRESSORS[:-3], Compression.none, Compression.fp16, First(), First(gain=0.5)]
+    assert len({compressor.description for compressor in every}) == len(every)
+    assert First(gain=0.5).description == First(gain=0.5).description
+
+
+# -- wrong ratios -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.0001, 10, math.nan, math.inf, -math.inf])
+def test_ratios_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match="ratio") as raised:
+        Compression.topk(ratio)
+    assert f"ratio={ratio!r}" in str(raised.value)
+    assert "above 0 and up to 1" in str(raised.value)
+
+
+@pytest.mark.parametrize("ratio", [True, "0.1", None, [0.1], torch.tensor(0.1), 0.1j])
+def test_ratios_of_the_wrong_type(ratio: Any) -> None:
+    with pytest.raises(TypeError, match="ratio") as raised:
+        Compression.topk(ratio)
+    assert f"ratio={ratio!r}" in str(raised.value)
+    assert "above 0 and up to 1" in str(raised.value)

@@ -1,0 +1,178 @@
+"""Parameters of every kind, and how they are cut into blocks, buckets and parts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import hvd_saef
+from hvd_saef import Compression, Compressor, run_workers
+from hvd_saef.compression import Blocks, state_dtype
+from hvd_saef.layout import Bucket, build_layout
+from hvd_saef.settings import Settings
+from tests.oracle import Array, Setup, run
+from tests.problems import STEPS, curved_valley, outcome, run_library, same_bits, schedule, start_point, worst
+from tests.test_oracle import distance
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:parameters are stepped ahead"),
+    pytest.mark.filterwarnings("ignore:the largest block"),
+]
+
+Make = Callable[[], list[nn.Parameter]]
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """The same numbers on every worker."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def slope(at: Tensor, rank: int, step: int) -> Tensor:
+    """A gradient that tells workers, steps and values apart, but not elements."""
+    return torch.sin(5 * at + rank) + 0.5 * at + 0.1 * ((step * 7 + rank * 3) % 5 - 2)
+
+
+def train(make: Make, workers: int = 3, steps: int = 8, **options: Any) -> list[Any]:
+    """Of each worker, the wrapped optimizer after training what `make` gives, by SGD with momentum."""
+
+    def work(rank: int) -> Any:
+        parameters = make()
+        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.5), **options)
+        for step in range(steps):
+            for parameter in parameters:
+                parameter.grad = slope(parameter.detach(), rank, step)
+            optimizer.step()
+        return optimizer
+
+    return run_workers(workers, work)
+
+
+def ours(optimizer: Any, key: str) -> list[Tensor]:
+    """What the state dict holds under `key`, in the order of the parameters."""
+    return list(optimizer.state_dict()["hvd_saef"][key].values())
+
+
+def agree(optimizers: list[Any]) -> bool:
+    """Whether x has the same bits on all workers."""
+    bits = [[x.contiguous().view(-1).view(torch.uint8).tolist() for x in ours(o, "x")] for o in optimizers]
+    return all(b == bits[0] for b in bits)
+
+
+# -- dtypes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("server", ["replicated", "sharded"])
+@pytest.mark.parametrize("compression", [Compression.sign, Compression.topk(0.2), Compression.none])
+@pytest.mark.parametrize("dtypes", [*[[d] for d in FLOATING], FLOATING], ids=str)
+def test_dtypes(dtypes: list[torch.dtype], compression: Compressor, server: Any) -> None:
+    """x and e are float32 or wider. What the model holds is b = x - e, rounded, and it is from that
+    rounded b that mean(b - y) is taken: x~ moves by it, and nothing is lost to the narrow dtype."""
+
+    def work(rank: int) -> list[Any]:
+        parameters = [nn.Parameter(normal(5, 3, dtype=d, seed=i)) for i, d in enumerate(dtypes)]
+        base = torch.optim.SGD(parameters, lr=0.1)
+        optimizer = hvd_saef.DistributedOptimizer(
+            base, compression=compression, double_compression=server == "sharded", server="auto"
+        )
+        seen: list[Any] = []
+        for step in range(8):
+            b = [p.detach().clone() for p in parameters]
+            for p in parameters:
+                p.grad = slope(p.detach(), rank, step)
+            copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+            for copy, p in zip(copies, parameters, strict=True):
+                copy.grad = p.grad
+            torch.optim.SGD(copies, lr=0.1).step()
+            optimizer.step()
+            x, e = ours(optimizer, "x"), ours(optimizer, "errors")
+            assert [t.dtype for t in (*x, *e)] == 2 * [state_dtype(d) for d in dtypes]
+            for p, xi, ei in zip(parameters, x, e, strict=True):
+                assert torch.equal(p, (xi - ei).to(p.dtype))
+            update = [(bi.double() - y.detach().double()).numpy() for bi, y in zip(b, copies, strict=True)]
+            seen.append((update, outcome(optimizer, parameters)))
+        return seen
+
+    workers = run_workers(3, work)
+    before = [normal(5, 3, dtype=d, seed=i).double().numpy() for i, d in enumerate(dtypes)]
+    for of_round in zip(*workers, strict=True):
+        assert all(same_bits(held.x, of_round[0][1].x) for _, held in of_round)
+        for i, dtype in enumerate(dtypes):
+            server_error = np.zeros(15)
+            for _, held in of_round:
+                start, values = held.server_error.get(f"noname.0.{i}", (0, np.zeros(0)))
+                server_error[start : start + values.size] = values
+            error = sum(held.errors[i] for _, held in of_round) / 3
+            after = of_round[0][1].x[i] - error - server_error.reshape(5, 3)
+            moved = before[i] - sum(update[i] for update, _ in of_round) / 3
+            assert worst([after], [moved]) < (1e-14 if dtype == torch.float64 else 1e-6)
+            before[i] = after
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
+
+    def work(rank: int) -> None:
+        named = [("weight", weight), ("lookup.table", table)]
+        hvd_saef.DistributedOptimizer(torch.optim.SGD([weight, table], lr=0.1), named_parameters=named)
+
+    with pytest.raises(TypeError, match=f"'lookup.table'.*{dtype}.*float16, bfloat16, float32 and float64"):
+        run_workers(2, work)
+
+
+# -- strides ----------------------------------------------------------------------------------------
+
+STRIDES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    # name: (how the parameter lies in a contiguous [4, 6, 5, 8], its elements in the order of the blocks)
+    "transposed": (lambda t: t[0, 0].t(), lambda p: p.t().reshape(-1)),
+    "permuted": (lambda t: t.permute(2, 0, 3, 1), lambda p: p.permute(1, 3, 0, 2).reshape(-1)),
+    "channels_last": (
+        lambda t: t.clone(memory_format=torch.channels_last),
+        lambda p: p.permute(0, 2, 3, 1).reshape(-1),
+    ),
+    "a row": (lambda t: t[1, 2], lambda p: p.reshape(-1)),
+    "every other": (lambda t: t[:, 1::2, 3, 1:7:2], lambda p: p.reshape(-1)),
+    "strided and transposed": (lambda t: t[0, ::2, 0, ::3].t(), lambda p: p.reshape(-1)),
+    "one column": (lambda t: t[0, :, :, 0], lambda p: p.reshape(-1)),
+    "size one": (lambda t: t[:1, :, 2:3].transpose(0, 1), lambda p: p.reshape(-1)),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+@pytest.mark.parametrize("compression", [Compression.sign, Compression.topk(0.1)])
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_strides(name: str, compression: Compressor, block_size: int | None) -> None:
+    """As its contiguous twin, to the bit; and nothing is written beside the parameter."""
+    lie, line = STRIDES[name]
+    options: dict[str, Any] = {"compression": compression, "block_size": block_size, "averaging_period": 3}
+    wholes: list[Tensor] = []
+
+    def strided() -> list[nn.Parameter]:
+        wholes.append(normal(4, 6, 5, 8))
+        return [nn.Parameter(lie(wholes[-1])), nn.Parameter(normal(3))]
+
+    found = train(strided, **options)
+    twins = train(lambda: [nn.Parameter(line(lie(normal(4, 6, 5, 8))).clone()), nn.Parameter(normal(3))], **options)
+    assert agree(found)
+    for optimizer, twin in zip(found, twins, strict=True):
+        assert optimizer.param_groups[0]["params"][0].stride() == lie(normal(4, 6, 5, 8)).stride()
+        for key in ("x", "errors"):
+            assert ours(optimizer, key)[0].shape == lie(normal(4, 6, 5, 8)).shape
+            assert torch.equal(line(ours(optimizer, key)[0]), ours(twin, key)[0])
+            assert torch.equal(ours(optimizer, key)[1], ours(twin, key)[1])
+        held, theirs = (o.param_groups[0]["params"][0].detach() for o in (optimizer, twin))
+        assert torch.equal(line(held), theirs)
+    for whole in wholes:
+        mine = torch.zeros_like(whole, dtype=torch.bool)
+        lie(mine).fill_(True) if lie(mine).untyped_storage().data_ptr() == mine.data_ptr() else mine.fill_(True)
+        assert torch.equal(whole[~mine], normal(4, 6, 5, 8)[~mine])

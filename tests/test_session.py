@@ -1,0 +1,320 @@
+"""What the wrapped optimizer shares with the given one, its step, and the methods between steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvd_saef import Compression
+from tests.problems import curved_valley, start_point
+from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together
+
+pytestmark = pytest.mark.filterwarnings(NO_MODEL)
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+DENSE: dict[str, Any] = {"compression": Compression.none, "feedback": "none"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sharded": {},
+    "replicated": {"server": "replicated", "server_step_ahead": 0.5},
+    "single-way": {"double_compression": False, "compression": Compression.topk(0.2)},
+    "ef, three local steps": {"feedback": "ef", "local_steps": 3},
+}
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_it_is_the_given_optimizer(make: Make) -> None:
+    kinds = {"momentum_buffer"} if make is sgd else {"step", "exp_avg", "exp_avg_sq"}
+
+    def fn(rank: int) -> None:
+        run = Run(rank, make)
+        assert isinstance(run.optimizer, type(run.inner))
+        assert type(run.optimizer).__name__ == type(run.inner).__name__
+        assert run.optimizer.param_groups[0] is run.inner.param_groups[0]
+        run.step(2)
+        assert run.optimizer.state is run.inner.state
+        assert set(run.optimizer.state_dict()) == {"state", "param_groups", "hvd_saef"}
+        assert all(set(state) == kinds for state in run.optimizer.state_dict()["state"].values())
+        assert set(run.optimizer.state) <= set(run.parameters)
+        run.optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in run.parameters)
+
+    together(2, fn)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["made before wrapping", "made after"])
+@pytest.mark.parametrize("load", [False, True], ids=["", "loading"])
+def test_schedulers(wrapped: bool, load: bool) -> None:
+    def fn(rank: int) -> tuple[list[float], dict[str, bytes]]:
+        run, rates = Run(rank), []
+        given = run.optimizer if wrapped else run.inner
+        scheduler = torch.optim.lr_scheduler.LambdaLR(given, lambda epoch: 0.5**epoch)
+        for _ in range(3):
+            if load:
+                run.optimizer.load_state_dict(run.optimizer.state_dict())
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            run.step()
+            scheduler.step()
+        return rates, bits(run.x())
+
+    def by_hand(rank: int) -> dict[str, bytes]:
+        run = Run(rank)
+        for rate in (0.05, 0.025, 0.0125):
+            run.optimizer.param_groups[0]["lr"] = rate
+            run.step()
+        return bits(run.x())
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        rates, xs = zip(*together(2, fn), strict=True)
+    assert rates == ([0.05, 0.025, 0.0125],) * 2
+    assert list(xs) == together(2, by_hand)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["made before wrapping", "made after"])
+def test_a_scheduler_does_not_miss_the_steps(wrapped: bool) -> None:
+    def fn(rank: int) -> None:
+        run = Run(rank)
+        scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer if wrapped else run.inner, 1)
+        run.step()
+        scheduler.step()
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        together(1, fn)
+    assert not [str(warning.message) for warning in seen if "lr_scheduler" in str(warning.message)]
+
+
+def test_step_hooks_fire_once() -> None:
+    def fn(rank: int) -> None:
+        counts = dict.fromkeys(("pre before", "post before", "pre after", "post after"), 0)
+
+        def counter(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                counts[name] += 1
+
+            return hook
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            optimizer = sgd(parameters)
+            optimizer.register_step_pre_hook(counter("pre before"))
+            optimizer.register_step_post_hook(counter("post before"))
+            return optimizer
+
+        run = Run(rank, make)
+        run.optimizer.register_step_pre_hook(counter("pre after"))
+        run.optimizer.register_step_post_hook(counter("post after"))
+        for number in (1, 2, 3, 4):
+            run.step()
+            assert set(counts.values()) == {number}, counts
+            if number == 2:
+                run.optimizer.load_state_dict(run.optimizer.state_dict())
+
+    together(2, fn)
+
+
+@pytest.mark.parametrize("options", [{}, DENSE, {"local_steps": 2}], ids=str)
+def test_closure(options: dict[str, Any]) -> None:
+    def fn(rank: int) -> dict[str, bytes]:
+        run, at = Run(rank, **options), []
+
+        def closure() -> float:
+            assert torch.is_grad_enabled()
+            at.append(bits(run.parameters))
+            run.set_gradients()
+            return 7.0 + run.taken
+
+        for step in range(5):
+            here = bits(run.parameters)
+            with torch.no_grad():
+                assert run.optimizer.step(closure) == 7.0 + step
+            assert at.pop() == here
+            assert not at
+            run.taken += 1
+        return everything(run)
+
+    assert together(2, fn) == together(2, lambda rank: everything(Run(rank, **options).step(5)))
+
+
+def auxiliary(run: Run) -> list[Tensor]:
+    """One worker's share x - s - e of the auxiliary point, which is the workers' mean of it."""
+    ours = run.optimizer.state_dict()["hvd_saef"]
+    s = {name: piece["values"].view(ours["x"][name].shape) for name, piece in ours["server_errors"].items()}
+    return [x - s[name] - ours["errors"][name] for name, x in ours["x"].items()]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_flush_completes_the_round(steps: int) -> None:
+    def fn(rank: int) -> tuple[list[Tensor], dict[str, bytes]]:
+        run = Run(rank, dtype=torch.float64, local_steps=3).step(3)
+        before, sent = everything(run), run.optimizer.stats()["payload_bytes_sent"]
+        run.optimizer.flush()  # at the round's start
+        assert everything(run) == before
+        assert run.optimizer.stats()["payload_bytes_sent"] == sent
+        old, b = auxiliary(run), [parameter.detach().clone() for parameter in run.parameters]
+        run.step(steps)
+        y = [parameter.detach().clone() for parameter in run.parameters]
+        run.optimizer.eval()
+        run.optimizer.flush()
+        assert run.optimizer.stats()["rounds"] == 2
+        assert run.ours("local_steps_done") == 0
+        assert bits(run.parameters) == bits(run.x())
+        moved = [o - n - (b - y) for o, n, b, y in zip(old, auxiliary(run), b, y, strict=True)]
+        return moved, bits(run.x())
+
+    results = together(2, fn)
+    assert results[0][1] == results[1][1]
+    for left, right in zip(results[0][0], results[1][0], strict=True):  # the point moves by mean(b - y)
+        assert float((left + right).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_consolidate(options: dict[str, Any], make: Make) -> None:
+    def fn(rank: int) -> tuple[list[dict[str, Tensor]], dict[str, bytes]]:
+        run = Run(rank, make, dtype=torch.float64, **options).step(6)
+        averaged: list[dict[str, Tensor]] = []
+        kept = []
+        for act in (lambda: None, run.optimizer.consolidate):
+            act()
+            state = run.optimizer.state_dict()
+            moments = {
+                f"{i}.{kind}": moment
+                for i, moments in state["state"].items()
+                for kind, moment in moments.items()
+                if kind != "step"
+            }
+            averaged.append({name: t.clone() for name, t in (state["hvd_saef"]["errors"] | moments).items()})
+            kept.append(bits([state["hvd_saef"][key] for key in ("x", "server_errors", "rounds")]))
+        assert kept[0] == kept[1]
+        return averaged, bits(run.parameters)
+
+    results = together(3, fn)
+    befores, afters = zip(*(averaged for averaged, _ in results), strict=True)
+    assert bits(befores[0]) != bits(befores[1])
+    assert bits(afters[0]) == bits(afters[1]) == bits(afters[2])
+    for name, after in afters[0].items():
+        mean = torch.stack([before[name] for before in befores]).mean(0)
+        torch.testing.assert_close(after, mean, rtol=0, atol=1e-14)
+    assert results[0][1] == results[1][1] == results[2][1]  # α·e is the same everywhere now
+
+
+def test_consolidate_completes_a_round_and_leaves_step_counts() -> None:
+    def fn(rank: int) -> None:
+        run = Run(rank, adamw, local_steps=3).step(4)
+        run.set_gradients()
+        if rank == 1:
+            run.parameters[2].grad = None  # the parameter without dimensions, as Adam's step counts are
+        run.optimizer.step()
+        run.optimizer.consolidate()
+        assert run.optimizer.stats()["rounds"] == 2
+        assert run.optimizer.state[run.parameters[2]]["step"].item() == (4 if rank == 1 else 5)
+
+    together(2, fn)
+
+
+@pytest.mark.parametrize("options", [*SETTINGS.values(), DENSE], ids=str)
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_reanchor(options: dict[str, Any], evaluating: bool) -> None:
+    def fn(rank: int) -> dict[str, bytes]:
+        run = Run(rank, **options).step(4)
+        rounds = run.optimizer.stats()["rounds"]
+        if evaluating:
+            run.optimizer.eval()
+        with torch.no_grad():
+            for parameter in run.parameters:
+                parameter.copy_(torch.full_like(parameter, 0.5 + rank))
+        run.optimizer.reanchor()
+        run.optimizer.train()
+        for parameter in run.parameters:
+            assert bits(parameter) == bits(torch.full_like(parameter, 0.5))
+        assert run.optimizer.stats()["error_norm"] == 0
+        assert run.optimizer.stats()["server_error_norm"] == 0
+        assert run.optimizer.stats()["rounds"] == rounds
+        if options is not DENSE:
+            assert bits(run.x()) == bits([torch.full_like(x, 0.5) for x in run.x()])
+        run.step(3)
+        run.optimizer.eval()
+        return bits(run.parameters)
+
+    first, *others = together(3, fn)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("options", [{}, DENSE], ids=str)
+def test_add_param_group(options: dict[str, Any]) -> None:
+    def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.2}]
+        return torch.optim.SGD(groups, lr=0.05)
+
+    def fn(rank: int) -> dict[str, bytes]:
+        run = Run(rank, lambda parameters: torch.optim.SGD(parameters[:2], lr=0.05), **options)
+        run.optimizer.add_param_group({"params": run.parameters[2:], "lr": 0.2})
+        run.step(3)
+        before = everything(run)
+        with pytest.raises(RuntimeError, match="add_param_group after the first step"):
+            run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        assert len(run.optimizer.param_groups) == 2
+        assert everything(run) == before
+        return everything(run.step(2))
+
+    assert together(2, fn) == together(2, lambda rank: everything(Run(rank, two_groups, **options).step(5)))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_without_feedback_and_compression_gradients_are_averaged(clip: bool, make: Make) -> None:
+    def ours(rank: int) -> list[Tensor]:
+        run = Run(rank, make, dtype=torch.float64, **DENSE)
+        for _ in range(10):
+            run.set_gradients()
+            if clip:
+                run.optimizer.synchronize()
+                nn.utils.clip_grad_norm_(run.parameters, 0.5)
+                with run.optimizer.skip_synchronize():
+                    run.optimizer.step()
+            else:
+                run.optimizer.step()
+            run.taken += 1
+        return [parameter.detach() for parameter in run.parameters]
+
+    parameters = [nn.Parameter(torch.tensor(array)) for array in start_point()]
+    optimizer = make(parameters)
+    for step in range(10):
+        at = [parameter.detach().numpy().copy() for parameter in parameters]
+        slopes = [curved_valley(rank, step, at) for rank in range(3)]
+        for i, parameter in enumerate(parameters):
+            found = [np.zeros_like(at[i]) if slope[i] is None else slope[i] for slope in slopes]
+            parameter.grad = torch.tensor(np.mean(np.array(found), axis=0))
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+    for result in together(3, ours):
+        for mine, theirs in zip(result, parameters, strict=True):
+            torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=1e-12)
+
+
+def test_with_compression_the_clipping_recipe_sees_local_gradients() -> None:
+    def fn(rank: int, recipe: bool) -> dict[str, bytes]:
+        run = Run(rank)
+        for _ in range(5):
+            run.set_gradients()
+            if recipe:
+                local = bits([parameter.grad for parameter in run.parameters])
+                run.optimizer.synchronize()
+                assert bits([parameter.grad for parameter in run.parameters]) == local
+            nn.utils.clip_grad_norm_(run.parameters, 0.5)
+            if recipe:
+                with run.optimizer.skip_synchronize():
+                    run.optimizer.step()
+            else:
+                run.optimizer.step()
+            run.taken += 1
+        return everything(run)
+
+    assert together(2, lambda rank: fn(rank, True)) == together(2, lambda rank: fn(rank, False))
