@@ -67,7 +67,7 @@ def code(compressor: Compressor, bucket: Bucket) -> Coded:
 @st.composite
 def buckets(draw: st.DrawFn, largest: float = math.inf) -> Bucket:
     """Zeros of both signs, ties, denormals and huge numbers, in any mixture and any cut."""
-    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    dtype: Any = draw(st.sampled_from([np.float32, np.float64]))
     info = np.finfo(dtype)
     huge = float(dtype(min(largest, 1e37 if dtype is np.float32 else 1e300)))
     special = [0.0, 1.0, 1 / 3, float(info.tiny), float(info.smallest_subnormal), huge]

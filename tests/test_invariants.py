@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_saef import Compression, Compressor, run_workers
+from hvd_saef import Compression, run_workers
 from hvd_saef.communicator import ThreadCommunicator
 from hvd_saef.compression import BlockedTensor, NoneCompressor, SignCompressor
 from tests.oracle import Array, Setup, mean, run
@@ -26,10 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:parameters are stepped ahead"),
     pytest.mark.filterwarnings("ignore:the largest block"),
 ]
-ROUNDING = 1e-12
-"""Numbers are of size 1, and one operation rounds by 1e-16: some thousand of them fit in."""
-
-quick = settings(max_examples=30, deadline=None)
+ROUNDING = 1e-12  # numbers are of size 1 and one operation rounds by 1e-16: some thousand fit in
+quick = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,7 +51,7 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, **fixed: Any) -> Case:
+def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
     """Any settings that go together, but for those that are `fixed`."""
     fraction = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1)
     feedback, double = draw(st.sampled_from(["saef", "saef", "ef"])), draw(st.booleans())
@@ -129,10 +127,8 @@ def plain(setup: Setup, steps: int) -> list[Array]:
 def distance_from_plain(case: Case, **options: Any) -> float:
     setup = dataclasses.replace(case.setup, optimizer="sgdm")
     steps = 6 * setup.local_steps
-    outcomes = run_workers(
-        setup.workers,
-        lambda rank: run_library(setup, rank, start_point(), steps=steps, server=case.server, **options),
-    )
+    options = {"steps": steps, "server": case.server} | options
+    outcomes = run_workers(setup.workers, lambda rank: run_library(setup, rank, start_point(), **options))
     return max(worst(outcome.x, plain(setup, steps)) for outcome in outcomes)
 
 
@@ -149,8 +145,8 @@ def test_errors_need_no_rescaling(case: Case) -> None:
     truth = run(case.setup, start_point(), curved_valley, 8 * case.setup.local_steps)
     rounds = watch(case.setup, server=case.server)
     assert max(worst(held.x, truth.x) for held in rounds[-1].after) < 1e-10
-    assert max(worst(r.auxiliary, a) for r, a in zip(rounds, truth.auxiliary, strict=True)) < 1e-10
-    assert max(worst(r.mean_update, u) for r, u in zip(rounds, truth.mean_update, strict=True)) < 1e-10
+    for r, auxiliary, update in zip(rounds, truth.auxiliary, truth.mean_update, strict=True):
+        assert max(worst(r.auxiliary, auxiliary), worst(r.mean_update, update)) < 1e-10
 
 
 def mismatch(setup: Setup) -> list[float]:
@@ -163,7 +159,7 @@ def mismatch(setup: Setup) -> list[float]:
 @pytest.mark.parametrize("compressor", ["sign", "topk"])
 @pytest.mark.parametrize("period", [2, 3])
 def test_no_mismatch_after_an_averaging(workers: int, compressor: str, period: int) -> None:
-    """With alpha = beta = 1, b = x - mean e - s, which is x~. At no other time, and for no smaller beta."""
+    """At alpha = beta = 1, b = x - mean e - s is x~. At no other time, and for no smaller beta."""
     setup = Setup(
         workers, compressor, averaging_period=period, server_step_ahead=1.0, optimizer="sgd", lr=schedule
     )
@@ -278,7 +274,7 @@ def test_chance_is_noticed() -> None:
 
 
 def test_blocks_that_know_of_others_are_noticed() -> None:
-    bad: Compressor = Broken("reads other blocks")
+    bad = Broken("reads other blocks")
     assert not servers_agree(SIGN, compression=bad)
     assert not equal(*(watch(SIGN, 3, compression=bad, bucket_bytes=n) for n in (1, 1 << 20)))
 

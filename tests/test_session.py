@@ -6,13 +6,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hvd_saef import Compression
-from tests.problems import curved_valley, start_point
 from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
@@ -264,57 +262,3 @@ def test_add_param_group(options: dict[str, Any]) -> None:
         return everything(run.step(2))
 
     assert together(2, fn) == together(2, lambda rank: everything(Run(rank, two_groups, **options).step(5)))
-
-
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("make", [sgd, adamw])
-def test_without_feedback_and_compression_gradients_are_averaged(clip: bool, make: Make) -> None:
-    def ours(rank: int) -> list[Tensor]:
-        run = Run(rank, make, dtype=torch.float64, **DENSE)
-        for _ in range(10):
-            run.set_gradients()
-            if clip:
-                run.optimizer.synchronize()
-                nn.utils.clip_grad_norm_(run.parameters, 0.5)
-                with run.optimizer.skip_synchronize():
-                    run.optimizer.step()
-            else:
-                run.optimizer.step()
-            run.taken += 1
-        return [parameter.detach() for parameter in run.parameters]
-
-    parameters = [nn.Parameter(torch.tensor(array)) for array in start_point()]
-    optimizer = make(parameters)
-    for step in range(10):
-        at = [parameter.detach().numpy().copy() for parameter in parameters]
-        slopes = [curved_valley(rank, step, at) for rank in range(3)]
-        for i, parameter in enumerate(parameters):
-            found = [np.zeros_like(at[i]) if slope[i] is None else slope[i] for slope in slopes]
-            parameter.grad = torch.tensor(np.mean(np.array(found), axis=0))
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.step()
-    for result in together(3, ours):
-        for mine, theirs in zip(result, parameters, strict=True):
-            torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=1e-12)
-
-
-def test_with_compression_the_clipping_recipe_sees_local_gradients() -> None:
-    def fn(rank: int, recipe: bool) -> dict[str, bytes]:
-        run = Run(rank)
-        for _ in range(5):
-            run.set_gradients()
-            if recipe:
-                local = bits([parameter.grad for parameter in run.parameters])
-                run.optimizer.synchronize()
-                assert bits([parameter.grad for parameter in run.parameters]) == local
-            nn.utils.clip_grad_norm_(run.parameters, 0.5)
-            if recipe:
-                with run.optimizer.skip_synchronize():
-                    run.optimizer.step()
-            else:
-                run.optimizer.step()
-            run.taken += 1
-        return everything(run)
-
-    assert together(2, lambda rank: fn(rank, True)) == together(2, lambda rank: fn(rank, False))

@@ -1,6 +1,6 @@
 """What is true on real MPI and real Horovod: each check is run by all ranks of one job.
 
-    mpirun -np 3 python -m tests.mpi.checks OUTPUT.json [NAME ...]
+mpirun -np 3 python -m tests.mpi.checks OUTPUT.json [NAME ...]
 """
 
 from __future__ import annotations
@@ -265,7 +265,11 @@ def horovods_own_optimizer_gets_dense_tensors() -> None:
     optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), hvd_saef.Compression.sign)
     backward(model, 0)
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    own = [hvd_saef.Compression.sign.compress(gradient)[0] for gradient in gradients] if hvd.size() == 1 else None
+    own = (
+        [hvd_saef.Compression.sign.compress(gradient)[0] for gradient in gradients]
+        if hvd.size() == 1
+        else None
+    )
     optimizer.step()
     for i, (parameter, start) in enumerate(zip(model.parameters(), before, strict=True)):
         moved = start - parameter.detach()

@@ -27,7 +27,17 @@ from tests.mpi.checks import CHECKS
 def report(ranks: int) -> dict[str, list[str]]:
     """What failed in a job of `ranks` ranks, check by check; run once a process."""
     output = Path(mkdtemp()) / "report.json"
-    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "mpi4py", "-m", "tests.mpi.checks", str(output)]
+    command = [
+        "mpirun",
+        "-np",
+        str(ranks),
+        sys.executable,
+        "-m",
+        "mpi4py",
+        "-m",
+        "tests.mpi.checks",
+        str(output),
+    ]
     job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     found: dict[str, list[str]] = json.loads(output.read_text())

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+NP ?= 4
+ARGS ?=
+export PYTHON
+
+.PHONY: setup train test lint format clean
+
+setup:  ## everything that hvd_saef needs, in .venv (idempotent)
+	@launch/bootstrap.sh
+
+train: setup  ## the quick start on NP ranks: make train NP=4 ARGS="--epochs 6"
+	launch/horovodrun.sh -np $(NP) python benchmarks/quickstart.py $(ARGS)
+
+test: setup  ## all tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup tests
+
+lint: setup  ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup  ## let ruff rewrite what it can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## what make made here; the cache of built wheels stays
+	rm -rf .venv build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

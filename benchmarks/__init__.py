@@ -1,0 +1,1 @@
+"""Things to measure with: the quick start."""
