@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import importlib
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ _missing: list[str] = []
 # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
 MPI: Any = _import("mpi4py.MPI")
 hvd: Any = _import("horovod.torch")
+if hvd and hvd.is_initialized():  # pragma: no cover - the tests import us first
+    warnings.warn(
+        "hvd_saef was imported after hvd.init(): Horovod then ends MPI under other ranks' feet when the job "
+        "ends. Put `import hvd_saef` before hvd.init().",
+        stacklevel=2,
+    )
 
 CHUNK_BYTES = 1 << 30
 """The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
@@ -267,6 +274,11 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
             f"Horovod says rank {hvd.rank()} of {hvd.size()}, MPI says rank {world.Get_rank()} of "
             f"{world.Get_size()}. Payloads travel by MPI: start the job with mpirun, srun --mpi or "
             "horovodrun --mpi (not --gloo), and call hvd.init() without a communicator."
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            "MPI was initialized without MPI_THREAD_MULTIPLE, but Horovod and hvd_saef both talk through it, "
+            "from two threads. Leave mpi4py.rc.threads alone, or use an MPI that supports it."
         )
     process_set = hvd.global_process_set if process_set is None else process_set
     ranks = tuple(range(hvd.size())) if process_set is hvd.global_process_set else process_set.ranks

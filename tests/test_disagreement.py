@@ -131,16 +131,17 @@ def test_different_start_parameters_and_how_it_goes_on(options: dict[str, Any]) 
 class Flipping(SignCompressor):
     """On one worker, flips the lowest bit of one element of x, in one round."""
 
+    calls_left: int
+
     def __init__(self, call: int) -> None:
         object.__setattr__(self, "calls_left", call)
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """As a sign's, but for the flip."""
         super().decode_add(payload, out, weight)
         object.__setattr__(self, "calls_left", self.calls_left - 1)
         if self.calls_left == 0:
             out.flat[36:37].view(torch.int32).bitwise_xor_(1)  # in parameter 1
-
-    calls_left: int
 
 
 @pytest.mark.parametrize(("every", "found"), [(1, 3), (2, 4), (3, 3), (5, 5), (0, None)])

@@ -127,7 +127,7 @@ def plain(setup: Setup, steps: int) -> list[Array]:
 def distance_from_plain(case: Case, **options: Any) -> float:
     setup = dataclasses.replace(case.setup, optimizer="sgdm")
     steps = 6 * setup.local_steps
-    options = {"steps": steps, "server": case.server} | options
+    options |= {"steps": steps, "server": case.server}
     outcomes = run_workers(setup.workers, lambda rank: run_library(setup, rank, start_point(), **options))
     return max(worst(outcome.x, plain(setup, steps)) for outcome in outcomes)
 

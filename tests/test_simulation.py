@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from hvd_saef import SaefError, WorkerError, run_workers
-from tests.workers import NO_MODEL, Run, bits, caught, everything, together
+from hvd_saef import Compression, SaefError, WorkerError, run_workers
+from tests.workers import NO_MODEL, Run, bits, caught, everything, sgd, together
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 
@@ -154,14 +155,17 @@ def test_a_sparse_gradient_on_one_worker_raises_on_all() -> None:
     assert together(2, lambda rank: fn(rank, True)) == dense
 
 
-def test_one_worker_trains_alone() -> None:
+def test_one_worker_without_compression_is_plain_training() -> None:
     def fn(rank: int) -> None:
-        run = Run(rank, compression=lambda *_: dense, dtype=torch.float64).step(5)
-        plain = Run(rank, compression=dense, feedback="none", dtype=torch.float64).step(5)
-        for mine, theirs in zip(run.parameters, plain.parameters, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+        run = Run(rank, compression=Compression.none, dtype=torch.float64)
+        plain = [nn.Parameter(parameter.detach().clone()) for parameter in run.parameters]
+        optimizer = sgd(plain)
+        for _ in range(8):
+            run.step()
+            for mine, theirs in zip(run.parameters, plain, strict=True):
+                theirs.grad = None if mine.grad is None else mine.grad.clone()
+            optimizer.step()
+            for mine, theirs in zip(run.parameters, plain, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
-    from hvd_saef import Compression
-
-    dense = Compression.none
     together(1, fn)

@@ -199,7 +199,7 @@ def rank_0_alone_resumed() -> None:
         backward(model, step)
         optimizer.step()
     optimizer.consolidate()
-    # Copied: torch's state dicts share their tensors with the optimizer, and with the one they are loaded into.
+    # Copied: torch's state dicts share their tensors with the optimizer they came from.
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     resumed, second = made(seed=hvd.rank() + 1)
@@ -243,7 +243,7 @@ def without_feedback_it_is_horovod() -> None:
     for wrap in (hvd.DistributedOptimizer, hvd_saef.DistributedOptimizer):
         model = small_model(seed=0)
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-        options = {} if wrap is hvd.DistributedOptimizer else {"feedback": "none"}
+        options: dict[str, Any] = {} if wrap is hvd.DistributedOptimizer else {"feedback": "none"}
         optimizer = wrap(inner, model.named_parameters(), hvd.Compression.none, **options)
         for step in range(10):
             optimizer.zero_grad()

@@ -1,0 +1,71 @@
+"""launch/bootstrap.sh says in one line what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mpi.launch import ROOT
+
+TOOLS = ("bash", "sed", "cat", "cut", "sha256sum", "dirname", "grep", "mkdir", "g++", "cmake", "make")
+
+
+def bootstrap(folder: Path, tools: tuple[str, ...] = TOOLS, **environment: str) -> tuple[int, str]:
+    """Run it where only `tools` are on the PATH; nothing is installed before the tools are checked."""
+    path = folder / "bin"
+    path.mkdir()
+    for tool in tools:
+        found = shutil.which(tool)
+        assert found is not None
+        (path / tool).symlink_to(found)
+    command = [str(ROOT / "launch" / "bootstrap.sh"), "--venv", str(folder / "venv")]
+    variables = {"PATH": str(path), "HOME": str(folder), "PYTHON": sys._base_executable} | environment
+    job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert not (folder / "venv").exists()
+    return job.returncode, job.stderr
+
+
+@pytest.mark.parametrize("tool", ["g++", "cmake", "make"])
+def test_a_missing_tool(tmp_path: Path, tool: str) -> None:
+    code, said = bootstrap(tmp_path, tuple(name for name in TOOLS if name != tool))
+    assert code == 1
+    assert len(said.splitlines()) == 1
+    assert tool in said
+    assert "install" in said
+
+
+def fake_python(folder: Path, refuses: str) -> str:
+    """An interpreter that fails one of the questions that it is asked."""
+    script = folder / "python"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *"{refuses}"*) exit 1;; esac\nexec "{sys._base_executable}" "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "says"),
+    [("Python.h", "python3-dev"), ("ensurepip", "python3-venv"), ("version_info < (3, 10)", "3.10 or newer")],
+)
+def test_a_lacking_python(tmp_path: Path, refuses: str, says: str) -> None:
+    code, said = bootstrap(tmp_path, PYTHON=fake_python(tmp_path, refuses))
+    assert code == 1
+    assert len(said.splitlines()) == 1
+    assert says in said
+
+
+def test_no_python_and_wrong_option(tmp_path: Path) -> None:
+    code, said = bootstrap(tmp_path, PYTHON="no-such-python")
+    assert code == 1
+    assert "no no-such-python found" in said
+    command = [str(ROOT / "launch" / "bootstrap.sh"), "--gpu"]
+    job = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert job.returncode == 1
+    assert "--gpu" in job.stderr
+    assert "--cuda" in job.stderr
