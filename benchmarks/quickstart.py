@@ -80,7 +80,7 @@ def digits(device: str) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
+def shifted(images: Tensor, generator: torch.Generator, most: int = 3) -> Tensor:
     """The images, each shifted by up to `most` pixels: the augmentation."""
     size = images.shape[-1]
     padded = nn.functional.pad(images, [most] * 4, value=float(images.min()))
@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cut", type=int, default=6, help="epochs after which the rate is cut to a tenth")
     parser.add_argument("--warmup", type=int, default=31, help="first steps, in which the rate rises")
     parser.add_argument("--batch", type=int, default=128, help="images a step, over all ranks")
-    parser.add_argument("--lr", type=float, default=0.2, help="learning rate")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay of SGD")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (untried)")

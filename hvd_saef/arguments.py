@@ -20,7 +20,7 @@ GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
 HOROVODS_MODULE: str | None = hvd.DistributedOptimizer.__module__ if hvd else None
 
 
-def check_horovod_arguments(op: Any, predivide: float, overlap: bool, check_every: int) -> None:
+def check_horovod_arguments(op: Any, predivide: float, overlap: bool) -> None:
     """Refuse what Horovod takes and what would mean something else here."""
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         raise RuntimeError(
@@ -39,10 +39,6 @@ def check_horovod_arguments(op: Any, predivide: float, overlap: bool, check_ever
         )
     if overlap is not False:
         raise ValueError(f"overlap={overlap!r}: only False is allowed; it is not available yet.")
-    if isinstance(check_every, bool) or not isinstance(check_every, int):
-        raise TypeError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
-    if check_every < 0:
-        raise ValueError(f"check_consensus_every={check_every!r}: a whole number >= 0 is allowed; 0 is off.")
 
 
 def check_optimizer(optimizer: Any) -> None:

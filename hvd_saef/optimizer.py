@@ -98,7 +98,7 @@ def DistributedOptimizer(
         RuntimeError: Horovod is not initialized, is elastic, or does not run on MPI.
 
     """
-    check_horovod_arguments(op, gradient_predivide_factor, overlap, check_consensus_every)
+    check_horovod_arguments(op, gradient_predivide_factor, overlap)
     settings = Settings(
         feedback=feedback,
         step_ahead=step_ahead,
@@ -111,6 +111,7 @@ def DistributedOptimizer(
         server=server,
         bucket_bytes=bucket_bytes,
         on_nonfinite=on_nonfinite,
+        check_consensus_every=check_consensus_every,
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
     )
@@ -125,7 +126,7 @@ def DistributedOptimizer(
         choose = compressor_chooser(Compression.none)
 
     wrapped = _share(optimizer)
-    session = Session(wrapped, names, choose, settings, communicator, check_consensus_every)
+    session = Session(wrapped, names, choose, settings, communicator)
     wrapped._saef = session
     _ = session.layout  # wrong parameters are found now, not at the first step
     _undo_horovods_initial_step(wrapped)

@@ -32,7 +32,6 @@ class Session:
         choose: ChooseCompressor,
         settings: Settings,
         communicator: Communicator,
-        check_consensus_every: int,
     ) -> None:
         self.optimizer = optimizer
         self.names = names
@@ -42,7 +41,6 @@ class Session:
         self.exchange = Exchange(communicator, settings, self.statistics)
         self.modes = Modes(self.exchange)
         self._choose = choose
-        self._check_consensus_every = check_consensus_every
         self._skip_synchronize = False
         self.origin = Origin(communicator, settings, self.modes)
 
@@ -128,8 +126,7 @@ class Session:
             with torch.no_grad():
                 for gradient in gradients:
                     gradient.div_(scale.to(gradient.device))
-        finite = all(_is_finite(gradient) for gradient in gradients)
-        return Word.NOTHING if finite else Word.NONFINITE
+        return Word.NOTHING if _are_finite(gradients) else Word.NONFINITE
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
@@ -147,7 +144,7 @@ class Session:
         bad = [
             slot.name
             for slot in self.layout.slots
-            if slot.parameter.grad is not None and not _is_finite(slot.parameter.grad)
+            if slot.parameter.grad is not None and not _are_finite([slot.parameter.grad])
         ]
         everyone = self.communicator.allgather_object(bad[:1])
         who = ", ".join(f"{names[0]!r} on rank {rank}" for rank, names in enumerate(everyone) if names)
@@ -168,7 +165,8 @@ class Session:
             self.exchange.complete_round(self.modes.state)
         if evaluating:
             self.modes.eval()
-        if self._check_consensus_every and self.rounds % self._check_consensus_every == 0:
+        every = self.settings.check_consensus_every
+        if every and self.rounds % every == 0:
             with self.statistics.phase("agreement"):
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
@@ -245,8 +243,9 @@ class Session:
         return {"rounds": self.rounds} | self.statistics.as_dict() | {"error_norm": e, "server_error_norm": s}
 
 
-def _is_finite(gradient: Tensor) -> bool:
+def _are_finite(gradients: list[Tensor]) -> bool:
     """One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again."""
-    if bool(torch.isfinite(gradient.detach().sum())):
+    sums = [gradient.detach().sum().float() for gradient in gradients]
+    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
         return True
-    return bool(torch.isfinite(gradient).all())
+    return all(bool(gradient.isfinite().all()) for gradient in gradients)

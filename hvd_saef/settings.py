@@ -42,6 +42,8 @@ class Settings:
     """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
     on_nonfinite: OnNonfinite = "raise"
     """A NaN or infinity in any worker's gradient: "raise" on all workers, or "skip" the step on all."""
+    check_consensus_every: int = 0
+    """Rounds between two checks that x has the same bits on all workers. 0 is off."""
     backward_passes_per_step: int = 1
     """As in Horovod: backward passes whose gradients add up before a step."""
     sparse_as_dense: bool = False
@@ -60,6 +62,7 @@ class Settings:
         _whole("warmup_steps", self.warmup_steps, 0)
         _whole("block_size", self.block_size, 1, or_none=True)
         _whole("bucket_bytes", self.bucket_bytes, 1)
+        _whole("check_consensus_every", self.check_consensus_every, 0)
         _whole("backward_passes_per_step", self.backward_passes_per_step, 1)
         self._check_combinations()
 

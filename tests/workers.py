@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from collections.abc import Callable
@@ -141,6 +142,14 @@ def bits(value: Any, at: str = "") -> dict[str, bytes]:
 def everything(run: Run) -> dict[str, bytes]:
     """The bits of a run's parameters and state dict."""
     return bits({"parameters": run.parameters, "state": run.optimizer.state_dict()})
+
+
+def saved(state: Any) -> Any:
+    """Through a file that may hold nothing but tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

@@ -1,0 +1,133 @@
+"""Resuming on rank 0 alone, or on another number of workers: what is kept, and that x stays one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_saef import Compression
+from tests.workers import NO_MODEL, Run, bits, saved, together, warned
+
+pytestmark = pytest.mark.filterwarnings(NO_MODEL, "ignore:only rank:UserWarning")
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sharded": {},
+    "ef, single-way": {"feedback": "ef", "double_compression": False},
+    "replicated": {"averaging_period": 4, "server": "replicated", "server_step_ahead": 0.5},
+    "in a round": {"local_steps": 3, "averaging_period": 2},
+    "in a round, replicated": {
+        "local_steps": 4,
+        "compression": Compression.topk(0.2),
+        "server": "replicated",
+    },
+    "bfloat16": {"dtype": torch.bfloat16, "local_steps": 2},
+    "no feedback": {"feedback": "none"},
+    "dense": {"compression": Compression.none, "feedback": "none"},
+}
+
+
+def stopped(rank: int, consolidated: bool, **options: Any) -> tuple[Any, list[Tensor]]:
+    """The state dict and x after seven steps, and consolidate() if asked."""
+    run = Run(rank, **options).step(7)
+    if consolidated:
+        run.optimizer.consolidate()
+    state = saved(run.optimizer.state_dict())
+    run.optimizer.eval()
+    return state, [parameter.detach().clone() for parameter in run.parameters]
+
+
+def resumed(rank: int, states: list[tuple[Any, list[Tensor]]], **options: Any) -> Run:
+    """A fresh run, loaded on rank 0 alone, with rank 0's parameters on all: hvd.broadcast_parameters."""
+    run = Run(rank, seed=1 + rank, **options)
+    if rank == 0:
+        run.optimizer.load_state_dict(states[0][0])
+    with torch.no_grad():
+        for mine, theirs in zip(run.parameters, states[0][1], strict=True):
+            mine.copy_(theirs)
+    run.taken = 7
+    return run
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_only_rank_0_is_resumed(options: dict[str, Any], consolidated: bool) -> None:
+    replicated = options.get("server") == "replicated" or options.get("double_compression") is False
+    states = together(3, lambda rank: stopped(rank, consolidated, **options))
+    ours = states[0][0]["hvd_saef"]
+
+    def fn(rank: int) -> dict[str, bytes]:
+        run = resumed(rank, states, on_nonfinite="skip", **options)
+        run.parameters[0].grad = torch.full_like(run.parameters[0], torch.nan)
+        run.optimizer.step()  # is skipped, but settles where x, e and s come from
+        now = run.optimizer.state_dict()["hvd_saef"]
+        assert bits(now["x"]) == bits(ours["x"])
+        assert now["rounds"] == ours["rounds"]
+        if consolidated:
+            assert bits(now["errors"]) == bits(ours["errors"])
+        else:
+            assert run.optimizer.stats()["error_norm"] == 0
+        if replicated:
+            assert bits(now["server_errors"]) == bits(ours["server_errors"])
+        else:
+            assert run.optimizer.stats()["server_error_norm"] == 0
+        run.step(3 if options.get("local_steps") != 4 else 4)
+        assert run.optimizer.stats()["rounds"] > ours["rounds"]
+        run.optimizer.eval()
+        return bits(run.parameters)
+
+    first, *others = together(3, fn)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("method", ["flush", "consolidate"])
+def test_collective_methods_before_the_first_step_settle_first(method: str) -> None:
+    """Rank 0 was saved within a round; the others, fresh, are at a round's start."""
+    options = {"local_steps": 3}
+    states = together(2, lambda rank: stopped(rank, False, **options))
+
+    def fn(rank: int) -> dict[str, bytes]:
+        run = resumed(rank, states, **options)
+        getattr(run.optimizer, method)()
+        return bits(run.step(3).x())
+
+    first, second = together(2, fn)
+    assert first == second
+
+
+@pytest.mark.parametrize(("workers", "server"), [(2, "auto"), (2, "sharded"), (3, "replicated"), (4, "auto")])
+def test_a_sharded_state_for_other_workers_does_not_split_x(workers: int, server: Any) -> None:
+    """Whoever loads whatever part of s: x stays one, or an error says that the state does not fit."""
+    states = together(3, lambda rank: saved(Run(rank, server="sharded").step(5).optimizer.state_dict()))
+
+    def fn(rank: int) -> dict[str, bytes] | None:
+        run = Run(rank, server=server)
+        try:
+            run.optimizer.load_state_dict(states[rank % 3])
+        except ValueError:
+            return None
+        return bits(run.step(4).x())
+
+    first, *others = together(workers, fn)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("server", ["replicated", "sharded"])
+def test_what_is_lost_is_told_once(consolidated: bool, server: str) -> None:
+    def fn(rank: int) -> None:
+        run = Run(rank, server=server).step(3)
+        if consolidated:
+            run.optimizer.consolidate()
+        if rank == 0:
+            run.optimizer.load_state_dict(run.optimizer.state_dict())
+        run.step()
+
+    told = [(rank, text) for rank, text in warned(3, fn) if "only rank 0 was loaded" in text]
+    assert len(told) == (0 if consolidated and server == "replicated" else 1)
+    for rank, text in told:
+        assert rank == 0
+        assert ("the workers' errors" in text) is not consolidated
+        assert ("the sharded server's error" in text) is (server == "sharded")
