@@ -105,7 +105,7 @@ def summary(grouped: Curves, cut: int) -> list[str]:
     lines = []
     for method, groups in grouped.items():
         last = groups[max(groups)][0]
-        if last.bytes_sent:
+        if 0 < last.bytes_sent < last.float32_bytes:
             ratio = last.float32_bytes / last.bytes_sent
             lines.append(f"{method:<25} sends 1/{ratio:.1f} of what a float32 ring allreduce sends")
     epochs = sorted(next(iter(grouped.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def stopped(rank: int, consolidated: bool, **options: Any) -> tuple[Any, list[Tensor]]:
-    """The state dict and x after seven steps, and consolidate() if asked."""
-    run = Run(rank, **options).step(7)
+    """The state dict and x after some steps, with consolidate() after them if asked, else long before."""
+    run = Run(rank, **options).step(2)
+    run.optimizer.consolidate()
+    run.step(5)
     if consolidated:
         run.optimizer.consolidate()
     state = saved(run.optimizer.state_dict())
@@ -40,10 +43,12 @@ def stopped(rank: int, consolidated: bool, **options: Any) -> tuple[Any, list[Te
 
 
 def resumed(rank: int, states: list[tuple[Any, list[Tensor]]], **options: Any) -> Run:
-    """A fresh run, loaded on rank 0 alone, with rank 0's parameters on all: hvd.broadcast_parameters."""
+    """A fresh run, loaded on rank 0 alone; parameters and torch's state are as after Horovod's broadcasts."""
     run = Run(rank, seed=1 + rank, **options)
-    if rank == 0:
-        run.optimizer.load_state_dict(states[0][0])
+    state = copy.deepcopy(states[0][0])  # torch would share its tensors
+    if rank != 0:
+        del state["hvd_saef"]
+    run.optimizer.load_state_dict(state)
     with torch.no_grad():
         for mine, theirs in zip(run.parameters, states[0][1], strict=True):
             mine.copy_(theirs)
