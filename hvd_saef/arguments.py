@@ -68,13 +68,14 @@ def name_parameters(
             for i, group in enumerate(optimizer.param_groups)
             for j, p in enumerate(group["params"])
         }
+    allowed = "tuples (name, parameter) are allowed, as model.named_parameters() gives them"
+    if not isinstance(named_parameters, Iterable):
+        raise TypeError(f"named_parameters={named_parameters!r}: {allowed}.")
     pairs = list(named_parameters)
     for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(
-                f"named_parameters holds {pair!r}: tuples (name, parameter) are allowed, as "
-                "model.named_parameters() gives them."
-            )
+        fits = isinstance(pair, tuple) and len(pair) == 2
+        if not (fits and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            raise ValueError(f"named_parameters holds {pair!r}: {allowed}.")
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:

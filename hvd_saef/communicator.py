@@ -56,10 +56,10 @@ class Communicator(abc.ABC):
         """Everyone's payload, in rank order, on this payload's device. Worker k sends counts[k] bytes."""
 
     @abc.abstractmethod
-    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Cut `payload` into pieces of counts[j] bytes and send piece j to worker j.
+    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Send piece j to worker j; piece j is of the same size on all workers.
 
-        Returns the pieces sent to this worker, its own among them, in rank order, counts[rank] bytes each.
+        Returns the pieces sent to this worker, its own among them, in rank order.
         """
 
     @abc.abstractmethod
@@ -87,8 +87,8 @@ class SoloCommunicator(Communicator):
     def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
         return [payload]
 
-    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        return [payload]
+    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        return list(pieces)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         pass
@@ -126,20 +126,21 @@ class MpiCommunicator(Communicator):
                 received[k].numpy()[start : start + sizes[k]] = piece
         return [piece.to(payload.device) for piece in received]
 
-    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        pieces = np.split(payload.cpu().numpy(), np.cumsum(counts)[:-1])
+    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        arrays = [piece.cpu().numpy() for piece in pieces]
+        counts = [array.size for array in arrays]
         received = [torch.empty(counts[self.rank], dtype=torch.uint8) for _ in counts]
         step = max(1, CHUNK_BYTES // self.size)
         for start in range(0, max(counts), step):
             sizes = [max(0, min(step, count - start)) for count in counts]
-            out = np.concatenate([piece[start : start + n] for piece, n in zip(pieces, sizes, strict=True)])
+            out = np.concatenate([piece[start : start + n] for piece, n in zip(arrays, sizes, strict=True)])
             own = sizes[self.rank]
             chunk = np.empty(own * self.size, np.uint8)
             incoming = ([own] * self.size, None)
             self._mpi.Alltoallv([out, (sizes, None), MPI.BYTE], [chunk, incoming, MPI.BYTE])
             for k in range(self.size):
                 received[k].numpy()[start : start + own] = chunk[k * own : (k + 1) * own]
-        return [piece.to(payload.device) for piece in received]
+        return [piece.to(pieces[0].device) for piece in received]
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
@@ -211,9 +212,9 @@ class ThreadCommunicator(Communicator):
     def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
         return self._meeting.exchange(self.rank, "allgather", payload.clone())
 
-    def alltoall(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        pieces = torch.split(payload.clone(), list(counts))
-        return [sent[self.rank] for sent in self._meeting.exchange(self.rank, "alltoall", pieces)]
+    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        sent = [piece.clone() for piece in pieces]
+        return [theirs[self.rank] for theirs in self._meeting.exchange(self.rank, "alltoall", sent)]
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         tensors = self._meeting.exchange(self.rank, f"allreduce {name}", tensor.detach().clone())

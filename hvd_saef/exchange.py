@@ -77,26 +77,25 @@ class Exchange:
             torch._foreach_copy_(bucket.views(y), bucket.parameters)
             algorithm.add_update(state.e, self.start_point(state), y)
             del y
-            payload, sizes = self._encode(state, compressor, whole=wire_dtype is not None)
+            pieces = self._encode(state, compressor, whole=wire_dtype is not None)
         if wire_dtype is not None:
-            self._through_horovod(state, compressor, payload, wire_dtype, double=not warmup)
+            self._through_horovod(state, compressor, pieces[0], wire_dtype, double=not warmup)
         else:
-            self._through_mpi(state, compressor, payload, sizes)
+            self._through_mpi(state, compressor, pieces)
         if self.settings.feedback == "none":
             state.e.zero_()
             if state.s is not None:
                 state.s.zero_()
         self.statistics.ring_allreduce_bytes += ring_bytes(self.communicator.size, 4 * bucket.numel)
 
-    def _encode(self, state: BucketState, compressor: Compressor, whole: bool) -> tuple[Tensor, list[int]]:
-        """The payloads of all parts, end to end, and the bytes of each."""
-        bucket = state.bucket
-        parts = bucket.parts(1) if whole else state.parts
-        sizes = [compressor.payload_bytes(part.blocks) for part in parts]
-        payload = _bytes(sum(sizes), bucket)
-        for part, piece in zip(parts, torch.split(payload, sizes), strict=True):
+    def _encode(self, state: BucketState, compressor: Compressor, whole: bool) -> list[Tensor]:
+        """The payloads of all parts."""
+        pieces = []
+        for part in state.bucket.parts(1) if whole else state.parts:
+            piece = _bytes(compressor.payload_bytes(part.blocks), state.bucket)
             algorithm.send(BlockedTensor(state.e[part.start : part.stop], part.blocks), compressor, piece)
-        return payload, sizes
+            pieces.append(piece)
+        return pieces
 
     def _through_horovod(
         self, state: BucketState, compressor: Compressor, payload: Tensor, wire: torch.dtype, double: bool
@@ -112,18 +111,17 @@ class Exchange:
                 algorithm.serve([mean], 1.0, BlockedTensor(state.s, bucket.blocks), compressor, payload)
             algorithm.receive([payload], 1.0, BlockedTensor(state.x, bucket.blocks), compressor)
 
-    def _through_mpi(
-        self, state: BucketState, compressor: Compressor, payload: Tensor, sizes: list[int]
-    ) -> None:
+    def _through_mpi(self, state: BucketState, compressor: Compressor, pieces: list[Tensor]) -> None:
         """Rows 5 (or 5') and 6 for gathered payloads; a sharded server gets its part of them only."""
         bucket, communicator = state.bucket, self.communicator
+        sizes = [piece.numel() for piece in pieces]
         with self.statistics.phase("exchange"):
             if state.sharded:
-                arrived = communicator.alltoall(payload, sizes)
+                arrived = communicator.alltoall(pieces)
                 own = sizes[state.mine]
                 self._count(sent=sum(sizes) - own, received=(communicator.size - 1) * own)
             else:
-                arrived = self._gather(payload, communicator.size * sizes)
+                arrived = self._gather(pieces[0], communicator.size * sizes)
         weight = 1 / communicator.size
         x = BlockedTensor(state.x, bucket.blocks)
         if state.s is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hvd_saef.compression import Blocks, Compressor, state_dtype
 from hvd_saef.settings import Settings
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChooseCompressor = Callable[[str, Tensor], Compressor]
 
 
@@ -151,7 +152,7 @@ def build_layout(
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
             name = names[parameter]
-            if not parameter.is_floating_point():
+            if parameter.dtype not in DTYPES:
                 raise TypeError(
                     f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
                     "float64 are allowed. Leave it out of the optimizer."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ class Modes:
             )
         self.leave_x()
 
+    def begin(self, state: State | None, points: list[Tensor] | None = None) -> None:
+        """Train on `state` from a round's start, or from `points` within one."""
+        self.state = state
+        if points is None:
+            self.local_steps_done = 0
+        self.to_start(points)
+
     @torch.no_grad()
     def to_start(self, points: list[Tensor] | None = None) -> None:
         """x, e or s changed: put the parameters where they belong now.
@@ -122,28 +130,45 @@ class ModelHooks:
     """The hooks on `model=`: a copy or a pickle of the model takes them along, but without effect."""
 
     def __init__(self, modes: Modes | None) -> None:
-        self._modes = weakref.ref(modes) if modes is not None else lambda: None
+        self._modes = modes
+        self._handles: list[Any] = []
+        self._parameters: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelHooks, (None,)
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Evaluation sees x, training the training point."""
-        modes = self._modes()
-        if modes is None:
+        if self._modes is None:
             return
         if module.training:
-            modes.leave_x()
+            self._modes.leave_x()
         else:
-            modes.visit_x(gradients=torch.is_grad_enabled())
+            self._modes.visit_x(gradients=torch.is_grad_enabled())
 
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """What is saved, or broadcast, is x."""
-        modes = self._modes()
-        if modes is not None:
-            modes.visit_x()
+        if self._modes is not None:
+            self._modes.visit_x()
 
-    def attach(self, model: nn.Module) -> None:
-        """Register with a model, for as long as it lives."""
-        model.register_forward_pre_hook(self.before_forward)
-        model.register_state_dict_pre_hook(self.before_state_dict)  # type: ignore[no-untyped-call]
+    def attach(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
+        """Register with a model, in place of earlier hooks for any of these parameters.
+
+        An earlier optimizer leaves the parameters at its x, which is where a new one starts.
+        """
+        self._parameters = {id(parameter) for parameter in parameters}
+        hooks = _of_models.setdefault(model, [])
+        for earlier in [hook for hook in hooks if hook._parameters & self._parameters]:
+            if earlier._modes is not None:
+                earlier._modes.eval()
+            for handle in earlier._handles:
+                handle.remove()
+            hooks.remove(earlier)
+        hooks.append(self)
+        self._handles = [
+            model.register_forward_pre_hook(self.before_forward),
+            model.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
+        ]
+
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, list[ModelHooks]] = weakref.WeakKeyDictionary()

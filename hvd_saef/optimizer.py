@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -126,12 +125,12 @@ def DistributedOptimizer(
         choose = compressor_chooser(Compression.none)
 
     wrapped = _share(optimizer)
-    session = Session(wrapped, names, choose, settings, communicator)
+    session = Session(optimizer, names, choose, settings, communicator)
     wrapped._saef = session
     _ = session.layout  # wrong parameters are found now, not at the first step
     _undo_horovods_initial_step(wrapped)
     if model is not None:
-        ModelHooks(session.modes).attach(model)
+        ModelHooks(session.modes).attach(model, names)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, model)
     return wrapped
@@ -207,43 +206,34 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
     """A subclass of `base` with SaefMethods, under base's name as Horovod's is."""
 
     # `base` comes first in the method resolution order: Horovod's broadcast_optimizer_state calls
-    # super(optimizer.__class__, optimizer).step(), which must be the local step of torch.
+    # super(optimizer.__class__, optimizer).step(), which must be a local step of torch.
     class Wrapped(base, SaefMethods):  # type: ignore[misc, valid-type]
         _step_supports_amp_scaling = True
-        _in_step = False
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             """One local step, and every `local_steps`-th time the exchange. Collective."""
-            return self._saef.step(self._local_step, closure)
+            # A GradScaler leaves its findings here. The local step is the inner optimizer's, which does
+            # not see them: a fused one would unscale again.
+            scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            return self._saef.step(closure, scale, overflow)
 
-        step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in super().step()
-
-        def _local_step(self) -> None:
-            # Gradients are unscaled by now; a fused optimizer that saw the scale would do it again.
-            scaler = {
-                name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)
-            }
-            self.__dict__.update(dict.fromkeys(scaler))
-            self._in_step = True
-            try:
-                super().step()
-            finally:
-                self._in_step = False
-                self.__dict__.update(scaler)
+        step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in the local step
 
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
             state_dict: dict[str, Any] = super().state_dict()
-            return state_dict | {"hvd_saef": self._saef.export()}
+            return state_dict | {"hvd_saef": self._saef.origin.export()}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
             """The inverse. Local; at the next step all workers agree who loaded what."""
             state_dict = dict(state_dict)
             ours = state_dict.pop("hvd_saef", None)
             if ours is not None:
-                self._saef.check(ours)
+                self._saef.origin.check(ours, self._saef.kept)
             super().load_state_dict(state_dict)
-            self._saef.restore(ours)
+            inner = self._saef.inner  # torch has replaced these two here
+            inner.state, inner.param_groups = self.state, self.param_groups
+            self._saef.origin.restore(ours, self._saef.kept)
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             """As torch's, before the first step."""
@@ -257,12 +247,11 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
     return Wrapped
 
 
-def _share(optimizer: torch.optim.Optimizer) -> Any:
-    """An instance of the wrapped class that shares everything with `optimizer` but its step hooks."""
-    wrapped = object.__new__(_wrapped_class(type(optimizer)))  # type: ignore[arg-type]
-    for name, value in vars(optimizer).items():
-        if name != "step":  # a scheduler's patch of the original's step()
-            vars(wrapped)[name] = copy.copy(value) if name.startswith("_optimizer_step_") else value
+def _share(inner: torch.optim.Optimizer) -> Any:
+    """An instance of the wrapped class that shares everything with `inner`: groups, state and hooks."""
+    wrapped = object.__new__(_wrapped_class(type(inner)))  # type: ignore[arg-type]
+    # Not "step": a scheduler made before wrapping has put a patch of the inner step() there.
+    vars(wrapped).update({name: value for name, value in vars(inner).items() if name != "step"})
     return wrapped
 
 
@@ -275,7 +264,7 @@ def _undo_horovods_initial_step(wrapped: Any) -> None:
     before: list[tuple[Tensor, Tensor]] = []
 
     def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not optimizer._in_step:
+        if hasattr(optimizer, "skip_synchronize"):  # not the inner optimizer's local step
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             before[:] = [(p, p.detach().clone()) for p in parameters if p.grad is not None]
 

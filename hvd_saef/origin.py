@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,26 @@ from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.layout import Layout
 from hvd_saef.modes import Modes
 from hvd_saef.settings import Settings
-from hvd_saef.state import State
+from hvd_saef.state import State, misfit
 
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
     "root_rank=0) before the first step."
 )
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one worker brings when all agree where x, e and s come from."""
+
+    loaded: bool
+    rounds: int
+    local_steps_done: int
+    consolidated: bool
+    """Whether its e is everyone's."""
+    serves: bool
+    """Whether it has all of the server's error that it needs."""
 
 
 class Origin:
@@ -33,10 +47,21 @@ class Origin:
         self.consolidated = False
         """Whether e is the same on all workers, so that one worker's state is everyone's."""
         self._loaded = False
+        self._serves = True
         self._points: list[Tensor] | None = None
         self._communicator = communicator
         self._settings = settings
         self._modes = modes
+
+    @property
+    def rounds(self) -> int:
+        """t: completed rounds."""
+        return self._modes.state.rounds if self._modes.state else 0
+
+    def x(self, layout: Layout) -> Mapping[str, Tensor]:
+        """The consensus point by parameter name: views. The parameters, where no other x is kept."""
+        kept = self._modes.state.views_of("x") if self._modes.state else {}
+        return kept or {slot.name: slot.parameter for slot in layout.slots}
 
     # -- at the first step after wrapping or loading, collective --------------------------------------
 
@@ -46,22 +71,18 @@ class Origin:
         `layout` is what workers must agree on; `kept` what of it has x and errors of its own.
         """
         check_configuration(self._communicator, layout)
-        rounds = self._modes.state.rounds if self._modes.state else 0
-        mine = (self._loaded, rounds, self._modes.local_steps_done, self.consolidated)
-        everyone = self._communicator.allgather_object(mine)
-        loaded = [rank for rank, (was_loaded, *_) in enumerate(everyone) if was_loaded]
+        mine = Standing(
+            self._loaded, self.rounds, self._modes.local_steps_done, self.consolidated, self._serves
+        )
+        everyone: list[Standing] = self._communicator.allgather_object(mine)
+        loaded = [rank for rank, standing in enumerate(everyone) if standing.loaded]
         if not loaded:
             self._take_parameters(kept)
         elif len(loaded) < len(everyone):
-            self._take_all_from(loaded[0], kept, rounds=everyone[loaded[0]][1], errors=everyone[loaded[0]][3])
-        elif len({counts[1:3] for counts in everyone}) > 1:
-            raise ConfigurationMismatchError(
-                "workers loaded states of different steps: (rounds, local steps) are "
-                f"{[counts[1:3] for counts in everyone]}, by rank. Load the same checkpoint everywhere."
-            )
+            self._take_all_from(loaded[0], everyone[loaded[0]], kept)
         else:
-            self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
-        check_consensus(self._communicator, self.x(layout), BROADCAST_ADVICE)
+            self._go_on_as_loaded(everyone)
+        check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
         self._settle()
 
     def renew(self, layout: Layout, kept: Layout) -> None:
@@ -69,99 +90,135 @@ class Origin:
         check_configuration(self._communicator, layout)
         for slot in layout.slots:
             self._communicator.broadcast(slot.parameter, 0)
-        rounds = self._modes.state.rounds if self._modes.state else 0
-        self._take_parameters(kept).rounds = rounds
+        self._take_parameters(kept)
         self._settle()
-
-    def x(self, layout: Layout) -> Mapping[str, Tensor]:
-        """The consensus point by parameter name: views. The parameters, where no other x is kept."""
-        kept = self._modes.state.views_of("x") if self._modes.state else {}
-        return kept or {slot.name: slot.parameter for slot in layout.slots}
 
     def _settle(self) -> None:
         self.settled, self._loaded, self._points = True, False, None
 
-    def _take_parameters(self, kept: Layout) -> State:
-        state = self._modes.state or State(
-            kept, self._settings, self._communicator.rank, self._communicator.size
-        )
-        state.anchor()
-        self._modes.state, self._modes.local_steps_done = state, 0
-        return state
+    def _new_state(self, kept: Layout) -> State:
+        return State(kept, self._settings, self._communicator.rank, self._communicator.size)
 
-    def _take_all_from(self, root: int, kept: Layout, rounds: int, errors: bool) -> None:
+    def _take_parameters(self, kept: Layout) -> None:
+        state = self._modes.state or self._new_state(kept)
+        state.anchor()
+        self._modes.begin(state)
+
+    def _go_on_as_loaded(self, everyone: list[Standing]) -> None:
+        steps = [(standing.rounds, standing.local_steps_done) for standing in everyone]
+        if len(set(steps)) > 1:
+            raise ConfigurationMismatchError(
+                f"workers loaded states of different steps: (rounds, local steps) are {steps}, by rank. "
+                "Load the same checkpoint everywhere."
+            )
+        if self._modes.state and not all(standing.serves for standing in everyone):
+            self._modes.state.clear_server_errors()
+            self._warn_of_loss(["the server's error"])
+        self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
+
+    def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
         """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
-        state = self._modes.state or self._take_parameters(kept)
+        state = self._modes.state or self._new_state(kept)
+        state.rounds = standing.rounds
+        sharded = any(bucket.sharded for bucket in state.buckets)
         for bucket in state.buckets:
             self._communicator.broadcast(bucket.x, root)
-            if errors:
+            if standing.consolidated:
                 self._communicator.broadcast(bucket.e, root)
             else:
                 bucket.e.zero_()
-            if bucket.s is not None and bucket.sharded:
-                bucket.s.zero_()
-            elif bucket.s is not None:
+            if bucket.s is not None and not sharded:
                 self._communicator.broadcast(bucket.s, root)
-        state.rounds = rounds
-        self._modes.local_steps_done = 0
-        self._modes.to_start()
-        lost = [] if errors else ["the workers' errors"]
-        if any(bucket.sharded for bucket in state.buckets):
+        lost = [] if standing.consolidated else ["the workers' errors"]
+        if sharded or not standing.serves:
+            state.clear_server_errors()
             lost.append("the sharded server's error")
-        if lost and state.buckets and self._communicator.rank == 0:
+        self._modes.begin(state)
+        if state.buckets:
+            self._warn_of_loss(lost, f"only rank {root} was loaded: ")
+
+    def _warn_of_loss(self, lost: list[str], why: str = "") -> None:
+        if lost and self._communicator.rank == 0:
             warnings.warn(
-                f"only rank {root} was loaded, and its state does not hold all of {' and '.join(lost)}: "
-                "cleared on all workers. Let every rank save and load its own optimizer.state_dict().",
+                f"{why}the loaded state does not hold all of {' and '.join(lost)}, cleared on all workers. "
+                "Let every rank save and load its own optimizer.state_dict().",
                 stacklevel=2,
             )
+
+    def _server_errors(self) -> dict[str, Tensor]:
+        """What a replicated server keeps, which must be the same on all workers, too."""
+        buckets = self._modes.state.buckets if self._modes.state else []
+        return {
+            f"the server's error {state.bucket.index}": state.s
+            for state in buckets
+            if state.s is not None and not state.sharded
+        }
 
     # -- state dicts, local ---------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
         """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
-        exported: dict[str, Any] = {"version": VERSION, "settings": self._settings.describe()}
+        exported: dict[str, Any] = {"version": VERSION, "workers": self._communicator.size}
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done
         exported["reached"] = self._modes.points()
         return exported | (self._modes.state.export() if self._modes.state else {})
 
     def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
-        """Raise ValueError if `saved` is not a state of ours for these parameters."""
+        """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
         if saved.get("version") != VERSION:
             raise ValueError(
                 f"the state under 'hvd_saef' is of version {saved.get('version')!r}: {VERSION} is allowed."
             )
-        if "x" in saved:
-            State.check(saved, kept)
+        for key in ("workers", "consolidated", "local_steps_done", "reached"):
+            if key not in saved:
+                raise misfit(f"it has no {key!r}")
+        if (saved["reached"] is None) != (saved["local_steps_done"] == 0):
+            raise misfit("it has local steps without the point they reached, or the other way round")
+        if not State.is_in(saved):
+            return
+        State.check(saved, kept, saved["reached"])
+        workers = self._communicator.size
+        if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
+            raise misfit(
+                f"it was saved by {saved['workers']} workers and is loaded by {workers}, which drops errors; "
+                "call optimizer.consolidate() before saving, or load it on as many workers"
+            )
 
     def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
-        """Take what :meth:`export` gave; for None, or what has no x yet, x is taken at the next step."""
+        """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
         self.settled = False
-        self._loaded = saved is not None and "x" in saved
+        self._loaded = saved is not None and State.is_in(saved)
+        self.consolidated, self._points, self._serves = False, None, True
         if saved is None or not self._loaded:
-            self._modes.state, self._modes.local_steps_done = None, 0
-            self.consolidated, self._points = False, None
+            self._modes.begin(None)
             return
-        if self._modes.state is None:
-            self._modes.state = State(kept, self._settings, self._communicator.rank, self._communicator.size)
-        self._modes.state.restore(saved)
-        self._modes.local_steps_done = int(saved["local_steps_done"])
+        state = self._modes.state or self._new_state(kept)
+        self._serves = state.restore(saved)
         self.consolidated = bool(saved["consolidated"])
         self._points = saved["reached"]
-        self._modes.to_start(self._points)
+        self._modes.local_steps_done = int(saved["local_steps_done"])
+        self._modes.begin(state, self._points)
 
 
 def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
-    """Replace each floating state tensor of its parameter's shape by the workers' mean. Collective."""
+    """Replace the optimizer's moments by the workers' means. Collective.
+
+    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
+    count of steps is none, though it has the shape of a parameter without dimensions.
+    """
+    mine: dict[str, bool] = {}
+    for slot in layout.slots:
+        for key, value in optimizer.state.get(slot.parameter, {}).items():
+            fits = isinstance(value, Tensor) and value.is_floating_point()
+            mine[key] = mine.get(key, True) and fits and value.shape == slot.parameter.shape
+    everyone = communicator.allgather_object(mine)
+    moments = {
+        key for keys in everyone for key in keys if key != "step" and all(k.get(key, True) for k in everyone)
+    }
     for slot in layout.slots:
         state = optimizer.state.get(slot.parameter, {})
-        mine = [key for key, value in state.items() if _is_moment(value, slot.parameter)]
-        theirs = communicator.allgather_object(mine)
-        for key in sorted({key for keys in theirs for key in keys}):
+        for key in sorted(moments):
             # A worker that has had no gradient yet adds zero, and keeps its empty state.
-            moment = state[key] if key in mine else torch.zeros_like(slot.parameter)
+            moment = state.get(key, torch.zeros_like(slot.parameter))
             communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")
-
-
-def _is_moment(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -27,13 +27,13 @@ class Session:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        inner: torch.optim.Optimizer,
         names: dict[Tensor, str],
         choose: ChooseCompressor,
         settings: Settings,
         communicator: Communicator,
     ) -> None:
-        self.optimizer = optimizer
+        self.inner = inner
         self.names = names
         self.settings = settings
         self.communicator = communicator
@@ -49,7 +49,7 @@ class Session:
     @cached_property
     def layout(self) -> Layout:
         """The buckets of all parameters."""
-        layout = build_layout(self.optimizer.param_groups, self.names, self._choose, self.settings)
+        layout = build_layout(self.inner.param_groups, self.names, self._choose, self.settings)
         self._warn_of_large_block(layout)
         return layout
 
@@ -62,11 +62,6 @@ class Session:
     def averages_gradients(self) -> bool:
         """Whether to do Horovod's arithmetic: nothing is compressed and nothing fed back."""
         return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
-
-    @property
-    def rounds(self) -> int:
-        """t: completed rounds."""
-        return self.modes.state.rounds if self.modes.state else 0
 
     def _warn_of_large_block(self, layout: Layout) -> None:
         workers = self.communicator.size
@@ -83,15 +78,18 @@ class Session:
 
     # -- a step ---------------------------------------------------------------------------------------
 
-    def step(self, local_step: Callable[[], Any], closure: Callable[[], Any] | None) -> Any:
-        """One local step, and the exchange if it is the round's last. Collective."""
+    def step(self, closure: Callable[[], Any] | None, scale: Tensor | None, overflow: Tensor | None) -> Any:
+        """One local step, and the exchange if it is the round's last. Collective.
+
+        `scale` and `overflow` are a GradScaler's, or None.
+        """
         loss, failure, word = None, None, Word.NOTHING
         try:
             self.modes.before_step()
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            word = self._prepare_gradients()
+            word = self._prepare_gradients(scale, overflow)
         except Exception as error:  # raised again below, once everyone knows
             failure = error
         if self._agree(word, failure):
@@ -100,14 +98,19 @@ class Session:
         if self.averages_gradients and not self._skip_synchronize:
             self.exchange.average_gradients(self.layout)
         with self.statistics.phase("local_step"):
-            local_step()
+            self.inner.step()
         self.modes.local_steps_done += 1
         if self.modes.local_steps_done >= self.settings.local_steps:
-            self.flush()
+            self._complete_round()
         return loss
 
-    def _prepare_gradients(self) -> Word:
+    def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
         """Make gradients dense, unscale them, and say what is wrong with them."""
+        if sum(len(group["params"]) for group in self.inner.param_groups) != len(self.layout.slots):
+            raise RuntimeError(
+                "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
+                "hvd_saef.DistributedOptimizer returned."
+            )
         for slot in self.layout.slots:
             gradient = slot.parameter.grad
             if gradient is not None and gradient.is_sparse:
@@ -117,10 +120,8 @@ class Session:
                         "dense (for an Embedding: sparse=False)."
                     )
                 slot.parameter.grad = gradient.to_dense()
-        found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item() > 0:
+        if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
-        scale: Tensor | None = getattr(self.optimizer, "grad_scale", None)
         gradients = [s.parameter.grad for s in self.layout.slots if s.parameter.grad is not None]
         if scale is not None:
             with torch.no_grad():
@@ -155,8 +156,11 @@ class Session:
 
     def flush(self) -> None:
         """Complete the round now, if any local step was taken since the last. Collective."""
-        if self.modes.local_steps_done == 0:
-            return
+        self._agree(Word.NOTHING, None)  # a worker that was loaded since may be elsewhere in its round
+        if self.modes.local_steps_done > 0:
+            self._complete_round()
+
+    def _complete_round(self) -> None:
         evaluating = self.modes.evaluating
         self.modes.train()
         self.modes.local_steps_done = 0
@@ -166,7 +170,7 @@ class Session:
         if evaluating:
             self.modes.eval()
         every = self.settings.check_consensus_every
-        if every and self.rounds % every == 0:
+        if every and self.origin.rounds % every == 0:
             with self.statistics.phase("agreement"):
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
@@ -182,7 +186,7 @@ class Session:
 
     def grow(self) -> None:
         """Lay out anew, after a parameter group was added."""
-        for i, group in enumerate(self.optimizer.param_groups):
+        for i, group in enumerate(self.inner.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")
         vars(self).pop("layout", None)
@@ -192,7 +196,7 @@ class Session:
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients:
-            self._settle()
+            self._agree(Word.NOTHING, None)
             self.exchange.average_gradients(self.layout)
 
     @contextmanager
@@ -204,43 +208,27 @@ class Session:
         finally:
             self._skip_synchronize = False
 
-    def _settle(self) -> None:
-        if not self.origin.settled:
-            self._agree(Word.NOTHING, None)
-
     def consolidate(self) -> None:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
-        self._settle()
         if self.modes.state is not None:
             self.exchange.average_errors(self.modes.state)
             self.modes.to_start()
-        average_moments(self.communicator, self.optimizer, self.layout)
+        average_moments(self.communicator, self.inner, self.layout)
         self.origin.consolidated = True
 
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
         self.origin.renew(self.layout, self.kept)
 
-    # -- what is told, local --------------------------------------------------------------------------
-
-    def export(self) -> dict[str, Any]:
-        """What stands under "hvd_saef" in the state dict."""
-        return self.origin.export() | {"skipped": self.statistics.skipped}
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError if `saved` is not a state of ours for these parameters."""
-        self.origin.check(saved, self.kept)
-
-    def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """Take what :meth:`export` gave, or None for a state dict without ours."""
-        self.origin.restore(saved, self.kept)
-        self.statistics.skipped = int(saved["skipped"]) if saved is not None else 0
-
     def stats(self) -> dict[str, float]:
         """See :func:`hvd_saef.DistributedOptimizer`."""
         e, s = (0.0, 0.0) if self.modes.state is None else self.modes.state.error_norms()
-        return {"rounds": self.rounds} | self.statistics.as_dict() | {"error_norm": e, "server_error_norm": s}
+        return (
+            {"rounds": self.origin.rounds}
+            | self.statistics.as_dict()
+            | {"error_norm": e, "server_error_norm": s}
+        )
 
 
 def _are_finite(gradients: list[Tensor]) -> bool:

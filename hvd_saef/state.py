@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,7 @@ class State:
             if state.bucket.parameters:
                 torch._foreach_copy_(state.bucket.views(state.x), state.bucket.parameters)
             state.e.zero_()
-            if state.s is not None:
-                state.s.zero_()
+        self.clear_server_errors()
 
     @torch.no_grad()
     def show(self, state: BucketState, flat: Tensor) -> None:
@@ -113,53 +112,86 @@ class State:
         }
 
     @staticmethod
-    def check(saved: Mapping[str, Any], layout: Layout) -> None:
-        """Raise ValueError if what :meth:`export` gave does not fit these parameters."""
-        for key in ("rounds", "x", "errors", "server_errors"):
+    def is_in(saved: Mapping[str, Any]) -> bool:
+        """Whether anything that :meth:`export` gives is in `saved`."""
+        return any(key in saved for key in EXPORTED)
+
+    @staticmethod
+    def check(saved: Mapping[str, Any], layout: Layout, points: Sequence[Tensor] | None) -> None:
+        """Raise ValueError if what :meth:`export` gave, or training points, do not fit these parameters."""
+        for key in EXPORTED:
             if key not in saved:
-                raise ValueError(f"the state under 'hvd_saef' has no {key!r}: it was not saved by hvd_saef.")
+                raise misfit(f"it has no {key!r}")
+        slots = {slot.name: slot for slot in layout.slots}
         for key in ("x", "errors"):
-            _check_tensors(key, saved[key], layout.slots)
+            if set(slots) != set(saved[key]):
+                odd = min(set(slots).symmetric_difference(saved[key]))
+                where = "the state dict" if odd in saved[key] else "the optimizer"
+                raise misfit(f"{key} of {odd!r} is in {where} only")
+            for name, slot in slots.items():
+                _check_shape(f"{key} of {name!r}", saved[key][name], slot)
+        for name, piece in saved["server_errors"].items():
+            if (
+                name not in slots
+                or int(piece["start"]) + piece["values"].numel() > slots[name].parameter.numel()
+            ):
+                raise misfit(f"the server's error of {name!r} is larger than the parameter")
+        if points is not None:
+            if len(points) != len(layout.slots):
+                raise misfit(f"it has {len(points)} training points for {len(layout.slots)} parameters")
+            for slot, point in zip(layout.slots, points, strict=True):
+                _check_shape(f"the training point of {slot.name!r}", point, slot)
 
     @torch.no_grad()
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`export`, for what :meth:`check` found fitting."""
+    def restore(self, saved: Mapping[str, Any]) -> bool:
+        """Take what :meth:`check` found fitting. Returns whether all of s that is served here was in it."""
+        found = 0
         for state in self.buckets:
             for slot in state.bucket.slots:
                 slot.view(state.x).copy_(saved["x"][slot.name])
                 slot.view(state.e).copy_(saved["errors"][slot.name])
-            self._restore_server_error(state, saved["server_errors"])
+            found += self._restore_server_error(state, saved["server_errors"])
         self.rounds = int(saved["rounds"])
+        return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
 
-    def _restore_server_error(self, state: BucketState, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    @staticmethod
+    def _restore_server_error(state: BucketState, saved: Mapping[str, Mapping[str, Any]]) -> int:
+        """Take what of the bucket's s is served here and was saved; returns its number of elements."""
         if state.s is None:
-            return
-        state.s.zero_()
+            return 0
+        found = 0
         part = state.parts[state.mine]
+        state.s.zero_()
         for slot in state.bucket.slots:
-            piece = saved.get(slot.name)
-            if piece is None:
-                continue
-            begin = slot.start + int(piece["start"])
-            first, last = max(begin, part.start), min(begin + piece["values"].numel(), part.stop)
-            if first < last:
-                values = piece["values"][first - begin : last - begin]
-                state.s[first - part.start : last - part.start].copy_(values)
+            if slot.name in saved:
+                values = saved[slot.name]["values"]
+                begin = slot.start + int(saved[slot.name]["start"])
+                first, last = max(begin, part.start), min(begin + values.numel(), part.stop)
+                if first < last:
+                    served = state.s[first - part.start : last - part.start]
+                    served.copy_(values[first - begin : last - begin])
+                    found += last - first
+        return found
+
+    def clear_server_errors(self) -> None:
+        """Set s to zero."""
+        for state in self.buckets:
+            if state.s is not None:
+                state.s.zero_()
+
+
+EXPORTED = ("rounds", "x", "errors", "server_errors")
+
+
+def misfit(reason: str) -> ValueError:
+    """An error that says why a loaded state cannot be taken."""
+    return ValueError(f"the loaded state under 'hvd_saef' does not fit: {reason}.")
+
+
+def _check_shape(what: str, saved: Tensor, slot: Slot) -> None:
+    if saved.shape != slot.parameter.shape:
+        raise misfit(f"{what} has shape {tuple(saved.shape)}, the parameter {tuple(slot.parameter.shape)}")
 
 
 def _norm(tensors: list[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))
-
-
-def _check_tensors(key: str, saved: Mapping[str, Tensor], slots: list[Slot]) -> None:
-    names = {slot.name for slot in slots}
-    if names != set(saved):
-        odd = sorted(names.symmetric_difference(saved))[0]
-        where = "the state dict" if odd in saved else "the optimizer"
-        raise ValueError(f"the loaded hvd_saef state does not fit: {key} of {odd!r} is in {where} only.")
-    for slot in slots:
-        if saved[slot.name].shape != slot.parameter.shape:
-            raise ValueError(
-                f"the loaded hvd_saef state does not fit: {key} of {slot.name!r} has shape "
-                f"{tuple(saved[slot.name].shape)}, the parameter {tuple(slot.parameter.shape)}."
-            )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from tests.mpi.launch import ROOT
 
+# The interpreter below the virtual environment that the tests run in.
+PYTHON = str(Path(sysconfig.get_config_var("BINDIR")) / f"python{sysconfig.get_python_version()}")
 TOOLS = ("bash", "sed", "cat", "cut", "sha256sum", "dirname", "grep", "mkdir", "g++", "cmake", "make")
 
 
@@ -24,7 +26,7 @@ def bootstrap(folder: Path, tools: tuple[str, ...] = TOOLS, **environment: str) 
         assert found is not None
         (path / tool).symlink_to(found)
     command = [str(ROOT / "launch" / "bootstrap.sh"), "--venv", str(folder / "venv")]
-    variables = {"PATH": str(path), "HOME": str(folder), "PYTHON": sys._base_executable} | environment
+    variables = {"PATH": str(path), "HOME": str(folder), "PYTHON": PYTHON} | environment
     job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
     assert not (folder / "venv").exists()
     return job.returncode, job.stderr
@@ -42,9 +44,7 @@ def test_a_missing_tool(tmp_path: Path, tool: str) -> None:
 def fake_python(folder: Path, refuses: str) -> str:
     """An interpreter that fails one of the questions that it is asked."""
     script = folder / "python"
-    script.write_text(
-        f'#!/bin/sh\ncase "$*" in *"{refuses}"*) exit 1;; esac\nexec "{sys._base_executable}" "$@"\n'
-    )
+    script.write_text(f'#!/bin/sh\ncase "$*" in *"{refuses}"*) exit 1;; esac\nexec "{PYTHON}" "$@"\n')
     script.chmod(0o755)
     return str(script)
 

@@ -200,6 +200,34 @@ def test_ones_own_compressor_loses_nothing(server: str, block_size: int | None) 
     assert lost(First(forgetful=True), server, block_size) > 1e-3  # the counter-test
 
 
+@dataclass(frozen=True)
+class Viewing(Compressor):
+    """Sends each block's mean magnitude and a byte; reads and writes numbers where they lie."""
+
+    def payload_bytes(self, layout: Blocks) -> int:
+        """One number and one byte a block."""
+        return layout.count * (layout.dtype.itemsize + 1)
+
+    def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """Through a view."""
+        numbers = payload[: delta.blocks.count * delta.blocks.dtype.itemsize].view(delta.blocks.dtype)
+        numbers.copy_(torch.cat([rows.abs().mean(1) for _, rows in delta.rows()] + [delta.flat[:0]]))
+
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """Through a view."""
+        numbers = payload[: out.blocks.count * out.blocks.dtype.itemsize].view(out.blocks.dtype)
+        out.flat.add_(numbers.sum() * weight)
+
+
+@pytest.mark.filterwarnings("ignore:parameters are stepped ahead")
+@pytest.mark.parametrize("server", ["replicated", "sharded"])
+def test_payloads_are_aligned(server: str) -> None:
+    """A compressor that works with one server works with the other, wherever its piece of bytes begins."""
+    setup = Setup(workers=3, compressor="none", block_size=4, optimizer="sgd", lr=schedule)
+    rounds = watch(setup, 2, compression=Viewing(), server=server)
+    assert worst(rounds[-1].after[0].x, start_point()) > 0
+
+
 def test_descriptions_tell_compressors_apart() -> None:
     every = [*COMPRESSORS[:-3], Compression.none, Compression.fp16, First(), First(gain=0.5)]
     assert len({compressor.description for compressor in every}) == len(every)

@@ -107,7 +107,7 @@ def test_grad_scaler(options: dict[str, Any], make: Make, unscale: bool) -> None
             scaler.update()
             if step == overflow:
                 changed = {key for key, value in everything(run).items() if before[key] != value}
-                assert changed == {"/state/hvd_saef/skipped"}
+                assert changed == set()
             run.taken += 1
         assert run.optimizer.stats()["skipped"] == 1
         assert scaler.get_scale() == (512.0 if rank == 1 else 1024.0)
@@ -180,7 +180,7 @@ def test_skip(options: dict[str, Any]) -> None:
                     run.parameters[0].grad = torch.full_like(run.parameters[0], math.inf)
                 run.optimizer.step()
                 changed = {key for key, value in everything(run).items() if before.get(key) != value}
-                assert changed == {"/state/hvd_saef/skipped"}
+                assert changed == set()
             elif not (bad == () and step in (3, 4)):
                 run.optimizer.step()
             run.taken += 1

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hvd_saef import run_workers
@@ -57,7 +58,7 @@ def distance(outcomes: list[Outcome], truth: Trajectory) -> float:
 
 def assemble(outcomes: list[Outcome], like: list[Array]) -> list[Array]:
     """The server's error from the pieces that the workers hold; what nobody holds is zero."""
-    whole = [array * 0 for array in like]
+    whole = [np.zeros_like(array) for array in like]
     for outcome in outcomes:
         for name, (start, values) in outcome.server_error.items():
             place = whole[int(name.split(".")[-1])]

@@ -113,7 +113,7 @@ def test_dtypes(dtypes: list[torch.dtype], compression: Compressor, double: bool
             before[i] = after
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.zeros(3))
     table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)

@@ -171,6 +171,18 @@ def test_flush_completes_the_round(steps: int) -> None:
         assert float((left + right).abs().max()) < 1e-12
 
 
+def test_what_the_parameters_dtype_rounds_away_is_no_update() -> None:
+    def fn(rank: int) -> None:
+        run = Run(rank, dtype=torch.bfloat16, feedback="ef").step(3)
+        before = auxiliary(run)
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        run.step(5)
+        for old, new in zip(before, auxiliary(run), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+
+    together(1, fn)
+
+
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("make", [sgd, adamw])
 def test_consolidate(options: dict[str, Any], make: Make) -> None:

@@ -25,7 +25,11 @@ class DenseCompressor(Compressor):
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
         wire = payload.view(self.wire_dtype(delta.blocks.dtype))
-        wire.copy_(delta.flat)
+        if wire.dtype == delta.flat.dtype:
+            wire.copy_(delta.flat)
+        else:
+            most = torch.finfo(wire.dtype).max  # what is beyond it stays in the error
+            wire.copy_(delta.flat.clamp(-most, most))
         delta.flat.sub_(wire.to(delta.flat.dtype))
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:

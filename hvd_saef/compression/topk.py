@@ -32,6 +32,7 @@ class TopKCompressor(Compressor):
             raise TypeError(f"ratio={self.ratio!r}: a number above 0 and up to 1 is allowed (0.01 is 1 %).")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio!r}: a number above 0 and up to 1 is allowed (0.01 is 1 %).")
+        object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are the same setting
 
     def kept(self, size: int) -> int:
         """How many of a block's `size` elements travel."""
