@@ -141,16 +141,21 @@ def build_layout(
     names: Mapping[Tensor, str],
     choose: ChooseCompressor,
     settings: Settings,
+    earlier: Layout | None = None,
 ) -> Layout:
     """Lay out all parameters of `param_groups`, in their order.
 
+    With an `earlier` layout of the first of these groups, its buckets stay, and new ones follow.
     Raises TypeError for a parameter that is not of a real floating dtype.
     """
+    laid_out = {slot.parameter for slot in earlier.slots} if earlier else set()
     open_buckets: dict[tuple[torch.dtype, torch.device, str], list[tuple[str, Tensor, Compressor]]] = {}
     full: list[list[tuple[str, Tensor, Compressor]]] = []
     parameters: list[dict[str, Any]] = []
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
+            if parameter in laid_out:
+                continue
             name = names[parameter]
             if parameter.dtype not in DTYPES:
                 raise TypeError(
@@ -179,8 +184,10 @@ def build_layout(
                 }
             )
     full += open_buckets.values()
-    buckets = tuple(_bucket(i, entries, settings.block_size) for i, entries in enumerate(full))
-    return Layout(buckets, {"settings": settings.describe(), "parameters": parameters})
+    before = earlier.buckets if earlier else ()
+    buckets = tuple(_bucket(len(before) + i, entries, settings.block_size) for i, entries in enumerate(full))
+    parameters = (earlier.description["parameters"] if earlier else []) + parameters
+    return Layout(before + buckets, {"settings": settings.describe(), "parameters": parameters})
 
 
 def _bytes(entries: Iterable[tuple[str, Tensor, Compressor]], dtype: torch.dtype) -> int:

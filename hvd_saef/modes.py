@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -129,8 +129,9 @@ class Modes:
 class ModelHooks:
     """The hooks on `model=`: a copy or a pickle of the model takes them along, but without effect."""
 
-    def __init__(self, modes: Modes | None) -> None:
+    def __init__(self, modes: Modes | None, on_load: Callable[[], None] = lambda: None) -> None:
         self._modes = modes
+        self._on_load = on_load
         self._handles: list[Any] = []
         self._parameters: set[int] = set()
 
@@ -151,6 +152,11 @@ class ModelHooks:
         if self._modes is not None:
             self._modes.visit_x()
 
+    def after_load(self, module: nn.Module, incompatible: Any) -> None:
+        """What is loaded is x."""
+        if self._modes is not None:
+            self._on_load()
+
     def attach(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
         """Register with a model, in place of earlier hooks for any of these parameters.
 
@@ -168,6 +174,7 @@ class ModelHooks:
         self._handles = [
             model.register_forward_pre_hook(self.before_forward),
             model.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
         ]
 
 

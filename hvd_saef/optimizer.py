@@ -130,7 +130,7 @@ def DistributedOptimizer(
     _ = session.layout  # wrong parameters are found now, not at the first step
     _undo_horovods_initial_step(wrapped)
     if model is not None:
-        ModelHooks(session.modes).attach(model, names)
+        ModelHooks(session.modes, session.origin.parameters_replaced).attach(model, names)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, model)
     return wrapped
@@ -236,8 +236,9 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             self._saef.origin.restore(ours, self._saef.kept)
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
-            """As torch's, before the first step."""
-            self._saef.check_can_grow()
+            """As torch's. All workers must add the same, between two rounds; its errors start at 0."""
+            if self._saef.modes.local_steps_done:
+                raise RuntimeError("add_param_group between local steps: call flush() first.")
             super().add_param_group(param_group)
             self._saef.grow()
 

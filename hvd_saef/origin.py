@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +26,22 @@ BROADCAST_ADVICE = (
 VERSION = 1
 
 
+class Source(enum.Enum):
+    """Where one worker's x comes from."""
+
+    PARAMETERS = "parameters"
+    """It was just wrapped, or its parameters were replaced: x is what they hold."""
+    LOADED = "loaded"
+    """Its optimizer's state was loaded, ours in it."""
+    KEPT = "kept"
+    """It goes on with what it has."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """What one worker brings when all agree where x, e and s come from."""
 
-    loaded: bool
+    source: Source
     rounds: int
     local_steps_done: int
     consolidated: bool
@@ -39,14 +51,14 @@ class Standing:
 
 
 class Origin:
-    """Takes x, e and s into `modes.state`, once all workers have agreed on who was loaded."""
+    """Takes x, e and s into `modes.state`, once all workers have agreed on where they come from."""
 
     def __init__(self, communicator: Communicator, settings: Settings, modes: Modes) -> None:
         self.settled = False
-        """Whether all workers agreed, since the last wrapping or loading here."""
+        """Whether all workers agreed, since the last wrapping, loading or growing here."""
         self.consolidated = False
         """Whether e is the same on all workers, so that one worker's state is everyone's."""
-        self._loaded = False
+        self._source = Source.PARAMETERS
         self._serves = True
         self._points: list[Tensor] | None = None
         self._communicator = communicator
@@ -66,35 +78,40 @@ class Origin:
     # -- at the first step after wrapping or loading, collective --------------------------------------
 
     def settle(self, layout: Layout, kept: Layout) -> None:
-        """Agree who was loaded, and take x, e and s accordingly. Collective.
+        """Agree where x, e and s come from, and take them. Collective.
 
         `layout` is what workers must agree on; `kept` what of it has x and errors of its own.
         """
         check_configuration(self._communicator, layout)
-        mine = Standing(
-            self._loaded, self.rounds, self._modes.local_steps_done, self.consolidated, self._serves
-        )
+        steps = self._modes.local_steps_done
+        mine = Standing(self._source, self.rounds, steps, self.consolidated, self._serves)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
-        loaded = [rank for rank, standing in enumerate(everyone) if standing.loaded]
-        if not loaded:
-            self._take_parameters(kept)
-        elif len(loaded) < len(everyone):
-            self._take_all_from(loaded[0], everyone[loaded[0]], kept)
-        else:
+        loaded = [rank for rank, standing in enumerate(everyone) if standing.source is Source.LOADED]
+        new = [rank for rank, standing in enumerate(everyone) if standing.source is Source.PARAMETERS]
+        if len(loaded) == len(everyone):
             self._go_on_as_loaded(everyone)
+        elif loaded:
+            self._take_all_from(loaded[0], everyone[loaded[0]], kept)
+        elif new:
+            if len(new) < len(everyone):
+                self._broadcast_parameters(layout, new[0])
+            self._take_parameters(kept)
         check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
         self._settle()
 
     def renew(self, layout: Layout, kept: Layout) -> None:
         """Take x from rank 0's parameters as they are, and clear the errors. Collective."""
         check_configuration(self._communicator, layout)
-        for slot in layout.slots:
-            self._communicator.broadcast(slot.parameter, 0)
+        self._broadcast_parameters(layout, 0)
         self._take_parameters(kept)
         self._settle()
 
     def _settle(self) -> None:
-        self.settled, self._loaded, self._points = True, False, None
+        self.settled, self._source, self._points = True, Source.KEPT, None
+
+    def _broadcast_parameters(self, layout: Layout, root: int) -> None:
+        for slot in layout.slots:
+            self._communicator.broadcast(slot.parameter, root)
 
     def _new_state(self, kept: Layout) -> State:
         return State(kept, self._settings, self._communicator.rank, self._communicator.size)
@@ -154,6 +171,31 @@ class Origin:
             if state.s is not None and not state.sharded
         }
 
+    # -- what happens between two steps, local ---------------------------------------------------------
+
+    def grow(self, layout: Layout) -> None:
+        """Parameters were added: they start at their present values, without errors."""
+        self.settled = False
+        if self._modes.state is not None:
+            self._modes.state.grow(layout)
+
+    def parameters_replaced(self) -> None:
+        """A state was loaded into the model: x is that, unless it was so before."""
+        state = self._modes.state
+        if state is None or not state.buckets:
+            return
+        if state.shows_x():
+            self._modes.to_start(self._points)
+            return
+        state.anchor()
+        self._modes.begin(state)
+        self.settled, self._source, self._points = False, Source.PARAMETERS, None
+        warnings.warn(
+            "a state was loaded into the model: the consensus point x is taken from it, and all compression "
+            "errors are cleared. To keep them, load the optimizer's state too.",
+            stacklevel=4,
+        )
+
     # -- state dicts, local ---------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
@@ -188,11 +230,12 @@ class Origin:
     def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
         """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
         self.settled = False
-        self._loaded = saved is not None and State.is_in(saved)
         self.consolidated, self._points, self._serves = False, None, True
-        if saved is None or not self._loaded:
+        if saved is None or not State.is_in(saved):
+            self._source = Source.PARAMETERS
             self._modes.begin(None)
             return
+        self._source = Source.LOADED
         state = self._modes.state or self._new_state(kept)
         self._serves = state.restore(saved)
         self.consolidated = bool(saved["consolidated"])

@@ -175,21 +175,24 @@ class Session:
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
 
-    # -- before the first step --------------------------------------------------------------------------
-
-    def check_can_grow(self) -> None:
-        """Raise RuntimeError once training began."""
-        if self.modes.state is not None:
-            raise RuntimeError(
-                "add_param_group after the first step is not available yet: add all groups before it."
-            )
-
     def grow(self) -> None:
-        """Lay out anew, after a parameter group was added."""
+        """Lay out the parameters that were added to the optimizer; once training began, after the others."""
         for i, group in enumerate(self.inner.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")
-        vars(self).pop("layout", None)
+        averaged = self.averages_gradients
+        self.layout = build_layout(
+            self.inner.param_groups,
+            self.names,
+            self._choose,
+            self.settings,
+            earlier=self.layout if self.modes.state else None,
+        )
+        if averaged and not self.averages_gradients:
+            raise ValueError(
+                "a compressed parameter was added to an optimizer that averages dense gradients."
+            )
+        self.origin.grow(self.kept)
 
     # -- synchronize, consolidate ---------------------------------------------------------------------
 

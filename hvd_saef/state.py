@@ -35,6 +35,15 @@ class BucketState:
         """Whether other workers serve other parts."""
         return len(self.parts) > 1
 
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Take x from the parameters and clear the errors."""
+        if self.bucket.parameters:
+            torch._foreach_copy_(self.bucket.views(self.x), self.bucket.parameters)
+        self.e.zero_()
+        if self.s is not None:
+            self.s.zero_()
+
 
 class State:
     """The state of all buckets. `rounds` is t, the number of completed rounds."""
@@ -44,22 +53,38 @@ class State:
         self.settings = settings
         self.rounds = 0
         self.buckets: list[BucketState] = []
+        self._rank, self._workers = rank, workers
         for bucket in layout.buckets:
-            sharded = settings.sharded(workers) and not bucket.dense and workers > 1
-            parts = bucket.parts(workers if sharded else 1)
-            mine = rank if sharded else 0
-            served = parts[mine].stop - parts[mine].start
-            s = bucket.new_flat()[:served].clone() if settings.double_compression else None
-            self.buckets.append(BucketState(bucket, bucket.new_flat(), bucket.new_flat(), s, parts, mine))
+            self._add(bucket)
 
-    @torch.no_grad()
+    def _add(self, bucket: Bucket) -> BucketState:
+        workers = self._workers
+        sharded = self.settings.sharded(workers) and not bucket.dense and workers > 1
+        parts = bucket.parts(workers if sharded else 1)
+        mine = self._rank if sharded else 0
+        served = parts[mine].stop - parts[mine].start
+        s = bucket.new_flat()[:served].clone() if self.settings.double_compression else None
+        self.buckets.append(BucketState(bucket, bucket.new_flat(), bucket.new_flat(), s, parts, mine))
+        return self.buckets[-1]
+
+    def grow(self, layout: Layout) -> None:
+        """Take up the buckets that `layout` has beyond the ones here, x from their parameters."""
+        for bucket in layout.buckets[len(self.buckets) :]:
+            self._add(bucket).anchor()
+        self.layout = layout
+
     def anchor(self) -> None:
         """Take x from the parameters and clear all errors."""
         for state in self.buckets:
-            if state.bucket.parameters:
-                torch._foreach_copy_(state.bucket.views(state.x), state.bucket.parameters)
-            state.e.zero_()
-        self.clear_server_errors()
+            state.anchor()
+
+    def shows_x(self) -> bool:
+        """Whether the parameters hold x, as far as their dtypes can."""
+        return all(
+            torch.equal(view.to(parameter.dtype), parameter)
+            for state in self.buckets
+            for view, parameter in zip(state.bucket.views(state.x), state.bucket.parameters, strict=True)
+        )
 
     @torch.no_grad()
     def show(self, state: BucketState, flat: Tensor) -> None:

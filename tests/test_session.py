@@ -254,23 +254,3 @@ def test_reanchor(options: dict[str, Any], evaluating: bool) -> None:
 
     first, *others = together(3, fn)
     assert all(other == first for other in others)
-
-
-@pytest.mark.parametrize("options", [{}, DENSE], ids=str)
-def test_add_param_group(options: dict[str, Any]) -> None:
-    def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.2}]
-        return torch.optim.SGD(groups, lr=0.05)
-
-    def fn(rank: int) -> dict[str, bytes]:
-        run = Run(rank, lambda parameters: torch.optim.SGD(parameters[:2], lr=0.05), **options)
-        run.optimizer.add_param_group({"params": run.parameters[2:], "lr": 0.2})
-        run.step(3)
-        before = everything(run)
-        with pytest.raises(RuntimeError, match="add_param_group after the first step"):
-            run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-        assert len(run.optimizer.param_groups) == 2
-        assert everything(run) == before
-        return everything(run.step(2))
-
-    assert together(2, fn) == together(2, lambda rank: everything(Run(rank, two_groups, **options).step(5)))
