@@ -5,8 +5,10 @@
 >>> optimizer = hvd_saef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 """
 
+from hvd_saef.checkpoint import load_checkpoint, save_checkpoint
 from hvd_saef.compression import Compression, Compressor
 from hvd_saef.errors import (
+    CheckpointError,
     ConfigurationMismatchError,
     ConsensusError,
     NonFiniteUpdateError,
@@ -19,6 +21,7 @@ from hvd_saef.simulation import run_workers
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "Compression",
     "Compressor",
     "ConfigurationMismatchError",
@@ -27,5 +30,7 @@ __all__ = [
     "NonFiniteUpdateError",
     "SaefError",
     "WorkerError",
+    "load_checkpoint",
     "run_workers",
+    "save_checkpoint",
 ]

@@ -23,3 +23,7 @@ class ConsensusError(SaefError):
 
 class WorkerError(SaefError):
     """Another worker raised an exception; names its rank and repeats its message."""
+
+
+class CheckpointError(SaefError):
+    """A checkpoint could not be written or read; names the file and the reason."""

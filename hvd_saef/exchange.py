@@ -6,6 +6,7 @@ A trip: encode → gather (or alltoall to the sharded server) → serve → gath
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hvd_saef.communicator import Communicator
 from hvd_saef.compression import BlockedTensor, Compression, Compressor
 from hvd_saef.layout import Bucket, Layout
 from hvd_saef.settings import Settings
-from hvd_saef.state import BucketState, State
+from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
 
 
@@ -67,6 +68,19 @@ class Exchange:
                     name = f"error.{bucket_state.bucket.index}"
                     self.communicator.allreduce_mean(bucket_state.e, name)
                     self.statistics.averaging_bytes_sent += self._ring(bucket_state.e)
+
+    def whole_server_errors(self, state: State) -> dict[str, Any]:
+        """All of s, by parameter, on every worker, from the parts that they serve."""
+        whole: dict[str, Any] = {}
+        for bucket_state in state.buckets:
+            s = bucket_state.s
+            if s is not None and bucket_state.sharded:
+                sizes = [(part.stop - part.start) * s.element_size() for part in bucket_state.parts]
+                parts = self.communicator.allgather(s.view(torch.uint8), sizes)
+                s = torch.cat([part.view(bucket_state.x.dtype) for part in parts])
+            if s is not None:
+                whole |= cut_stretches(bucket_state.bucket, s, 0)
+        return whole
 
     def _trip(self, state: BucketState, warmup: bool) -> None:
         bucket = state.bucket

@@ -205,19 +205,33 @@ class SaefMethods:
 def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """A subclass of `base` with SaefMethods, under base's name as Horovod's is."""
 
-    # `base` comes first in the method resolution order: Horovod's broadcast_optimizer_state calls
+    # SaefMethods has no step(): Horovod's broadcast_optimizer_state calls
     # super(optimizer.__class__, optimizer).step(), which must be a local step of torch.
-    class Wrapped(base, SaefMethods):  # type: ignore[misc, valid-type]
+    class Wrapped(SaefMethods, base):  # type: ignore[misc, valid-type]
         _step_supports_amp_scaling = True
+        _in_step = False
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             """One local step, and every `local_steps`-th time the exchange. Collective."""
-            # A GradScaler leaves its findings here. The local step is the inner optimizer's, which does
-            # not see them: a fused one would unscale again.
             scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            return self._saef.step(closure, scale, overflow)
+            return self._saef.step(self._local_step, closure, scale, overflow)
 
-        step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in the local step
+        step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in super().step()
+
+        def _local_step(self) -> None:
+            # Gradients are unscaled by now; a fused optimizer that saw the scale would do it again.
+            scaler = {
+                name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)
+            }
+            self.__dict__.update(dict.fromkeys(scaler))
+            self._in_step = True
+            try:
+                super().step()
+            finally:
+                self._in_step = False
+                self.__dict__.update(scaler)
+            # A scheduler that was made before wrapping watches the inner optimizer for steps.
+            self._saef.inner.__dict__["_opt_called"] = True
 
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
@@ -265,7 +279,7 @@ def _undo_horovods_initial_step(wrapped: Any) -> None:
     before: list[tuple[Tensor, Tensor]] = []
 
     def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if hasattr(optimizer, "skip_synchronize"):  # not the inner optimizer's local step
+        if not getattr(optimizer, "_in_step", True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             before[:] = [(p, p.detach().clone()) for p in parameters if p.grad is not None]
 

@@ -17,7 +17,7 @@ from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.layout import Layout
 from hvd_saef.modes import Modes
 from hvd_saef.settings import Settings
-from hvd_saef.state import State, misfit
+from hvd_saef.state import State, misfit, place_stretches
 
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
@@ -45,7 +45,7 @@ class Standing:
     rounds: int
     local_steps_done: int
     consolidated: bool
-    """Whether its e is everyone's."""
+    """Whether its e is everyone's, and it has all of s."""
     serves: bool
     """Whether it has all of the server's error that it needs."""
 
@@ -56,8 +56,8 @@ class Origin:
     def __init__(self, communicator: Communicator, settings: Settings, modes: Modes) -> None:
         self.settled = False
         """Whether all workers agreed, since the last wrapping, loading or growing here."""
-        self.consolidated = False
-        """Whether e is the same on all workers, so that one worker's state is everyone's."""
+        self.whole_server_errors: dict[str, Any] | None = None
+        """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
         self._source = Source.PARAMETERS
         self._serves = True
         self._points: list[Tensor] | None = None
@@ -69,6 +69,11 @@ class Origin:
     def rounds(self) -> int:
         """t: completed rounds."""
         return self._modes.state.rounds if self._modes.state else 0
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether e is the same on all workers, and all of s is here."""
+        return self.whole_server_errors is not None
 
     def x(self, layout: Layout) -> Mapping[str, Tensor]:
         """The consensus point by parameter name: views. The parameters, where no other x is kept."""
@@ -137,18 +142,23 @@ class Origin:
         """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
         state = self._modes.state or self._new_state(kept)
         state.rounds = standing.rounds
-        sharded = any(bucket.sharded for bucket in state.buckets)
         for bucket in state.buckets:
             self._communicator.broadcast(bucket.x, root)
             if standing.consolidated:
                 self._communicator.broadcast(bucket.e, root)
             else:
                 bucket.e.zero_()
-            if bucket.s is not None and not sharded:
-                self._communicator.broadcast(bucket.s, root)
+            if bucket.s is not None:
+                whole = bucket.bucket.new_flat()
+                if standing.consolidated:
+                    place_stretches(bucket.bucket, self.whole_server_errors or {}, whole, 0)
+                elif standing.serves and not bucket.sharded:
+                    whole = bucket.s
+                self._communicator.broadcast(whole, root)
+                part = bucket.parts[bucket.mine]
+                bucket.s.copy_(whole[part.start : part.stop])
         lost = [] if standing.consolidated else ["the workers' errors"]
-        if sharded or not standing.serves:
-            state.clear_server_errors()
+        if not standing.consolidated and any(bucket.sharded for bucket in state.buckets):
             lost.append("the sharded server's error")
         self._modes.begin(state)
         if state.buckets:
@@ -204,7 +214,11 @@ class Origin:
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done
         exported["reached"] = self._modes.points()
-        return exported | (self._modes.state.export() if self._modes.state else {})
+        if self._modes.state:
+            exported |= self._modes.state.export()
+        if self.whole_server_errors is not None:
+            exported["server_errors"] = self.whole_server_errors
+        return exported
 
     def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
         """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
@@ -230,7 +244,7 @@ class Origin:
     def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
         """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
         self.settled = False
-        self.consolidated, self._points, self._serves = False, None, True
+        self.whole_server_errors, self._points, self._serves = None, None, True
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
             self._modes.begin(None)
@@ -238,7 +252,7 @@ class Origin:
         self._source = Source.LOADED
         state = self._modes.state or self._new_state(kept)
         self._serves = state.restore(saved)
-        self.consolidated = bool(saved["consolidated"])
+        self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
         self._points = saved["reached"]
         self._modes.local_steps_done = int(saved["local_steps_done"])
         self._modes.begin(state, self._points)

@@ -78,7 +78,13 @@ class Session:
 
     # -- a step ---------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None, scale: Tensor | None, overflow: Tensor | None) -> Any:
+    def step(
+        self,
+        local_step: Callable[[], None],
+        closure: Callable[[], Any] | None,
+        scale: Tensor | None,
+        overflow: Tensor | None,
+    ) -> Any:
         """One local step, and the exchange if it is the round's last. Collective.
 
         `scale` and `overflow` are a GradScaler's, or None.
@@ -98,7 +104,7 @@ class Session:
         if self.averages_gradients and not self._skip_synchronize:
             self.exchange.average_gradients(self.layout)
         with self.statistics.phase("local_step"):
-            self.inner.step()
+            local_step()
         self.modes.local_steps_done += 1
         if self.modes.local_steps_done >= self.settings.local_steps:
             self._complete_round()
@@ -111,6 +117,17 @@ class Session:
                 "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
                 "hvd_saef.DistributedOptimizer returned."
             )
+        self._make_dense()
+        if overflow is not None and overflow.item() > 0:
+            return Word.OVERFLOW
+        gradients = [s.parameter.grad for s in self.layout.slots if s.parameter.grad is not None]
+        if scale is not None:
+            with torch.no_grad():
+                for gradient in gradients:
+                    gradient.div_(scale.to(gradient.device))
+        return Word.NOTHING if _are_finite(gradients) else Word.NONFINITE
+
+    def _make_dense(self) -> None:
         for slot in self.layout.slots:
             gradient = slot.parameter.grad
             if gradient is not None and gradient.is_sparse:
@@ -120,14 +137,6 @@ class Session:
                         "dense (for an Embedding: sparse=False)."
                     )
                 slot.parameter.grad = gradient.to_dense()
-        if overflow is not None and overflow.item() > 0:
-            return Word.OVERFLOW
-        gradients = [s.parameter.grad for s in self.layout.slots if s.parameter.grad is not None]
-        if scale is not None:
-            with torch.no_grad():
-                for gradient in gradients:
-                    gradient.div_(scale.to(gradient.device))
-        return Word.NOTHING if _are_finite(gradients) else Word.NONFINITE
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
@@ -164,7 +173,7 @@ class Session:
         evaluating = self.modes.evaluating
         self.modes.train()
         self.modes.local_steps_done = 0
-        self.origin.consolidated = False
+        self.origin.whole_server_errors = None
         if self.modes.state is not None:
             self.exchange.complete_round(self.modes.state)
         if evaluating:
@@ -199,7 +208,12 @@ class Session:
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients:
-            self._agree(Word.NOTHING, None)
+            failure = None
+            try:
+                self._make_dense()
+            except TypeError as error:
+                failure = error
+            self._agree(Word.NOTHING, failure)
             self.exchange.average_gradients(self.layout)
 
     @contextmanager
@@ -216,9 +230,9 @@ class Session:
         self.flush()
         if self.modes.state is not None:
             self.exchange.average_errors(self.modes.state)
+            self.origin.whole_server_errors = self.exchange.whole_server_errors(self.modes.state)
             self.modes.to_start()
         average_moments(self.communicator, self.inner, self.layout)
-        self.origin.consolidated = True
 
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""

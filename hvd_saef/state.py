@@ -117,18 +117,10 @@ class State:
         x and errors have the parameter's shape. A server error is {"start", "values"}: the served
         stretch of the parameter's flat memory, from element `start`.
         """
-        server: dict[str, dict[str, Any]] = {}
+        server: dict[str, Any] = {}
         for state in self.buckets:
-            if state.s is None:
-                continue
-            part = state.parts[state.mine]
-            for slot in state.bucket.slots:
-                first, last = max(slot.start, part.start), min(slot.stop, part.stop)
-                if first < last:
-                    server[slot.name] = {
-                        "start": first - slot.start,
-                        "values": state.s[first - part.start : last - part.start].clone(),
-                    }
+            if state.s is not None:
+                server |= cut_stretches(state.bucket, state.s, state.parts[state.mine].start)
         return {
             "rounds": self.rounds,
             "x": {name: view.clone() for name, view in self.views_of("x").items()},
@@ -175,34 +167,47 @@ class State:
             for slot in state.bucket.slots:
                 slot.view(state.x).copy_(saved["x"][slot.name])
                 slot.view(state.e).copy_(saved["errors"][slot.name])
-            found += self._restore_server_error(state, saved["server_errors"])
+            if state.s is not None:
+                part = state.parts[state.mine]
+                found += place_stretches(state.bucket, saved["server_errors"], state.s.zero_(), part.start)
         self.rounds = int(saved["rounds"])
         return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
-
-    @staticmethod
-    def _restore_server_error(state: BucketState, saved: Mapping[str, Mapping[str, Any]]) -> int:
-        """Take what of the bucket's s is served here and was saved; returns its number of elements."""
-        if state.s is None:
-            return 0
-        found = 0
-        part = state.parts[state.mine]
-        state.s.zero_()
-        for slot in state.bucket.slots:
-            if slot.name in saved:
-                values = saved[slot.name]["values"]
-                begin = slot.start + int(saved[slot.name]["start"])
-                first, last = max(begin, part.start), min(begin + values.numel(), part.stop)
-                if first < last:
-                    served = state.s[first - part.start : last - part.start]
-                    served.copy_(values[first - begin : last - begin])
-                    found += last - first
-        return found
 
     def clear_server_errors(self) -> None:
         """Set s to zero."""
         for state in self.buckets:
             if state.s is not None:
                 state.s.zero_()
+
+
+def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:
+    """Copy what `stretches`, by parameter, hold of the bucket's memory from `start` on into `out`.
+
+    Returns the number of elements found; the others stay as they are.
+    """
+    found = 0
+    for slot in bucket.slots:
+        if slot.name in stretches:
+            values = stretches[slot.name]["values"]
+            begin = slot.start + int(stretches[slot.name]["start"])
+            first, last = max(begin, start), min(begin + values.numel(), start + out.numel())
+            if first < last:
+                out[first - start : last - start].copy_(values[first - begin : last - begin])
+                found += last - first
+    return found
+
+
+def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
+    """The inverse: `values` of the bucket's memory from `start` on, by parameter, as copies."""
+    stretches: dict[str, Any] = {}
+    for slot in bucket.slots:
+        first, last = max(slot.start, start), min(slot.stop, start + values.numel())
+        if first < last:
+            stretches[slot.name] = {
+                "start": first - slot.start,
+                "values": values[first - start : last - start].clone(),
+            }
+    return stretches
 
 
 EXPORTED = ("rounds", "x", "errors", "server_errors")

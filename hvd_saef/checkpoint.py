@@ -1,0 +1,265 @@
+"""Checkpoints of all workers: a file a rank and a manifest, written whole or not at all.
+
+A checkpoint is a folder. Each rank's file holds the model at x, the optimizer with ours in it, and what
+the caller adds; `manifest.json` names the files of one complete set, with their sizes and hashes. It is
+written last, and the set before it is deleted after that, so there is a whole set at any time. All ranks
+must see the folder. Files are loaded with `weights_only=True`: they run no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hvd_saef.communicator import Communicator
+from hvd_saef.errors import CheckpointError
+from hvd_saef.redistribution import mean_state, without_errors
+from hvd_saef.session import Session
+
+OnMismatch = Literal["error", "redistribute", "reset"]
+MANIFEST = "manifest.json"
+FORMAT = "hvd_saef checkpoint 1"
+
+T = TypeVar("T")
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, **extra: Any) -> None:
+    """Save the model at x, the optimizer and `extra` into the folder `path`, in place of what is there.
+
+    Collective. `extra` is plain numbers, strings, tensors and containers of them: an epoch, a
+    scheduler's state_dict(), torch.get_rng_state(). Each rank's own is saved.
+
+    Raises CheckpointError on all ranks, naming rank and reason, if any could not write; what was
+    there before is then still whole.
+    """
+    folder = Path(path)
+    session = _session(optimizer)
+    communicator = session.communicator
+    rank = communicator.rank
+    nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
+    rounds = session.origin.rounds
+    name = f"step{rounds:08d}-{nonce}-rank{rank:05d}.pt"
+
+    def write() -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with optimizer.consensus():
+            contents: dict[str, Any] = {"format": FORMAT, "extra": extra}
+            contents |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+            _write(folder / name, lambda file: torch.save(contents, file))
+        return {"name": name, "bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)}
+
+    try:
+        files = _everyone(communicator, write)
+    except CheckpointError:
+        (folder / name).unlink(missing_ok=True)
+        raise
+
+    def publish() -> None:
+        if rank != 0:
+            return
+        manifest = {"format": FORMAT, "workers": communicator.size, "rounds": rounds, "nonce": nonce}
+        manifest |= {"layout": session.layout.description, "files": files}
+        _write(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        current = {file["name"] for file in files}
+        for pattern in ("step*-rank*.pt", ".step*.tmp"):  # the set before, and what killed saves left
+            for stale in folder.glob(pattern):
+                if stale.name not in current:
+                    stale.unlink(missing_ok=True)
+
+    _everyone(communicator, publish)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Any, on_mismatch: OnMismatch = "error"
+) -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` wrote into `path`, and return this rank's `extra`.
+
+    Collective. For as many workers as saved it, to the bit. For another number, or where a worker's
+    file is missing or damaged, `on_mismatch` says what to do:
+
+    - "error": CheckpointError, the default;
+    - "redistribute": every worker gets the mean error, the server's error and the mean momentum of the
+      files there are, which is what x̃ depends on; local steps since the last round are dropped;
+    - "reset": x is kept, and errors, momentum and all other optimizer state start anew.
+
+    In both cases `extra` and the model's buffers are those of rank k modulo the files there are.
+
+    Raises CheckpointError on all ranks, naming file and reason, with model and optimizer as they were.
+    """
+    if on_mismatch not in ("error", "redistribute", "reset"):
+        raise ValueError(f"on_mismatch={on_mismatch!r}: 'error', 'redistribute' and 'reset' are allowed.")
+    folder = Path(path)
+    session = _session(optimizer)
+    communicator = session.communicator
+    found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
+    manifest = found[0]
+    files: list[dict[str, Any]] = manifest["files"]
+    # Who reads which file is agreed on first: from here on all ranks do the same.
+    damage = _everyone(communicator, lambda: _damage(folder, files[communicator.rank :: communicator.size]))
+    problems = {name: reason for found in damage for name, reason in found.items()}
+    same = manifest["workers"] == communicator.size and not problems
+    if not same and on_mismatch == "error":
+        why = "; ".join(f"{name} {reason}" for name, reason in problems.items())
+        raise CheckpointError(
+            f"{folder}: {why or _counts(manifest, communicator)}. "
+            "Pass on_mismatch='redistribute' or 'reset' to go on with what there is."
+        )
+    whole = [file["name"] for file in files if file["name"] not in problems]
+    if not whole:
+        raise CheckpointError(f"{folder}: none of its {len(files)} files can be read ({problems}).")
+
+    def read() -> dict[str, Any]:
+        own = _read(folder / whole[communicator.rank % len(whole)])
+        if not same:
+            own["optimizer"] = (
+                mean_state((_read(folder / name)["optimizer"] for name in whole), communicator.size)
+                if on_mismatch == "redistribute"
+                else without_errors(own["optimizer"], communicator.size)
+            )
+        _check_fit(own, model, optimizer)
+        return own
+
+    if not same and communicator.rank == 0:
+        warnings.warn(
+            f"{folder}: {problems or _counts(manifest, communicator)}; on_mismatch={on_mismatch!r}.",
+            stacklevel=2,
+        )
+    own: dict[str, Any] = {}
+    _everyone(communicator, lambda: own.update(read()))  # on its own, not told to the others
+    # The optimizer first: a model's state that is the x it has leaves the errors alone.
+    optimizer.load_state_dict(own["optimizer"])
+    model.load_state_dict(own["model"])
+    extra: dict[str, Any] = own["extra"]
+    return extra
+
+
+def _session(optimizer: Any) -> Session:
+    session = getattr(optimizer, "_saef", None)
+    if not isinstance(session, Session):
+        raise TypeError(f"optimizer={type(optimizer).__name__}: what hvd_saef.DistributedOptimizer returned.")
+    return session
+
+
+def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
+    """What `do` returned on every rank; CheckpointError on all if it raised on any. Collective."""
+    outcome: T | None = None
+    failure: Exception | None = None
+    try:
+        outcome = do()
+    except Exception as error:
+        failure = error
+    told = communicator.allgather_object(None if failure is None else _reason(failure))
+    if any(told):
+        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(told) if reason)
+        raise CheckpointError(reasons) from failure
+    return communicator.allgather_object(outcome)
+
+
+def _reason(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file whole or not at all: under another name first, on the disk before it is renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest(folder: Path, session: Session) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): no checkpoint is there") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of this version ({FORMAT!r})")
+    for file in manifest["files"]:
+        if Path(file["name"]).name != file["name"]:
+            raise CheckpointError(f"{path} names a file outside its folder: {file['name']!r}")
+    saved = [(p["name"], p["shape"], p["dtype"]) for p in manifest["layout"]["parameters"]]
+    ours = [(p["name"], p["shape"], p["dtype"]) for p in session.layout.description["parameters"]]
+    if sorted(saved) != sorted(ours):
+        odd = next(p for p in sorted(saved + ours) if (p in saved) != (p in ours))
+        where = "the checkpoint" if odd in saved else "the optimizer"
+        raise CheckpointError(f"{path} is of another model: parameter {odd} is in {where} only")
+    return manifest
+
+
+def _damage(folder: Path, files: list[dict[str, Any]]) -> dict[str, str]:
+    """What is wrong with these files."""
+    wrong = {}
+    for file in files:
+        path = folder / file["name"]
+        if not path.is_file():
+            wrong[file["name"]] = "is missing"
+        elif path.stat().st_size != file["bytes"]:
+            wrong[file["name"]] = f"has {path.stat().st_size} bytes instead of {file['bytes']}"
+        elif _hash(path) != file["sha256"]:
+            wrong[file["name"]] = "is damaged (its SHA-256 differs from the manifest's)"
+    return wrong
+
+
+def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
+    return f"it was saved by {manifest['workers']} workers, and there are {communicator.size}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if contents.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint file of this version ({FORMAT!r})")
+    return contents
+
+
+def _check_fit(own: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
+    """Raise before anything is loaded if any of it would not fit."""
+    shapes = {name: _shape(value) for name, value in model.state_dict().items()}
+    saved = {name: _shape(value) for name, value in own["model"].items()}
+    for name in [*shapes, *saved]:
+        if shapes.get(name) != saved.get(name):
+            raise CheckpointError(
+                f"the model's {name!r} is {saved.get(name, 'missing')} in the checkpoint and "
+                f"{shapes.get(name, 'missing')} here"
+            )
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in own["optimizer"]["param_groups"]]
+    if groups != theirs:
+        raise CheckpointError(
+            f"the optimizer has parameter groups of sizes {groups}, the checkpoint of {theirs}"
+        )
+    optimizer._saef.origin.check(own["optimizer"]["hvd_saef"], optimizer._saef.kept)
+
+
+def _shape(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

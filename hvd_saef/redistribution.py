@@ -1,0 +1,69 @@
+"""One state for every worker out of the states of K others: what x̃ depends on is kept. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Optimizer state dicts of several workers → one for each of `workers`: mean errors and moments.
+
+    The server's error is put together from the stretches that the workers kept, zero where none is
+    left. Local steps since the last round are dropped. Sums run in the order given, so every worker
+    gets the same bits. `states` are read one at a time and used up.
+    """
+    merged = next(states)
+    ours = merged["hvd_saef"]
+    served = {name: torch.zeros_like(x).flatten() for name, x in ours.get("x", {}).items()}
+    _place(ours.get("server_errors", {}), served)
+    count = 1
+    for state in states:
+        count += 1
+        for name, error in state["hvd_saef"].get("errors", {}).items():
+            ours["errors"][name] += error
+        _place(state["hvd_saef"].get("server_errors", {}), served)
+        for index, moments in state["state"].items():
+            if index not in merged["state"]:
+                merged["state"][index] = moments  # others had no gradient yet, and add zero
+                continue
+            for key, value in moments.items():
+                if _is_moment(key, value):
+                    merged["state"][index][key] += value
+    for error in ours.get("errors", {}).values():
+        error /= count
+    for moments in merged["state"].values():
+        for key, value in moments.items():
+            if _is_moment(key, value):
+                value /= count
+    if ours.get("server_errors"):
+        ours["server_errors"] = {name: {"start": 0, "values": values} for name, values in served.items()}
+    return _for_everyone(merged, workers)
+
+
+def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:
+    """One worker's optimizer state dict → one for each of `workers`, with x and the groups alone kept."""
+    ours = state["hvd_saef"]
+    for error in ours.get("errors", {}).values():
+        error.zero_()
+    if ours.get("server_errors"):
+        values = {name: torch.zeros_like(x).flatten() for name, x in ours["x"].items()}
+        ours["server_errors"] = {name: {"start": 0, "values": zeros} for name, zeros in values.items()}
+    return _for_everyone(state | {"state": {}}, workers)
+
+
+def _for_everyone(state: dict[str, Any], workers: int) -> dict[str, Any]:
+    ours = {"workers": workers, "consolidated": True, "local_steps_done": 0, "reached": None}
+    return state | {"hvd_saef": state["hvd_saef"] | ours}
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    return key != "step" and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _place(pieces: dict[str, Any], whole: dict[str, Tensor]) -> None:
+    for name, piece in pieces.items():
+        whole[name][piece["start"] : piece["start"] + piece["values"].numel()] = piece["values"]
