@@ -5,6 +5,8 @@
 >>> optimizer = hvd_saef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 """
 
+from hvd_saef.agreement import common_steps
+from hvd_saef.batchnorm import recalibrate_batchnorm
 from hvd_saef.checkpoint import load_checkpoint, save_checkpoint
 from hvd_saef.compression import Compression, Compressor
 from hvd_saef.errors import (
@@ -30,7 +32,9 @@ __all__ = [
     "NonFiniteUpdateError",
     "SaefError",
     "WorkerError",
+    "common_steps",
     "load_checkpoint",
+    "recalibrate_batchnorm",
     "run_workers",
     "save_checkpoint",
 ]

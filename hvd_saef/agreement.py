@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.communicator import Communicator
+from hvd_saef.communicator import Communicator, find_communicator
 from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
 from hvd_saef.layout import Layout
 
@@ -79,6 +79,22 @@ def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice:
         if len(set(values)) > 1:
             raise ConsensusError(f"x differs between workers in {name!r}: {_who_has_what(values)}. {advice}")
     raise ConsensusError(f"x differs between workers. {advice}")
+
+
+def common_steps(steps: int, process_set: Any = None) -> int:
+    """The number of steps that every worker has data for: the least of all workers' `steps`. Collective.
+
+    For ranks with different numbers of batches: step() is collective, so all must call it equally often.
+
+    >>> steps = hvd_saef.common_steps(len(loader))
+    >>> for batch in itertools.islice(loader, steps): ...
+
+    Raises ValueError on this worker for a `steps` below 0. `process_set`: None is all ranks.
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
+    communicator, _ = find_communicator(process_set)
+    return int(min(communicator.allgather_object(int(steps))))
 
 
 def _digest(tensor: Tensor) -> str:

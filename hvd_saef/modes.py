@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -179,3 +180,18 @@ class ModelHooks:
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, list[ModelHooks]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def at_consensus(model: nn.Module) -> Iterator[None]:
+    """Hold the parameters of all optimizers that were given this model at x, whatever its mode."""
+    held = [hooks._modes for hooks in _of_models.get(model, []) if hooks._modes is not None]
+    evaluating = [modes.evaluating for modes in held]
+    for modes in held:
+        modes.eval()
+    try:
+        yield
+    finally:
+        for modes, stays in zip(held, evaluating, strict=True):
+            if not stays:
+                modes.train()

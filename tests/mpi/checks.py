@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -189,10 +190,15 @@ def broadcasts_before_and_after_wrapping() -> None:
 
 @check
 def rank_0_alone_resumed() -> None:
+    for server in ("replicated", "auto"):
+        rank_0_alone_resumed_with(server)
+
+
+def rank_0_alone_resumed_with(server: Any) -> None:
     def made(seed: int) -> tuple[nn.Module, Any]:
         model = small_model(seed)
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, hvd_saef.DistributedOptimizer(inner, model=model, server="replicated")
+        return model, hvd_saef.DistributedOptimizer(inner, model=model, server=server)
 
     model, optimizer = made(seed=0)
     for step in range(3):
@@ -217,6 +223,39 @@ def rank_0_alone_resumed() -> None:
     assert second.stats()["rounds"] == 6
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@check
+def checkpoints_resume_to_the_bit() -> None:
+    folder = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, root_rank=0)
+
+    def made(seed: int) -> tuple[nn.Module, Any]:
+        model = small_model(seed)
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return model, hvd_saef.DistributedOptimizer(inner, model=model, block_size=4, local_steps=2)
+
+    model, optimizer = made(seed=0)
+    for step in range(5):
+        backward(model, step)
+        optimizer.step()
+    hvd_saef.save_checkpoint(folder, model, optimizer, step=5)
+    resumed, second = made(seed=hvd.rank() + 1)
+    first_step = hvd_saef.load_checkpoint(folder, resumed, second)["step"]
+    for step in range(first_step, 10):
+        for net, its_optimizer in ((model, optimizer), (resumed, second)):
+            backward(net, step)
+            its_optimizer.step()
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@check
+def batchnorm_and_uneven_data() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    hvd_saef.recalibrate_batchnorm(model, [torch.full((4, 2), float(hvd.rank()))])
+    expected = (hvd.size() - 1) / 2
+    assert torch.allclose(model[0].get_buffer("running_mean"), torch.full((2,), expected))
+    assert hvd_saef.common_steps(10 + hvd.rank()) == 10
 
 
 @check

@@ -1,0 +1,60 @@
+"""Running statistics of BatchNorm at x, averaged over workers. Collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvd_saef.communicator import Communicator, find_communicator
+from hvd_saef.modes import at_consensus
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: Any = None) -> None:
+    """Collect the running means and variances of all BatchNorm layers anew, at x, over all workers.
+
+    While training, a worker's statistics come from its own data at its own b, so at x, the point one
+    evaluates and saves, they are a little off, and different on each worker. Afterwards they are x's,
+    and the same on all workers: the mean of the workers' means, and the mean of their variances plus
+    the variance of their means. Batches count equally, within a worker and between workers.
+
+    `model` must have been given to `hvd_saef.DistributedOptimizer` as `model=`, or be at x already
+    (within `optimizer.consensus()`). `loader` gives this worker's batches: inputs, or tuples and lists
+    that begin with inputs, on the model's device; each rank may have its own number. Collective over
+    `process_set` (None: all ranks).
+    """
+    communicator, included = find_communicator(process_set)
+    layers: list[Any] = [layer for layer in model.modules() if _has_statistics(layer)]
+    modes_of_modules = {module: module.training for module in model.modules()}
+    momenta = {layer: layer.momentum for layer in layers}
+    with ExitStack() as stack:
+        stack.enter_context(at_consensus(model))
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.train()
+            layer.momentum = None  # a plain mean over batches
+        for batch in loader:
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        for module, training in modes_of_modules.items():
+            module.training = training
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+    if included:
+        for number, layer in enumerate(layers):
+            _average(communicator, layer, number)
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+
+
+def _average(communicator: Communicator, layer: Any, number: int) -> None:
+    own = layer.running_mean.clone()
+    communicator.allreduce_mean(layer.running_mean, f"batchnorm.{number}.mean")
+    layer.running_var += (own - layer.running_mean) ** 2
+    communicator.allreduce_mean(layer.running_var, f"batchnorm.{number}.variance")
