@@ -46,6 +46,8 @@ class Standing:
     local_steps_done: int
     consolidated: bool
     """Whether its e is everyone's, and it has all of s."""
+    own: bool
+    """Whether its e is its own: not another worker's state was loaded."""
     serves: bool
     """Whether it has all of the server's error that it needs."""
 
@@ -59,7 +61,7 @@ class Origin:
         self.whole_server_errors: dict[str, Any] | None = None
         """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
         self._source = Source.PARAMETERS
-        self._serves = True
+        self._own = self._serves = True
         self._points: list[Tensor] | None = None
         self._communicator = communicator
         self._settings = settings
@@ -89,7 +91,7 @@ class Origin:
         """
         check_configuration(self._communicator, layout)
         steps = self._modes.local_steps_done
-        mine = Standing(self._source, self.rounds, steps, self.consolidated, self._serves)
+        mine = Standing(self._source, self.rounds, steps, self.consolidated, self._own, self._serves)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
         loaded = [rank for rank, standing in enumerate(everyone) if standing.source is Source.LOADED]
         new = [rank for rank, standing in enumerate(everyone) if standing.source is Source.PARAMETERS]
@@ -133,9 +135,14 @@ class Origin:
                 f"workers loaded states of different steps: (rounds, local steps) are {steps}, by rank. "
                 "Load the same checkpoint everywhere."
             )
-        if self._modes.state and not all(standing.serves for standing in everyone):
-            self._modes.state.clear_server_errors()
-            self._warn_of_loss(["the server's error"])
+        state, lost = self._modes.state, []
+        if state and state.buckets and not all(standing.own for standing in everyone):
+            state.clear_errors()
+            lost.append("the workers' errors")
+        if state and not all(standing.serves for standing in everyone):
+            state.clear_server_errors()
+            lost.append("the server's error")
+        self._warn_of_loss(lost)
         self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
 
     def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
@@ -210,7 +217,12 @@ class Origin:
 
     def export(self) -> dict[str, Any]:
         """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
-        exported: dict[str, Any] = {"version": VERSION, "workers": self._communicator.size}
+        communicator = self._communicator
+        exported: dict[str, Any] = {
+            "version": VERSION,
+            "rank": communicator.rank,
+            "workers": communicator.size,
+        }
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done
         exported["reached"] = self._modes.points()
@@ -226,7 +238,7 @@ class Origin:
             raise ValueError(
                 f"the state under 'hvd_saef' is of version {saved.get('version')!r}: {VERSION} is allowed."
             )
-        for key in ("workers", "consolidated", "local_steps_done", "reached"):
+        for key in ("rank", "workers", "consolidated", "local_steps_done", "reached"):
             if key not in saved:
                 raise misfit(f"it has no {key!r}")
         if (saved["reached"] is None) != (saved["local_steps_done"] == 0):
@@ -244,7 +256,7 @@ class Origin:
     def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
         """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
         self.settled = False
-        self.whole_server_errors, self._points, self._serves = None, None, True
+        self.whole_server_errors, self._points, self._own, self._serves = None, None, True, True
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
             self._modes.begin(None)
@@ -253,6 +265,7 @@ class Origin:
         state = self._modes.state or self._new_state(kept)
         self._serves = state.restore(saved)
         self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
+        self._own = self.consolidated or saved["rank"] == self._communicator.rank
         self._points = saved["reached"]
         self._modes.local_steps_done = int(saved["local_steps_done"])
         self._modes.begin(state, self._points)

@@ -173,6 +173,11 @@ class State:
         self.rounds = int(saved["rounds"])
         return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
 
+    def clear_errors(self) -> None:
+        """Set e to zero."""
+        for state in self.buckets:
+            state.e.zero_()
+
     def clear_server_errors(self) -> None:
         """Set s to zero."""
         for state in self.buckets:

@@ -142,3 +142,20 @@ def test_what_is_lost_is_told_once(consolidated: bool, server: str) -> None:
         assert rank == 0
         assert ("the workers' errors" in text) is not consolidated
         assert ("the sharded server's error" in text) is (server == "sharded")
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_rank_0s_state_loaded_by_all(consolidated: bool) -> None:
+    """As with hvd.broadcast_object: one worker's errors are not everyone's, unless they were averaged."""
+    states = together(3, lambda rank: stopped(rank, consolidated, server="replicated"))
+
+    def fn(rank: int) -> None:
+        run = Run(rank, server="replicated", on_nonfinite="skip")
+        run.optimizer.load_state_dict(copy.deepcopy(states[0][0]))
+        run.parameters[0].grad = torch.full_like(run.parameters[0], torch.nan)
+        run.optimizer.step()
+        assert (run.optimizer.stats()["error_norm"] > 0) is consolidated
+        assert run.optimizer.stats()["server_error_norm"] > 0
+
+    told = [text for _, text in warned(3, fn) if "the workers' errors" in text]
+    assert len(told) == (0 if consolidated else 1)

@@ -140,7 +140,10 @@ def replaced(key: str, name: str | None, value: Any) -> Callable[[dict[str, Any]
 NAME, LAST = "noname.0.0", "noname.0.3"
 SPOILT: dict[str, Callable[[dict[str, Any]], None]] = {
     **{f"no {key}": without(key) for key in ("version", "rounds", "x", "errors", "server_errors")},
-    **{f"no {key}": without(key) for key in ("workers", "local_steps_done", "consolidated", "reached")},
+    **{
+        f"no {key}": without(key)
+        for key in ("rank", "workers", "local_steps_done", "consolidated", "reached")
+    },
     "version": replaced("version", None, 99),
     "shape of x": replaced("x", NAME, torch.ones(7, 5)),
     "shape of an error": replaced("errors", NAME, torch.ones(35)),

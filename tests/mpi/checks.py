@@ -227,7 +227,7 @@ def rank_0_alone_resumed_with(server: Any) -> None:
 
 @check
 def checkpoints_resume_to_the_bit() -> None:
-    folder = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, root_rank=0)
+    folder = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, root_rank=0, name="folder")
 
     def made(seed: int) -> tuple[nn.Module, Any]:
         model = small_model(seed)
