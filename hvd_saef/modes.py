@@ -128,7 +128,7 @@ class Modes:
 
 
 class ModelHooks:
-    """The hooks on `model=`: a copy or a pickle of the model takes them along, but without effect."""
+    """The hooks on `model=`: a copy or a pickle of the model holds x, and its hooks are without effect."""
 
     def __init__(self, modes: Modes | None, on_load: Callable[[], None] = lambda: None) -> None:
         self._modes = modes
@@ -137,8 +137,20 @@ class ModelHooks:
         self._parameters: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._modes is not None:  # torch.save writes the tensors after it has seen all objects
+            self._modes.visit_x()
         return ModelHooks, (None,)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
+        if self._modes is not None and self._modes.state is not None:
+            self._modes.visit_x()
+            with torch.no_grad():
+                for slot in self._modes.state.layout.slots:
+                    if id(slot.parameter) in memo:  # was copied before the hooks were, stepped ahead
+                        memo[id(slot.parameter)].copy_(slot.parameter)
+        return ModelHooks(None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # or the graph breaks at every copy
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Evaluation sees x, training the training point."""
         if self._modes is None:
@@ -174,7 +186,10 @@ class ModelHooks:
         hooks.append(self)
         self._handles = [
             model.register_forward_pre_hook(self.before_forward),
-            model.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
+            *(
+                part.register_state_dict_pre_hook(self.before_state_dict)  # type: ignore[no-untyped-call]
+                for part in model.modules()  # model.encoder.state_dict(), or what torch.compile wrapped
+            ),
             model.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
         ]
 

@@ -182,9 +182,6 @@ def through_state_dict(model: nn.Module) -> nn.Module:
 
 COPIES = [copy.deepcopy, through_torch_save, through_state_dict]
 STRAIGHT = "copied straight from training"
-B_IS_COPIED = pytest.mark.xfail(
-    strict=True, reason="copying a model calls no hook: what is there, b, is copied"
-)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -192,9 +189,7 @@ B_IS_COPIED = pytest.mark.xfail(
     ("copied", "how"),
     [
         *((c, how) for c in COPIES for how in ("consensus", "eval of the optimizer", "evaluated before")),
-        pytest.param(copy.deepcopy, STRAIGHT, marks=B_IS_COPIED),
-        pytest.param(through_torch_save, STRAIGHT, marks=B_IS_COPIED),
-        (through_state_dict, STRAIGHT),
+        *((c, STRAIGHT) for c in COPIES),
     ],
 )
 def test_copies_are_x(copied: Callable[[nn.Module], nn.Module], how: str, workers: int) -> None:
