@@ -130,9 +130,11 @@ def comparisons(grouped: Curves, method: str, epochs: Sequence[int], cut: int) -
         lines.append(f"{method} is ahead of EF after {len(ahead)} of {len(epochs)} epochs")
     if "SGDM" in grouped:
         early = [epoch for epoch in epochs if epoch <= cut]
+        several = len(grouped[method][epochs[0]]) > 1
         level = [epoch for epoch in early if gap(grouped, method, epoch) <= 2]
         lines.append(
-            f"{method} is at full precision's loss, to within two standard errors or better, after "
+            f"{method} is at full precision's loss or better, "
+            f"{'to within two standard errors' if several else 'by one seed, without standard errors'}, after "
             f"{len(level)} of {len(early)} epochs before the rate cut"
         )
         last = epochs[-1]

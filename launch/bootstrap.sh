@@ -83,9 +83,12 @@ install_torch() {
   if [ "$cuda" = yes ]; then
     pip install -q "torch==$TORCH"
   else
-    # The CPU build: from where pip already looks, else from PyTorch's own index.
+    # The CPU build: from where pip already looks, else from PyTorch's own index; behind a mirror of
+    # PyPI that has neither, the same version with CUDA, which runs on a CPU too.
     pip install -q "torch==$TORCH+cpu" 2>/dev/null \
-      || pip install -q --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH+cpu"
+      || pip install -q --retries 1 --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH+cpu" 2>/dev/null \
+      || { say "no CPU build of torch within reach: installing PyPI's, with CUDA, several GB"
+           pip install -q "torch==$TORCH"; }
   fi
 }
 
@@ -98,7 +101,7 @@ mpi_version() {
   "$(dirname "$(command -v mpicxx)")/mpirun" --version 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9.\n' '-'
 }
 
-# fetch_wheel NAME KEY BUILD: installs NAME's wheel from the cache, after BUILD DIR made it there.
+# cached_wheel NAME KEY BUILD: installs NAME's wheel from the cache, after BUILD DIR made it there.
 cached_wheel() {
   local name=$1 folder=$cache/$1-$2 build=$3
   if ! compgen -G "$folder/*.whl" >/dev/null; then

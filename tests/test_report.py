@@ -23,7 +23,7 @@ def rows() -> list[Row]:
 def test_summary() -> None:
     text = "\n".join(summary(curves(rows()), cut=2))
     assert "SAEF-SignSGDM-DC is ahead of EF after 1 of 2 epochs" in text
-    assert "after 1 of 2 epochs before the rate cut" in text
+    assert "or better, to within two standard errors, after 1 of 2 epochs before the rate cut" in text
     assert "SAEF-SignSGDM-DC ends at a loss of 1.0000, full precision at 0.5500" in text
     assert "EF-SignSGDM-DC            sends 1/30.0" in text
     assert "ahead after epoch 1: SAEF-SignSGDM-DC < SGDM < EF-SignSGDM-DC" in text
