@@ -131,11 +131,11 @@ def comparisons(grouped: Curves, method: str, epochs: Sequence[int], cut: int) -
     if "SGDM" in grouped:
         early = [epoch for epoch in epochs if epoch <= cut]
         several = len(grouped[method][epochs[0]]) > 1
+        margin = "to within two standard errors" if several else "by one seed, without standard errors"
         level = [epoch for epoch in early if gap(grouped, method, epoch) <= 2]
         lines.append(
-            f"{method} is at full precision's loss or better, "
-            f"{'to within two standard errors' if several else 'by one seed, without standard errors'}, after "
-            f"{len(level)} of {len(early)} epochs before the rate cut"
+            f"{method} is at full precision's loss or better, {margin}, after {len(level)} of {len(early)} "
+            "epochs before the rate cut"
         )
         last = epochs[-1]
         ours, theirs = (mean_loss(grouped, name, last).value for name in (method, "SGDM"))
