@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 from collections.abc import Callable
 
@@ -13,15 +12,7 @@ import torch
 from torch import nn
 
 import hvd_saef
-from tests.workers import batch, bits, network, together, train
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
+from tests.workers import batch, bits, network, through_torch_save, together, train
 
 
 def through_pickle(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hvd_saef
-from tests.workers import batch, bits, network, together
+from tests.workers import batch, bits, network, through_torch_save, together
 
 pytestmark = pytest.mark.filterwarnings("ignore:the largest block")
 
@@ -159,15 +158,6 @@ def test_evaluation_sees_x_and_training_b(name: str, workers: int, options: dict
 
 
 # -- copies ------------------------------------------------------------------------------------------------
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    """As a file would have it."""
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
 
 
 def through_state_dict(model: nn.Module) -> nn.Module:
