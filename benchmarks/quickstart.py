@@ -112,9 +112,11 @@ def bytes_sent(optimizer: Any, steps: int, parameters: int) -> float:
     return float(steps * 2 * (hvd.size() - 1) / hvd.size() * 4 * parameters)
 
 
-def train(args: argparse.Namespace, method: str, seed: int, bar: Any) -> Iterator[Row]:
+def train(
+    args: argparse.Namespace, method: str, seed: int, data: tuple[TensorDataset, TensorDataset], bar: Any
+) -> Iterator[Row]:
     """Train by one method from the seed's start; a row an epoch."""
-    train_set, test_set = digits(args.device)
+    train_set, test_set = data
     torch.manual_seed(seed)
     model = network().to(args.device)
     optimizer = torch.optim.SGD(
@@ -191,11 +193,22 @@ def main() -> None:
         torch.cuda.set_device(hvd.local_rank())
     rows: list[Row] = []
     steps = len(args.seeds) * len(args.methods) * args.epochs * (TRAINING_IMAGES // args.batch)
-    with tqdm(total=steps, unit="step", disable=hvd.rank() != 0, mininterval=1, ncols=80) as bar:
+    data = digits(args.device)
+    # Launchers pass on whole lines only: without a terminal, the bar is a line now and then.
+    terminal = sys.stderr.isatty()
+    look: dict[str, Any] = {} if terminal else {"bar_format": "{desc}: {percentage:3.0f}%|{bar}|{r_bar}\n"}
+    with tqdm(
+        total=steps,
+        unit="step",
+        disable=hvd.rank() != 0,
+        mininterval=1 if terminal else 10,
+        ncols=100,
+        **look,
+    ) as bar:
         for seed in args.seeds:
             for method in args.methods:
-                bar.set_description(f"{method}, seed {seed}")
-                for row in train(args, method, seed, bar):
+                bar.set_description(f"{method}, seed {seed}", refresh=False)
+                for row in train(args, method, seed, data, bar):
                     rows.append(row)
                     if hvd.rank() == 0:
                         bar.write(str(row), file=sys.stdout)

@@ -111,7 +111,7 @@ def summary(grouped: Curves, cut: int) -> list[str]:
     epochs = sorted(next(iter(grouped.values())))
     for epoch in epochs:
         ranking = sorted(grouped, key=lambda method: mean_loss(grouped, method, epoch).value)
-        lines.append(f"ahead after epoch {epoch}: " + " < ".join(ranking))
+        lines.append(f"lowest loss first, after epoch {epoch}: " + ", ".join(ranking))
     for method in grouped:
         if method.startswith("SAEF"):
             lines += comparisons(grouped, method, epochs, cut)

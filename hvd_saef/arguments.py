@@ -100,6 +100,8 @@ def compressor_chooser(compression: Any) -> ChooseCompressor:
     fixed = _as_compressor(compression)
     if fixed is not None:
         return lambda name, parameter: fixed
+    if compression is Compression.topk:
+        raise TypeError("compression=Compression.topk: call it with a ratio, Compression.topk(0.01) for 1 %.")
     if isinstance(compression, type) or not callable(compression):
         raise TypeError(f"compression={compression!r}: {allowed}.")
 

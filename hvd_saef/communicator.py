@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import abc
 import importlib
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -248,6 +251,25 @@ def set_thread_communicator(communicator: ThreadCommunicator | None) -> None:
     _here.communicator = communicator
 
 
+def _abort_on_exceptions() -> None:
+    """Let an exception that ends this rank end the job: the others would wait for it for ever.
+
+    HVD_SAEF_NO_ABORT=1 leaves it to the launcher.
+    """
+    if os.environ.get("HVD_SAEF_NO_ABORT") == "1":
+        return
+    earlier = sys.excepthook
+
+    def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        earlier(kind, error, traceback)
+        print(f"hvd_saef: rank {MPI.COMM_WORLD.Get_rank()} failed and ends the job.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = abort
+
+
 def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
     """The communicator of this thread or of a Horovod process set, and whether this rank is in the set.
 
@@ -291,6 +313,8 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
     if hvd.rank() not in ranks:
         return SoloCommunicator(), False
     key = tuple(ranks)
+    if not _of_process_sets and hvd.size() > 1:
+        _abort_on_exceptions()
     if key not in _of_process_sets:
         _of_process_sets[key] = MpiCommunicator(key, process_set)
     return _of_process_sets[key], True

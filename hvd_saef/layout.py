@@ -154,7 +154,7 @@ def build_layout(
     parameters: list[dict[str, Any]] = []
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
-            if parameter in laid_out:
+            if parameter in laid_out or not takes_part(parameter):
                 continue
             name = names[parameter]
             if parameter.dtype not in DTYPES:
@@ -188,6 +188,11 @@ def build_layout(
     buckets = tuple(_bucket(len(before) + i, entries, settings.block_size) for i, entries in enumerate(full))
     parameters = (earlier.description["parameters"] if earlier else []) + parameters
     return Layout(before + buckets, {"settings": settings.describe(), "parameters": parameters})
+
+
+def takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter can ever be trained: a frozen table of integers, say, can not."""
+    return parameter.requires_grad or parameter.dtype in DTYPES
 
 
 def _bytes(entries: Iterable[tuple[str, Tensor, Compressor]], dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ from hvd_saef.agreement import Word, agree, check_consensus
 from hvd_saef.communicator import Communicator
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
-from hvd_saef.layout import ChooseCompressor, Layout, build_layout
+from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin, average_moments
 from hvd_saef.settings import Settings
@@ -41,7 +41,7 @@ class Session:
         self.exchange = Exchange(communicator, settings, self.statistics)
         self.modes = Modes(self.exchange)
         self._choose = choose
-        self._skip_synchronize = False
+        self._skip_synchronize = self._synchronized = False
         self.origin = Origin(communicator, settings, self.modes)
 
     # -- what there is ------------------------------------------------------------------------------
@@ -102,7 +102,14 @@ class Session:
             self.statistics.skipped += 1
             return loss
         if self.averages_gradients and not self._skip_synchronize:
+            if self._synchronized:
+                warnings.warn(
+                    "step() after synchronize() averages the gradients again: take it within "
+                    "`with optimizer.skip_synchronize():`.",
+                    stacklevel=3,
+                )
             self.exchange.average_gradients(self.layout)
+        self._synchronized = False
         with self.statistics.phase("local_step"):
             local_step()
         self.modes.local_steps_done += 1
@@ -112,7 +119,8 @@ class Session:
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
         """Make gradients dense, unscale them, and say what is wrong with them."""
-        if sum(len(group["params"]) for group in self.inner.param_groups) != len(self.layout.slots):
+        held = sum(takes_part(p) for group in self.inner.param_groups for p in group["params"])
+        if held != len(self.layout.slots):
             raise RuntimeError(
                 "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
                 "hvd_saef.DistributedOptimizer returned."
@@ -215,6 +223,7 @@ class Session:
                 failure = error
             self._agree(Word.NOTHING, failure)
             self.exchange.average_gradients(self.layout)
+            self._synchronized = True
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

@@ -78,7 +78,11 @@ make_venv() {
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 install_torch() {
-  has_torch "$venv/bin/python" && return
+  if has_torch "$venv/bin/python"; then
+    "$venv/bin/python" -c 'import torch; import sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13))' \
+      || die "the torch of $python is older than $TORCH, the oldest tried: set PYTHON to one with a newer torch, or without"
+    return
+  fi
   say "installing torch $TORCH"
   if [ "$cuda" = yes ]; then
     pip install -q "torch==$TORCH"
@@ -166,7 +170,8 @@ if [ -e "$venv/lib/libmpi.so" ]; then
   relocate "$site/horovod/torch" ../../../../..
 fi
 say "installing hvd_saef"
-pip install -q --no-build-isolation -e "$root[dev]"
+# "compat": found by its path, also from the folder above a clone that is named like the package.
+pip install -q --no-build-isolation --config-settings editable_mode=compat -e "$root[dev]"
 "$venv/bin/python" -c 'import hvd_saef, horovod.torch' || die "the environment in $venv does not import hvd_saef"
 echo "$stamp" >"$venv/.hvd_saef"
 say "ready: $venv"

@@ -8,7 +8,8 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -d "$root/.venv/bin" ]; then PATH=$root/.venv/bin:$PATH; fi
+# An environment that is active already goes first, then the one of this checkout.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ]; then PATH=$root/.venv/bin:$PATH; fi
 command -v horovodrun >/dev/null || { echo "horovodrun.sh: no horovodrun: run launch/bootstrap.sh first" >&2; exit 1; }
 
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

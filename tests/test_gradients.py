@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hvd_saef import Compression, NonFiniteUpdateError
 from tests.problems import curved_valley, start_point
-from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together
+from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 
@@ -201,3 +202,17 @@ def test_finite_gradients_whose_sum_overflows_are_fine() -> None:
         assert bits(run.parameters) != start
 
     together(2, fn)
+
+
+def test_a_second_averaging_is_warned_of() -> None:
+    def fn(rank: int, skip: bool) -> None:
+        run = Run(rank, **DENSE)
+        run.set_gradients()
+        run.optimizer.synchronize()
+        with run.optimizer.skip_synchronize() if skip else contextlib.nullcontext():
+            run.optimizer.step()
+        run.step()
+
+    for skip in (False, True):
+        told = [text for _, text in warned(2, lambda rank, skip=skip: fn(rank, skip)) if "again" in text]  # type: ignore[misc]
+        assert len(told) == (0 if skip else 2)

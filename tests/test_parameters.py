@@ -114,9 +114,24 @@ def test_dtypes(dtypes: list[torch.dtype], compression: Compressor, double: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_frozen_tables_of_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
+    def work(rank: int) -> None:
+        weight = nn.Parameter(torch.zeros(3))
+        table = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([weight, table], lr=0.1))
+        for _ in range(2):
+            weight.grad = torch.full((3,), 1.0 + rank)
+            optimizer.step()
+        assert torch.equal(table.float(), torch.ones(3).to(dtype).float())
+        assert list(optimizer.state_dict()["hvd_saef"]["x"]) == ["noname.0.0"]
+
+    run_workers(2, work)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.zeros(3))
-    table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
+    table = nn.Parameter(torch.zeros(3, dtype=dtype))
 
     def work(rank: int) -> None:
         named = [("weight", weight), ("lookup.table", table)]

@@ -26,7 +26,7 @@ def test_summary() -> None:
     assert "or better, to within two standard errors, after 1 of 2 epochs before the rate cut" in text
     assert "SAEF-SignSGDM-DC ends at a loss of 1.0000, full precision at 0.5500" in text
     assert "EF-SignSGDM-DC            sends 1/30.0" in text
-    assert "ahead after epoch 1: SAEF-SignSGDM-DC < SGDM < EF-SignSGDM-DC" in text
+    assert "lowest loss first, after epoch 1: SAEF-SignSGDM-DC, SGDM, EF-SignSGDM-DC" in text
 
 
 def test_means_and_gaps() -> None:
