@@ -196,7 +196,7 @@ def main() -> None:
     data = digits(args.device)
     # Launchers pass on whole lines only: without a terminal, the bar is a line now and then.
     terminal = sys.stderr.isatty()
-    look: dict[str, Any] = {} if terminal else {"bar_format": "{desc}: {percentage:3.0f}%|{bar}|{r_bar}\n"}
+    look: dict[str, Any] = {} if terminal else {"bar_format": "{desc}{percentage:3.0f}%|{bar}{r_bar}\n"}
     with tqdm(
         total=steps,
         unit="step",
