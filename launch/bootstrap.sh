@@ -87,12 +87,10 @@ install_torch() {
   if [ "$cuda" = yes ]; then
     pip install -q "torch==$TORCH"
   else
-    # The CPU build: from where pip already looks, else from PyTorch's own index; behind a mirror of
-    # PyPI that has neither, the same version with CUDA, which runs on a CPU too.
+    # The CPU build: from where pip already looks, else from PyTorch's own index.
     pip install -q "torch==$TORCH+cpu" 2>/dev/null \
       || pip install -q --retries 1 --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH+cpu" 2>/dev/null \
-      || { say "no CPU build of torch within reach: installing PyPI's, with CUDA, several GB"
-           pip install -q "torch==$TORCH"; }
+      || die "no CPU build of torch $TORCH within reach (looked where pip is set up to look, and at $TORCH_CPU_INDEX): set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it, or PYTHON to an interpreter with torch"
   fi
 }
 
