@@ -109,11 +109,13 @@ class SoloCommunicator(Communicator):
 class MpiCommunicator(Communicator):
     """The ranks of a Horovod process set: payloads by mpi4py, means by Horovod's allreduce."""
 
-    def __init__(self, ranks: Sequence[int], process_set: Any) -> None:
+    process_set: Any
+    """Horovod's, of these ranks."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
         group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
         # Create_group involves the set's ranks alone; Split or Dup would need every rank.
         self._mpi = MPI.COMM_WORLD.Create_group(group)
-        self._process_set = process_set
         self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
 
     def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
@@ -148,7 +150,7 @@ class MpiCommunicator(Communicator):
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
         # how tensors are fused decides how sums round.
-        hvd.allreduce_(tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self._process_set)
+        hvd.allreduce_(tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self.process_set)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
         flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
@@ -316,5 +318,6 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
     if not _of_process_sets and hvd.size() > 1:
         _abort_on_exceptions()
     if key not in _of_process_sets:
-        _of_process_sets[key] = MpiCommunicator(key, process_set)
+        _of_process_sets[key] = MpiCommunicator(key)
+    _of_process_sets[key].process_set = process_set  # Horovod's may have been removed and added anew
     return _of_process_sets[key], True

@@ -174,7 +174,7 @@ class Exchange:
             flat = bucket.new_flat()
             gradients, views = [], []
             for slot in bucket.slots:
-                if slot.parameter.requires_grad:
+                if slot.trains:  # not requires_grad, which one worker may have changed since
                     if slot.parameter.grad is None:
                         slot.parameter.grad = torch.zeros_like(slot.parameter)
                     gradients.append(slot.parameter.grad)

@@ -28,6 +28,8 @@ class Slot:
     name: str
     parameter: Tensor
     start: int
+    trains: bool
+    """Whether it required a gradient when it was laid out: the same on all workers, come what may."""
 
     @property
     def stop(self) -> int:
@@ -180,6 +182,7 @@ def build_layout(
                     "strides": list(parameter.stride()),
                     "dtype": str(parameter.dtype),
                     "group": number,
+                    "requires_grad": parameter.requires_grad,
                     "compression": compressor.description,
                 }
             )
@@ -203,7 +206,7 @@ def _bucket(index: int, entries: list[tuple[str, Tensor, Compressor]], block_siz
     slots: list[Slot] = []
     start = 0
     for name, parameter, _ in entries:
-        slots.append(Slot(name, parameter, start))
+        slots.append(Slot(name, parameter, start, parameter.requires_grad))
         start = slots[-1].stop
     parameter, compressor = entries[0][1], entries[0][2]
     blocks = Blocks.cut([p.numel() for _, p, _ in entries], block_size, state_dtype(parameter.dtype))

@@ -21,7 +21,7 @@ from hvd_saef.state import State, misfit, place_stretches
 
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
-    "root_rank=0) before the first step."
+    "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them."
 )
 VERSION = 1
 

@@ -138,6 +138,11 @@ class Session:
     def _make_dense(self) -> None:
         for slot in self.layout.slots:
             gradient = slot.parameter.grad
+            if gradient is not None and not slot.trains and self.averages_gradients:
+                raise RuntimeError(
+                    f"{slot.name!r} has a gradient, but was frozen when it was wrapped, so its gradients "
+                    "are not averaged: wrap the optimizer after requires_grad is set."
+                )
             if gradient is not None and gradient.is_sparse:
                 if not self.settings.sparse_as_dense:
                     raise TypeError(
@@ -216,10 +221,10 @@ class Session:
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients:
-            failure = None
+            failure: Exception | None = None
             try:
                 self._make_dense()
-            except TypeError as error:
+            except (RuntimeError, TypeError) as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
             self.exchange.average_gradients(self.layout)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hvd_saef
 from hvd_saef import Compression, NonFiniteUpdateError
 from tests.problems import curved_valley, start_point
-from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together, warned
+from tests.workers import NO_MODEL, Run, adamw, bits, caught, everything, sgd, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 
@@ -216,3 +217,34 @@ def test_a_second_averaging_is_warned_of() -> None:
     for skip in (False, True):
         told = [text for _, text in warned(2, lambda rank, skip=skip: fn(rank, skip)) if "again" in text]  # type: ignore[misc]
         assert len(told) == (0 if skip else 2)
+
+
+@pytest.mark.parametrize("frozen", [[0], [0, 1], []])
+def test_freezing_after_backward_takes_nobody_out_of_the_mean(frozen: list[int]) -> None:
+    def fn(rank: int) -> list[Tensor]:
+        run = Run(rank, lambda parameters: torch.optim.SGD(parameters, lr=1.0), **DENSE)
+        before = [parameter.detach().clone() for parameter in run.parameters]
+        for parameter in run.parameters:
+            parameter.grad = torch.full_like(parameter, 2.0 * (1 + rank))
+        if rank in frozen:
+            for parameter in run.parameters:
+                parameter.requires_grad_(False)
+        run.optimizer.step()
+        return [old - p.detach() for old, p in zip(before, run.parameters, strict=True)]
+
+    for moved in together(2, fn):
+        for tensor in moved:
+            torch.testing.assert_close(tensor, torch.full_like(tensor, 3.0))
+
+
+def test_a_gradient_of_what_was_frozen_is_an_error() -> None:
+    def fn(rank: int) -> None:
+        parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)]
+        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), **DENSE)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+
+    for failure in caught(2, fn):
+        assert "'noname.0.1' has a gradient, but was frozen when it was wrapped" in str(failure)
