@@ -277,21 +277,6 @@ def process_sets_train_apart() -> None:
 
 
 @check
-def a_process_set_may_be_made_anew() -> None:
-    everyone = list(range(hvd.size()))
-    if hvd.size() == 1:
-        return
-    for _ in range(2):
-        subset = hvd.add_process_set(everyone[:-1])
-        if hvd.rank() in everyone[:-1]:
-            wanted = Setup(len(everyone) - 1, "none", averaging_period=2, lr=schedule)
-            outcome = run_library(wanted, hvd.rank(), start_point(), process_set=subset)
-            truth = run(wanted, start_point(), curved_valley, STEPS)
-            assert worst(outcome.x, truth.x) <= TOLERANCE
-        hvd.remove_process_set(subset)
-
-
-@check
 def without_feedback_it_is_horovod() -> None:
     trained = []
     for wrap in (hvd.DistributedOptimizer, hvd_saef.DistributedOptimizer):

@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
-    "HOROVOD_DYNAMIC_PROCESS_SETS": "1",  # a check adds and removes one
     # Open MPI 4 and 5: root may run, ranks may outnumber cores, and give way while they wait.
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
