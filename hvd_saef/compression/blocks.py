@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,6 +74,24 @@ class Blocks:
             if first < last:
                 runs.append(Run(first - start, run.size, (last - first) // run.size))
         return Blocks(tuple(runs), self.dtype)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Whole blocks of a bucket on one worker, as a pass over them reads and writes it. All 1-D."""
+
+    blocks: Blocks
+    x: Tensor
+    """The consensus point, [numel], of the blocks' dtype as all that follows."""
+    e: Tensor
+    """This worker's error."""
+    s: Tensor | None
+    """The server's error, where this worker knows it and steps ahead by it."""
+    points: Sequence[Tensor]
+    """The parameters' own memory, end to end [numel]; a run lies within one piece. Empty where the
+    parameters are not plain memory of the blocks' dtype."""
+    alpha: float
+    beta: float
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,37 @@ from __future__ import annotations
 import abc
 import dataclasses
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_saef.compression.blocks import BlockedTensor, Blocks
+from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which x, e and s of a parameter of `dtype` are kept: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Fused(Protocol):
+    """The rows of Algorithm 1 around C, each in one pass over memory: same bits as `hvd_saef.algorithm`."""
+
+    def send(self, memory: Memory, payload: Tensor) -> None:
+        """Row 4: Δ = e + (x - α·e - β·s) - point; write C(Δ), and e ← Δ - C(Δ).
+
+        The last may be left to :meth:`receive`, which always follows.
+        """
+
+    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
+        """Row 5': D = s + Σ weight·C(Δ_k), in rank order; write u = C(D) into `answer`, and s ← D - u."""
+
+    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
+        """Rows 6 and 2: x ← x - Σ weight·C(...), in rank order; points ← x - α·e - β·s.
+
+        `sent` is what :meth:`send` wrote.
+        """
 
 
 class Compressor(abc.ABC):
@@ -40,6 +60,11 @@ class Compressor(abc.ABC):
     @abc.abstractmethod
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
         """Add weight · C(delta) to `out`, in out's dtype, the same bits on every worker."""
+
+    @property
+    def fused(self) -> Fused | None:
+        """One-pass kernels for memory on the CPU, if there are any here."""
+        return None
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """How payloads travel for x of `dtype`: None, gathered by MPI; or a dtype, averaged by Horovod.
