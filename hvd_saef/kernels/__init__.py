@@ -1,5 +1,68 @@
-"""Loops over flat memory: no algorithm, no workers, no MPI."""
+"""Loops over flat memory: no algorithm, no workers, no MPI.
 
+Each loop is there twice: as a kernel in C++ (`csrc`, built into `_native` by setup.py), which makes one
+pass over memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the
+same bits on any device. `native` is the kernels' module, or None: then all is done by the twins, slower.
+
+The environment variable HVD_SAEF_KERNELS=twins sets the kernels aside. Where they were not built, or do
+not load, the first use warns once and says how to build them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_saef.kernels import twins
 from hvd_saef.kernels.twins import l1_norms, pack_signs, top_k, unpack_signs
 
-__all__ = ["l1_norms", "pack_signs", "top_k", "unpack_signs"]
+_REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+if _REQUESTED not in ("", "twins"):
+    raise ValueError(f"HVD_SAEF_KERNELS={_REQUESTED!r}: 'twins' is allowed, or nothing.")
+
+_reason = ""  # why there are no kernels, if that is nobody's wish
+try:
+    if _REQUESTED == "twins":
+        raise ImportError
+    from hvd_saef.kernels import _native as native
+except ImportError as error:
+    native = None  # type: ignore[assignment]
+    _reason = str(error)
+
+
+def available() -> bool:
+    """Whether the kernels can be used (on CPU tensors). Warns once if they cannot by accident."""
+    if native is None and _reason:
+        _warn()
+    return native is not None
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices."""
+    tensors = [tensor.detach() for tensor in tensors]
+    if not available():
+        return twins.all_finite(tensors)
+    ours = [t for t in tensors if t.is_cpu and t.layout is torch.strided and t.dtype in _DTYPES]
+    if len(ours) == len(tensors):
+        return native.all_finite(ours)
+    return native.all_finite(ours) and twins.all_finite([t for t in tensors if not any(t is o for o in ours)])
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        f"hvd_saef computes with plain torch, slowly: its C++ kernels do not load ({_reason}). Build them "
+        "with `make setup`, or `pip install --no-build-isolation -e .` where a C++ compiler is; or set "
+        "HVD_SAEF_KERNELS=twins if this is as you want it.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+__all__ = ["all_finite", "available", "l1_norms", "native", "pack_signs", "top_k", "unpack_signs"]

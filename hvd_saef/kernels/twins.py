@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,11 @@ def top_k(rows: Tensor, k: int) -> Tensor:
     free = k - above.sum(dim=1, keepdim=True)
     kept = above | (level & (level.cumsum(dim=1) <= free))
     return kept.nonzero()[:, 1].view(rows.shape[0], k)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again."""
+    sums = [tensor.sum().float() for tensor in tensors]
+    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

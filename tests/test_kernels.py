@@ -1,0 +1,121 @@
+"""The kernels load, or the twins stand in and say so once; all_finite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hvd_saef import kernels
+from hvd_saef.kernels import twins
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BAD = [float("inf"), -float("inf"), float("nan")]
+
+
+@pytest.fixture(params=kernels.native.instruction_sets() if kernels.native else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each that this CPU has."""
+    before = kernels.native.set_instruction_set(request.param)
+    yield request.param
+    kernels.native.set_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 15, 33, 16383, 16385, 70000])
+def test_one_bad_element(instruction_set: str, dtype: torch.dtype, size: int) -> None:
+    largest = torch.finfo(dtype).max
+    good = torch.full((size,), largest, dtype=dtype)  # whose sum overflows
+    good[::2] = -largest
+    assert kernels.native.all_finite([good, good])
+    for place in {0, size // 2, size - 1}:
+        for value in BAD:
+            tensor = good.clone()
+            tensor[place] = value
+            assert not kernels.native.all_finite([good, tensor])
+            assert not kernels.native.all_finite([tensor, good])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_any_strides_and_dtypes(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    if not native:
+        monkeypatch.setattr(kernels, "native", None)
+    big = torch.ones(8, 6, 4, 4)
+    parts = [
+        big.to(memory_format=torch.channels_last),
+        big[:, 1:5],
+        big[0].mT,
+        torch.ones(()),
+        torch.empty(0),
+    ]
+    double = torch.ones(3, dtype=torch.complex64)  # a dtype that no kernel knows
+    assert kernels.all_finite([])
+    assert kernels.all_finite(parts)
+    for i in range(len(parts) - 1):
+        broken = [part.clone() for part in parts]
+        broken[i].view(-1)[-1:].fill_(torch.nan) if broken[i].is_contiguous() else broken[i].fill_(torch.nan)
+        assert not kernels.all_finite(broken)
+    assert kernels.all_finite([torch.nn.Parameter(big)])
+    big[:, 0] = torch.inf  # outside what the part shows
+    assert kernels.all_finite([parts[1]])
+    assert kernels.all_finite([double.real, torch.ones(2)])
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    if kernels.native is None:
+        pytest.skip("no kernels here")
+    with pytest.raises(ValueError, match=r"float16, bfloat16, float32 or float64 is needed, not Int"):
+        kernels.native.all_finite([torch.ones(2, dtype=torch.int32)])
+    with pytest.raises(ValueError, match="CPU"):
+        kernels.native.all_finite([torch.ones(2, device="meta")])
+    with pytest.raises(ValueError, match="no instruction set mmx"):
+        kernels.native.set_instruction_set("mmx")
+
+
+def test_the_twin() -> None:
+    assert twins.all_finite([])
+    assert twins.all_finite([torch.tensor([3e38, 3e38])])
+    assert not twins.all_finite([torch.tensor([1.0]), torch.tensor([1.0, torch.nan])])
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_environment_variable() -> None:
+    code = "from hvd_saef import kernels; assert kernels.native is None; assert not kernels.available()"
+    job = python("import warnings; warnings.simplefilter('error'); " + code, HVD_SAEF_KERNELS="twins")
+    assert job.returncode == 0, job.stderr
+    job = python(code, HVD_SAEF_KERNELS="native")
+    assert job.returncode
+    assert "HVD_SAEF_KERNELS='native'" in job.stderr
+
+
+def test_missing_kernels_are_told_once_and_at_first_use() -> None:
+    code = """
+import sys, warnings
+sys.modules["hvd_saef.kernels._native"] = None  # what is not built does not import
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from hvd_saef import kernels
+    assert not caught
+    for _ in range(3):
+        assert kernels.all_finite([torch.ones(3)])
+        assert not kernels.all_finite([torch.ones(3) / 0])
+(warning,) = caught
+assert warning.category is RuntimeWarning
+assert "make setup" in str(warning.message)
+"""
+    job = python(code, HVD_SAEF_KERNELS="")
+    assert job.returncode == 0, job.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.available()  # none where they are
