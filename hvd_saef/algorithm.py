@@ -11,17 +11,18 @@ C   the compressor; u the update that all workers apply, C(D), or mean C(Δ) wit
 Three differences from the paper: α, between EF (0) and SAEF (1), is the coefficient of SA-PEF; β steps
 ahead by the server's error too; and the server runs on every worker, or a part of it on each.
 
-A round is row 1 (averaging, which the exchange does), :func:`step_ahead`, the local steps,
-:func:`send`, :func:`serve` (double-way only) and :func:`receive`.
+A round is row 1 (averaging, which the exchange does), then :func:`step_ahead`, the local steps, and
+the rows of :class:`PlainRows`: `send`, `serve` (double-way only) and `receive`, which steps ahead again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from hvd_saef.compression import BlockedTensor, Compressor
+from hvd_saef.compression import BlockedTensor, Compressor, Memory
 
 
 def step_ahead(x: Tensor, e: Tensor, s: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -39,24 +40,35 @@ def add_update(e: Tensor, b: Tensor, y: Tensor) -> None:
     e.add_(b.sub_(y))
 
 
-def send(delta: BlockedTensor, compressor: Compressor, payload: Tensor) -> None:
-    """Row 4, second half: write C(Δ) into `payload`, and e ← Δ - C(Δ) in Δ's memory."""
-    compressor.encode(delta, payload)
+class PlainRows:
+    """Rows 4 to 6 and 2 around any C, as the paper has them; `Compressor.fused` does the same faster."""
 
+    def __init__(self, compressor: Compressor) -> None:
+        self._compressor = compressor
 
-def serve(
-    payloads: Sequence[Tensor], weight: float, s: BlockedTensor, compressor: Compressor, answer: Tensor
-) -> None:
-    """Row 5': D = s + Σ weight·C(Δ_k), in rank order; write u = C(D) into `answer`, and s ← D - u."""
-    for payload in payloads:
-        compressor.decode_add(payload, s, weight)
-    compressor.encode(s, answer)
+    def send(self, memory: Memory, payload: Tensor) -> None:
+        """Row 4: Δ = e + b - y; write C(Δ) into `payload`; e ← Δ - C(Δ)."""
+        if memory.points:
+            b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
+            add_update(memory.e, b, torch.cat(list(memory.points)))
+        self._compressor.encode(BlockedTensor(memory.e, memory.blocks), payload)
 
+    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
+        """Row 5': D = s + Σ weight·C(Δ_k), in rank order; write u = C(D) into `answer`; s ← D - u."""
+        for payload in payloads:
+            self._compressor.decode_add(payload, s, weight)
+        self._compressor.encode(s, answer)
 
-def receive(payloads: Sequence[Tensor], weight: float, x: BlockedTensor, compressor: Compressor) -> None:
-    """Row 6: x ← x - u, where u = Σ weight·C(...), in rank order.
+    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
+        """Row 6: x ← x - u, where u = Σ weight·C(...), in rank order; and row 2 of the next round.
 
-    The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
-    """
-    for payload in payloads:
-        compressor.decode_add(payload, x, -weight)
+        The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
+        """
+        x = BlockedTensor(memory.x, memory.blocks)
+        for payload in payloads:
+            self._compressor.decode_add(payload, x, -weight)
+        if memory.points:
+            b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
+            torch._foreach_copy_(
+                list(memory.points), list(torch.split(b, [p.numel() for p in memory.points]))
+            )

@@ -12,8 +12,11 @@ import importlib
 import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +49,8 @@ if hvd and hvd.is_initialized():  # pragma: no cover - the tests import us first
 
 CHUNK_BYTES = 1 << 30
 """The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
+PAUSE, PAUSE_STEP = 100e-6, 2e-6
+"""Seconds between two looks at a payload under way: at most, and by how much it grows from look to look."""
 
 
 class Communicator(abc.ABC):
@@ -54,15 +59,29 @@ class Communicator(abc.ABC):
     rank: int
     size: int
 
-    @abc.abstractmethod
-    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Everyone's payload, in rank order, on this payload's device. Worker k sends counts[k] bytes."""
+    @cached_property
+    def background(self) -> Executor:
+        """One thread that does what it is given in order: collectives, while this thread computes.
+
+        What all workers do in the background comes in the same order among itself; the foreground
+        calls no collective while anything is under way there.
+        """
+        return ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef communication {self.rank}")
+
+    def close(self) -> None:
+        """End the background thread."""
+        if "background" in vars(self):
+            self.background.shutdown()
 
     @abc.abstractmethod
-    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Send piece j to worker j; piece j is of the same size on all workers.
+    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:
+        """Everyone's payload, worker k's into out[k], which is of its size."""
 
-        Returns the pieces sent to this worker, its own among them, in rank order.
+    @abc.abstractmethod
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Send piece j, of the same size on all workers, to worker j; worker k's arrives in out[k].
+
+        This worker's own piece is copied.
         """
 
     @abc.abstractmethod
@@ -87,11 +106,11 @@ class SoloCommunicator(Communicator):
 
     rank, size = 0, 1
 
-    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        return [payload]
+    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
+        _copy([payload], out)
 
-    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
-        return list(pieces)
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        _copy(pieces, out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         pass
@@ -118,34 +137,43 @@ class MpiCommunicator(Communicator):
         self._mpi = MPI.COMM_WORLD.Create_group(group)
         self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
 
-    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        send = payload.cpu().numpy()
-        received = [torch.empty(count, dtype=torch.uint8) for count in counts]
-        step = max(1, CHUNK_BYTES // self.size)
-        for start in range(0, max(counts), step):
-            sizes = [max(0, min(step, count - start)) for count in counts]
-            chunk = np.empty(sum(sizes), np.uint8)
-            mine = send[start : start + sizes[self.rank]]
-            self._mpi.Allgatherv([mine, MPI.BYTE], [chunk, (sizes, None), MPI.BYTE])
-            for k, piece in enumerate(np.split(chunk, np.cumsum(sizes)[:-1])):
-                received[k].numpy()[start : start + sizes[k]] = piece
-        return [piece.to(payload.device) for piece in received]
+    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
+        longest = max(place.numel() for place in out)
+        self._move(lambda send, into: self._mpi.Iallgatherv(send, into), [payload], out, longest)
 
-    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
-        arrays = [piece.cpu().numpy() for piece in pieces]
-        counts = [array.size for array in arrays]
-        received = [torch.empty(counts[self.rank], dtype=torch.uint8) for _ in counts]
-        step = max(1, CHUNK_BYTES // self.size)
-        for start in range(0, max(counts), step):
-            sizes = [max(0, min(step, count - start)) for count in counts]
-            out = np.concatenate([piece[start : start + n] for piece, n in zip(arrays, sizes, strict=True)])
-            own = sizes[self.rank]
-            chunk = np.empty(own * self.size, np.uint8)
-            incoming = ([own] * self.size, None)
-            self._mpi.Alltoallv([out, (sizes, None), MPI.BYTE], [chunk, incoming, MPI.BYTE])
-            for k in range(self.size):
-                received[k].numpy()[start : start + own] = chunk[k * own : (k + 1) * own]
-        return [piece.to(pieces[0].device) for piece in received]
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        longest = max(piece.numel() for piece in pieces)
+        self._move(lambda send, into: self._mpi.Ialltoallv(send, into), pieces, out, longest)
+
+    def _move(
+        self,
+        start: Callable[[Any, Any], Any],
+        pieces: Sequence[Tensor],
+        out: Sequence[Tensor],
+        longest: int,
+    ) -> None:
+        """In as many calls as the `longest` piece of any worker asks for: as many on all of them."""
+        most = max(1, CHUNK_BYTES // self.size)
+        if longest <= most and out[0].device.type == "cpu":
+            self._wait(start(_message(pieces), _message(out)))
+            return
+        for first in range(0, longest, most):
+            going = [piece[first : first + most].cpu() for piece in pieces]
+            coming = [place[first : first + most] for place in out]
+            landing = torch.empty(sum(place.numel() for place in coming), dtype=torch.uint8)
+            landed = torch.split(landing, [place.numel() for place in coming])
+            self._wait(
+                start(_message(torch.split(torch.cat(going), [p.numel() for p in going])), _message(landed))
+            )
+            _copy(landed, coming)
+
+    @staticmethod
+    def _wait(request: Any) -> None:
+        """Until the request is done: look a few times at once, then leave the core to others between."""
+        pause = 0.0
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(pause + PAUSE_STEP, PAUSE)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
@@ -166,6 +194,13 @@ class MpiCommunicator(Communicator):
         mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
         self._mpi.Allreduce(mine, all_of_them, op=MPI.BOR)
         return int(all_of_them[0])
+
+
+def _message(views: Sequence[Tensor]) -> Any:
+    """Views of one buffer, as mpi4py takes the pieces of a collective on vectors."""
+    buffer = torch.empty(0, dtype=torch.uint8).set_(views[0].untyped_storage())
+    counts = [view.numel() for view in views]
+    return [buffer.numpy(), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
 
 
 class Meeting:
@@ -207,6 +242,11 @@ class Meeting:
             self._changed.notify_all()
 
 
+def _copy(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    for place, piece in zip(out, pieces, strict=True):
+        place.copy_(piece)
+
+
 class ThreadCommunicator(Communicator):
     """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
 
@@ -214,12 +254,12 @@ class ThreadCommunicator(Communicator):
         self._meeting = meeting
         self.rank, self.size = rank, meeting.size
 
-    def allgather(self, payload: Tensor, counts: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        return self._meeting.exchange(self.rank, "allgather", payload.clone())
+    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
+        _copy(self._meeting.exchange(self.rank, "allgather", payload.clone()), out)
 
-    def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
-        sent = [piece.clone() for piece in pieces]
-        return [theirs[self.rank] for theirs in self._meeting.exchange(self.rank, "alltoall", sent)]
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        everyone = self._meeting.exchange(self.rank, "alltoall", [piece.clone() for piece in pieces])
+        _copy([theirs[self.rank] for theirs in everyone], out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         tensors = self._meeting.exchange(self.rank, f"allreduce {name}", tensor.detach().clone())

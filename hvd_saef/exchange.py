@@ -1,11 +1,16 @@
 """A round: each bucket's trip from the workers to the server and back. Collective.
 
-A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode.
+A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. The
+collectives and the server run in the background, one bucket after the other, while the next is encoded.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,11 +18,52 @@ from torch import Tensor
 
 from hvd_saef import algorithm
 from hvd_saef.communicator import Communicator
-from hvd_saef.compression import BlockedTensor, Compression, Compressor
-from hvd_saef.layout import Bucket, Layout
+from hvd_saef.compression import BlockedTensor, Compression, Compressor, Fused, Memory
+from hvd_saef.layout import Layout
 from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
+
+ALIGNMENT = 64
+"""Bytes: what any dtype and a line of the cache want."""
+LANES = 3
+"""Buckets under way at a time: one encoded, one on the wire, one decoded."""
+
+
+class Lane:
+    """Buffers for one trip after the other, which grow to what the largest needs and stay."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def pieces(self, name: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+        """Pieces of so many bytes in one buffer, uninitialized and aligned, until this lane's next trip."""
+        starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        buffer = self._buffers.get((name, device))
+        if buffer is None or buffer.numel() < starts[-1]:
+            buffer = self._buffers[name, device] = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+@dataclass
+class Trip:
+    """One bucket's payloads on their way."""
+
+    state: BucketState
+    compressor: Compressor
+    rows: Fused
+    memories: list[Memory]
+    wire: torch.dtype | None
+    """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
+    served: BlockedTensor | None
+    """The s that this worker serves (DC)."""
+    shows: bool
+    """Whether the parameters are written when it lands; not if errors are averaged first."""
+    lane: Lane
+    sent: list[Tensor] = field(default_factory=list)
+    """This worker's payload of each part, in one buffer."""
+    arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
+    """For each part the payloads to apply, once the background has them."""
 
 
 class Exchange:
@@ -27,6 +73,8 @@ class Exchange:
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
+        self._lanes = [Lane() for _ in range(LANES)]
+        self._under_way: deque[Trip] = deque()
 
     # -- the parameters' start points -------------------------------------------------------------
 
@@ -43,7 +91,7 @@ class Exchange:
     def show_start_points(self, state: State) -> None:
         """Write b into all parameters."""
         for bucket_state in state.buckets:
-            state.show(bucket_state, self.start_point(bucket_state))
+            bucket_state.show(self.start_point(bucket_state))
 
     # -- a round ----------------------------------------------------------------------------------
 
@@ -51,14 +99,17 @@ class Exchange:
     def complete_round(self, state: State) -> None:
         """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
         warmup = state.rounds < self.settings.warmup_steps
+        period = self.settings.averaging_period
+        averaging = period is not None and (state.rounds + 2) % period == 0
         for bucket_state in state.buckets:
             if bucket_state.bucket.numel:
-                self._trip(bucket_state, warmup)
+                self._depart(bucket_state, warmup, show=not averaging)
+        while self._under_way:
+            self._land()
         state.rounds += 1
-        period = self.settings.averaging_period
-        if period is not None and (state.rounds + 1) % period == 0:
+        if averaging:
             self.average_errors(state)
-        self.show_start_points(state)
+            self.show_start_points(state)
 
     def average_errors(self, state: State) -> None:
         """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce."""
@@ -67,7 +118,7 @@ class Exchange:
                 if bucket_state.bucket.numel:
                     name = f"error.{bucket_state.bucket.index}"
                     self.communicator.allreduce_mean(bucket_state.e, name)
-                    self.statistics.averaging_bytes_sent += self._ring(bucket_state.e)
+                    self.statistics.averaging_bytes_sent += self._ring(bucket_state.e.nbytes)
 
     def whole_server_errors(self, state: State) -> dict[str, Any]:
         """All of s, by parameter, on every worker, from the parts that they serve."""
@@ -76,94 +127,121 @@ class Exchange:
             s = bucket_state.s
             if s is not None and bucket_state.sharded:
                 sizes = [(part.stop - part.start) * s.element_size() for part in bucket_state.parts]
-                parts = self.communicator.allgather(s.view(torch.uint8), sizes)
-                s = torch.cat([part.view(bucket_state.x.dtype) for part in parts])
+                mine, s = s, torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
+                self.communicator.allgather(mine.view(torch.uint8), torch.split(s.view(torch.uint8), sizes))
             if s is not None:
                 whole |= cut_stretches(bucket_state.bucket, s, 0)
         return whole
 
-    def _trip(self, state: BucketState, warmup: bool) -> None:
-        bucket = state.bucket
-        compressor = Compression.none if warmup else bucket.compressor
-        wire_dtype = compressor.wire_dtype(bucket.dtype)
+    # -- a bucket's trip --------------------------------------------------------------------------
+
+    def _depart(self, state: BucketState, warmup: bool, show: bool) -> None:
+        """Row 4, and off into the background; the earliest trip lands first if all lanes are taken."""
+        if len(self._under_way) == LANES:
+            self._land()
+        trip = self._prepare(state, warmup, show)
         with self.statistics.phase("encode"):
-            y = bucket.new_flat()
-            torch._foreach_copy_(bucket.views(y), bucket.parameters)
-            algorithm.add_update(state.e, self.start_point(state), y)
-            del y
-            pieces = self._encode(state, compressor, whole=wire_dtype is not None)
-        if wire_dtype is not None:
-            self._through_horovod(state, compressor, pieces[0], wire_dtype, double=not warmup)
+            if not state.plain:
+                y = state.bucket.new_flat()
+                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
+                algorithm.add_update(state.e, self.start_point(state), y)
+            for memory, piece in zip(trip.memories, trip.sent, strict=True):
+                trip.rows.send(memory, piece)
+        submit = self.communicator.background.submit
+        trip.arrived = submit(self._average, trip, trip.wire) if trip.wire else submit(self._gather, trip)
+        self._lanes.remove(trip.lane)
+        self._under_way.append(trip)
+
+    def _prepare(self, state: BucketState, warmup: bool, show: bool) -> Trip:
+        bucket, settings = state.bucket, self.settings
+        compressor = Compression.none if warmup else bucket.compressor
+        rows = compressor.fused if bucket.device.type == "cpu" else None
+        wire = compressor.wire_dtype(bucket.dtype)
+        parts = state.parts if wire is None else bucket.parts(1)
+        sizes = [compressor.payload_bytes(part.blocks) for part in parts]
+        lane = self._lanes[0]
+        served = None
+        if state.s is not None and not warmup:
+            served = BlockedTensor(state.s, parts[state.mine].blocks)
+        return Trip(
+            state=state,
+            compressor=compressor,
+            rows=rows or algorithm.PlainRows(compressor),
+            memories=state.memories(parts, settings.alpha, settings.beta),
+            wire=wire,
+            served=served,
+            shows=show,
+            lane=lane,
+            sent=lane.pieces("sent", sizes, bucket.device),
+        )
+
+    def _land(self) -> None:
+        """Rows 6 and 2 of the earliest trip, once it has arrived."""
+        trip = self._under_way.popleft()
+        state = trip.state
+        with self.statistics.phase("exchange"):
+            arrived = trip.arrived.result()
+        weight = 1.0 if trip.served or trip.wire else 1 / self.communicator.size
+        with self.statistics.phase("decode"):
+            for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
+                shown = memory if trip.shows else replace(memory, points=())
+                trip.rows.receive(shown, sent, payloads, weight)
+            if self.settings.feedback == "none":
+                state.e.zero_()
+                if state.s is not None:
+                    state.s.zero_()
+            if trip.shows and not state.plain:
+                state.show(self.start_point(state))
+        self._lanes.append(trip.lane)
+        self._count(trip)
+
+    @torch.no_grad()
+    def _average(self, trip: Trip, wire: torch.dtype) -> list[list[Tensor]]:
+        """Row 5 or 5' where the payloads' mean is itself a payload. In the background."""
+        payload = trip.sent[0]
+        self.communicator.allreduce_mean(payload.view(wire), f"dense.{trip.state.bucket.index}")
+        if trip.served:
+            mean, payload = payload, trip.lane.pieces("answer", [payload.numel()], payload.device)[0]
+            trip.rows.serve([mean], 1.0, trip.served, payload)
+        return [[payload]]
+
+    @torch.no_grad()
+    def _gather(self, trip: Trip) -> list[list[Tensor]]:
+        """Row 5 or 5' for gathered payloads, of which a sharded server gets its part. In the background."""
+        state, lane, communicator = trip.state, trip.lane, self.communicator
+        device, workers = state.bucket.device, communicator.size
+        sizes = [piece.numel() for piece in trip.sent]
+        payloads = lane.pieces("incoming", workers * [sizes[state.mine]], device)
+        if state.sharded:
+            communicator.alltoall(trip.sent, payloads)
         else:
-            self._through_mpi(state, compressor, pieces)
-        if self.settings.feedback == "none":
-            state.e.zero_()
-            if state.s is not None:
-                state.s.zero_()
-        self.statistics.ring_allreduce_bytes += ring_bytes(self.communicator.size, 4 * bucket.numel)
+            communicator.allgather(trip.sent[0], payloads)
+        if trip.served is None:
+            return [payloads]
+        (answer,) = lane.pieces("answer", [sizes[state.mine]], device)
+        trip.rows.serve(payloads, 1 / workers, trip.served, answer)
+        if not state.sharded:
+            return [[answer]]
+        answers = lane.pieces("answers", sizes, device)
+        communicator.allgather(answer, answers)
+        return [[answer] for answer in answers]
 
-    def _encode(self, state: BucketState, compressor: Compressor, whole: bool) -> list[Tensor]:
-        """The payloads of all parts."""
-        pieces = []
-        for part in state.bucket.parts(1) if whole else state.parts:
-            piece = _bytes(compressor.payload_bytes(part.blocks), state.bucket)
-            algorithm.send(BlockedTensor(state.e[part.start : part.stop], part.blocks), compressor, piece)
-            pieces.append(piece)
-        return pieces
+    def _count(self, trip: Trip) -> None:
+        statistics, others = self.statistics, self.communicator.size - 1
+        sizes = [piece.numel() for piece in trip.sent]
+        total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
+        if trip.wire:
+            statistics.dense_bytes_sent += self._ring(total)
+        elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
+            statistics.payload_bytes_sent += total - own + others * own
+            statistics.payload_bytes_received += others * own + total - own
+        else:
+            statistics.payload_bytes_sent += others * total
+            statistics.payload_bytes_received += others * total
+        statistics.ring_allreduce_bytes += self._ring(4 * trip.state.bucket.numel)
 
-    def _through_horovod(
-        self, state: BucketState, compressor: Compressor, payload: Tensor, wire: torch.dtype, double: bool
-    ) -> None:
-        """Rows 5 and 6 where the payloads' mean is itself a payload."""
-        bucket = state.bucket
-        with self.statistics.phase("exchange"):
-            self.communicator.allreduce_mean(payload.view(wire), f"dense.{bucket.index}")
-        self.statistics.dense_bytes_sent += self._ring(payload)
-        with self.statistics.phase("decode"):
-            if double and state.s is not None:
-                mean, payload = payload, _bytes(payload.numel(), bucket)
-                algorithm.serve([mean], 1.0, BlockedTensor(state.s, bucket.blocks), compressor, payload)
-            algorithm.receive([payload], 1.0, BlockedTensor(state.x, bucket.blocks), compressor)
-
-    def _through_mpi(self, state: BucketState, compressor: Compressor, pieces: list[Tensor]) -> None:
-        """Rows 5 (or 5') and 6 for gathered payloads; a sharded server gets its part of them only."""
-        bucket, communicator = state.bucket, self.communicator
-        sizes = [piece.numel() for piece in pieces]
-        with self.statistics.phase("exchange"):
-            if state.sharded:
-                arrived = communicator.alltoall(pieces)
-                own = sizes[state.mine]
-                self._count(sent=sum(sizes) - own, received=(communicator.size - 1) * own)
-            else:
-                arrived = self._gather(pieces[0], communicator.size * sizes)
-        weight = 1 / communicator.size
-        x = BlockedTensor(state.x, bucket.blocks)
-        if state.s is None:
-            with self.statistics.phase("decode"):
-                algorithm.receive(arrived, weight, x, compressor)
-            return
-        with self.statistics.phase("decode"):
-            answer = _bytes(sizes[state.mine], bucket)
-            served = BlockedTensor(state.s, state.parts[state.mine].blocks)
-            algorithm.serve(arrived, weight, served, compressor, answer)
-        with self.statistics.phase("exchange"):
-            answers = self._gather(answer, sizes) if state.sharded else [answer]
-        with self.statistics.phase("decode"):
-            for part, answer in zip(state.parts, answers, strict=True):
-                x = BlockedTensor(state.x[part.start : part.stop], part.blocks)
-                algorithm.receive([answer], 1.0, x, compressor)
-
-    def _gather(self, payload: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        others = self.communicator.size - 1
-        self._count(sent=others * payload.numel(), received=sum(sizes) - payload.numel())
-        return self.communicator.allgather(payload, sizes)
-
-    def _count(self, sent: int, received: int) -> None:
-        self.statistics.payload_bytes_sent += sent
-        self.statistics.payload_bytes_received += received
-
-    def _ring(self, tensor: Tensor) -> int:
-        return ring_bytes(self.communicator.size, tensor.numel() * tensor.element_size())
+    def _ring(self, size: int) -> int:
+        return ring_bytes(self.communicator.size, size)
 
     # -- without feedback and compression: Horovod's own arithmetic --------------------------------
 
@@ -187,9 +265,5 @@ class Exchange:
                 self.communicator.allreduce_mean(wire, f"gradient.{bucket.index}")
             flat.copy_(wire)
             torch._foreach_copy_(gradients, views)
-            self.statistics.dense_bytes_sent += self._ring(wire)
-            self.statistics.ring_allreduce_bytes += ring_bytes(self.communicator.size, 4 * bucket.numel)
-
-
-def _bytes(number: int, bucket: Bucket) -> Tensor:
-    return torch.empty(number, dtype=torch.uint8, device=bucket.device)
+            self.statistics.dense_bytes_sent += self._ring(wire.nbytes)
+            self.statistics.ring_allreduce_bytes += self._ring(4 * bucket.numel)

@@ -29,7 +29,8 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
-        set_thread_communicator(ThreadCommunicator(meeting, rank))
+        communicator = ThreadCommunicator(meeting, rank)
+        set_thread_communicator(communicator)
         try:
             results[rank] = fn(rank)
         except BaseException as failure:
@@ -37,6 +38,7 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
         finally:
             set_thread_communicator(None)
             meeting.leave(rank)
+            communicator.close()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"worker {rank}") for rank in range(workers)]
     for thread in threads:

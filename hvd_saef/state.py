@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.layout import Bucket, Layout, Part, Slot
+from hvd_saef.compression import Memory
+from hvd_saef.layout import Bucket, Layout, Part, Slot, is_dense
 from hvd_saef.settings import Settings
 
 
@@ -34,6 +35,28 @@ class BucketState:
     def sharded(self) -> bool:
         """Whether other workers serve other parts."""
         return len(self.parts) > 1
+
+    @torch.no_grad()
+    def show(self, flat: Tensor) -> None:
+        """Write `flat` ([numel]) into the parameters, rounded to their dtype."""
+        if self.bucket.parameters:
+            torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameters are plain memory of x's dtype, which a pass can go through."""
+        return all(p.dtype == self.bucket.dtype and is_dense(p) for p in self.bucket.parameters)
+
+    def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
+        """The memory of parts of the bucket, in their order, for a pass over each."""
+        parameters = self.bucket.parameters if self.plain else []
+        points = [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
+        memories = []
+        for part, pieces in zip(parts, _cut(points, parts), strict=True):
+            stretch = slice(part.start, part.stop)
+            s = self.s if beta else None  # with β > 0 the server is replicated: one part
+            memories.append(Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta))
+        return memories
 
     @torch.no_grad()
     def anchor(self) -> None:
@@ -86,16 +109,10 @@ class State:
             for view, parameter in zip(state.bucket.views(state.x), state.bucket.parameters, strict=True)
         )
 
-    @torch.no_grad()
-    def show(self, state: BucketState, flat: Tensor) -> None:
-        """Write `flat` into the parameters of one bucket, rounded to their dtype."""
-        if state.bucket.parameters:
-            torch._foreach_copy_(state.bucket.parameters, state.bucket.views(flat))
-
     def show_x(self) -> None:
         """Write x into the parameters."""
         for state in self.buckets:
-            self.show(state, state.x)
+            state.show(state.x)
 
     def views_of(self, which: str) -> dict[str, Tensor]:
         """`"x"` or `"e"` of every parameter, by name and in its shape: views."""
@@ -213,6 +230,22 @@ def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
                 "values": values[first - start : last - start].clone(),
             }
     return stretches
+
+
+def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+    """The pieces of memory that lie in each part, which follow one another."""
+    cut: list[list[Tensor]] = [[] for _ in parts]
+    start, number = 0, 0
+    for piece in pieces:
+        stop = start + piece.numel()
+        while number < len(parts) and parts[number].stop <= start:
+            number += 1
+        for inside, part in zip(cut[number:], parts[number:], strict=True):
+            if part.start >= stop:
+                break
+            inside.append(piece[max(0, part.start - start) : part.stop - start])
+        start = stop
+    return [[piece for piece in inside if piece.numel()] for inside in cut]
 
 
 EXPORTED = ("rounds", "x", "errors", "server_errors")

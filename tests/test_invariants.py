@@ -283,9 +283,8 @@ def test_means_in_an_order_of_ones_own_are_noticed(monkeypatch: pytest.MonkeyPat
     """Every worker adds up from its own rank on: equal but for the rounding."""
     gather = ThreadCommunicator.allgather
 
-    def from_own_rank_on(self: ThreadCommunicator, payload: Tensor, counts: list[int]) -> list[Tensor]:
-        payloads = gather(self, payload, counts)
-        return payloads[self.rank :] + payloads[: self.rank]
+    def from_own_rank_on(self: ThreadCommunicator, payload: Tensor, out: list[Tensor]) -> None:
+        gather(self, payload, out[self.rank :] + out[: self.rank])
 
     def mean_that_depends_on_rank(self: ThreadCommunicator, tensor: Tensor, name: str) -> None:
         tensors = self._meeting.exchange(self.rank, name, tensor.clone())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hvd_saef.compression.blocks import BlockedTensor, Blocks, Run
-from hvd_saef.compression.compressor import Compressor, state_dtype
+from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
+from hvd_saef.compression.compressor import Compressor, Fused, state_dtype
 from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
 from hvd_saef.compression.sign import SignCompressor
 from hvd_saef.compression.topk import TopKCompressor
@@ -34,6 +34,8 @@ __all__ = [
     "Compressor",
     "DenseCompressor",
     "FP16Compressor",
+    "Fused",
+    "Memory",
     "NoneCompressor",
     "Run",
     "SignCompressor",

@@ -20,7 +20,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Fused(Protocol):
-    """The rows of Algorithm 1 around C, each in one pass over memory: same bits as `hvd_saef.algorithm`."""
+    """The rows of Algorithm 1 around C, each in one pass over memory: same bits as the plain ones.
+
+    Where a Memory has no points, `send` finds Δ in e already and `receive` writes no points.
+    """
 
     def send(self, memory: Memory, payload: Tensor) -> None:
         """Row 4: Δ = e + (x - α·e - β·s) - point; write C(Δ), and e ← Δ - C(Δ).
