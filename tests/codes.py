@@ -17,7 +17,8 @@ from hvd_saef.compression import BlockedTensor, Blocks
 
 FLOAT16_MAX = 65504.0
 RATIOS = [1e-9, 0.01, 0.1, 1 / 3, 0.5, 0.9, 1.0, 1]
-COMPRESSORS = [Compression.sign, *map(Compression.topk, RATIOS), Compression.none, Compression.fp16]
+ROUNDED = [Compression.topk(0.1, torch.float16), Compression.topk(1 / 3, torch.bfloat16)]
+COMPRESSORS = [Compression.sign, *ROUNDED, *map(Compression.topk, RATIOS), Compression.none, Compression.fp16]
 
 
 @dataclass(frozen=True)
@@ -112,3 +113,9 @@ def tree(values: list[float]) -> float:
 def kept_by_topk(ratio: float, size: int) -> int:
     """How many elements of a block travel."""
     return min(size, max(1, math.ceil(ratio * size)))
+
+
+def topk_bytes(ratio: float, size: int, number: int) -> int:
+    """What a block takes on the wire: values of `number` bytes, offsets, and its pages' counts."""
+    kept, pages = kept_by_topk(ratio, size), -(-size // 65536)
+    return kept * number + (kept < size) * (kept * 2 + (pages > 1) * pages * 4)

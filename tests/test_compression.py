@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import Compression, Compressor
-from hvd_saef.compression import BlockedTensor, FP16Compressor, SignCompressor, TopKCompressor
+from hvd_saef.compression import BlockedTensor, Blocks, FP16Compressor, SignCompressor, TopKCompressor
 from tests.codes import (
     COMPRESSORS,
     FLOAT16_MAX,
@@ -37,15 +38,18 @@ from tests.codes import (
 def check_split(compressor: Compressor, bucket: Bucket) -> None:
     """What is sent and what is kept add up to the input.
 
-    Exactly, but for Sign and what fp16 cannot hold: there, to the one rounding of v - sent, half a
+    Exactly, but for Sign and what 16 bits cannot hold: there, to the one rounding of v - sent, half a
     unit of its last place.
     """
     coded = code(compressor, bucket)
     assert np.isfinite(coded.sent).all()
+    value_dtype = (
+        torch.float16 if isinstance(compressor, FP16Compressor) else compressor.__dict__.get("value_dtype")
+    )
+    largest = torch.finfo(value_dtype or torch.float64).max
     half = Fraction(float(np.finfo(bucket.values.dtype).eps)) / 2
     for v, sent, kept in zip(exact(bucket.values), exact(coded.sent), exact(coded.kept), strict=True):
-        cut = isinstance(compressor, FP16Compressor) and abs(v) > FLOAT16_MAX
-        allowed = half * abs(v - sent) if cut or isinstance(compressor, SignCompressor) else 0
+        allowed = half * abs(v - sent) if abs(v) > largest or isinstance(compressor, SignCompressor) else 0
         assert abs(sent + kept - v) <= allowed
     assert np.array_equal(coded.kept, bucket.values - coded.sent)
 
@@ -92,16 +96,28 @@ def check_sign_wire(compressor: Compressor, bucket: Bucket) -> None:
 
 
 def check_topk_wire(compressor: Compressor, bucket: Bucket) -> None:
-    """All indices, int32 and ascending in their block, of ties the lower; then all values, to the bit."""
+    """Counts of blocks of several pages, all values, all offsets (of what is whole: none). To the bit."""
     assert isinstance(compressor, TopKCompressor)
-    indices, values = b"", b""
+    counts, values, offsets = b"", b"", b""
     for cut in bucket.cuts:
         block = bucket.values[cut]
         largest = sorted(range(block.size), key=lambda i: (-abs(block[i]), i))
-        chosen = sorted(largest[: kept_by_topk(compressor.ratio, block.size)])
-        indices += np.array(chosen, dtype=np.int32).tobytes()
-        values += block[chosen].tobytes()
-    assert code(compressor, bucket).payload == indices + values
+        chosen = np.array(sorted(largest[: kept_by_topk(compressor.ratio, block.size)]))
+        values += wire_values(compressor, block[chosen])
+        if chosen.size < block.size:
+            offsets += (chosen % 65536).astype(np.uint16).tobytes()
+            pages = -(-block.size // 65536)
+            counts += np.bincount(chosen // 65536, minlength=pages).astype(np.int32).tobytes() * (pages > 1)
+    assert code(compressor, bucket).payload == counts + values + offsets
+
+
+def wire_values(compressor: TopKCompressor, values: Any) -> bytes:
+    """Numbers as they travel: as they are, or in 16 bits, those beyond the range as the largest."""
+    numbers = torch.from_numpy(values)
+    if compressor.value_dtype is not None:
+        largest = torch.finfo(compressor.value_dtype).max
+        numbers = numbers.clamp(-largest, largest).to(compressor.value_dtype)
+    return numbers.view(torch.uint8).numpy().tobytes()
 
 
 quick = settings(max_examples=100, deadline=None)
@@ -138,6 +154,43 @@ def test_sign(bucket: Bucket) -> None:
 def test_topk(bucket: Bucket, ratio: float) -> None:
     check_topk_wire(Compression.topk(ratio), bucket)
     check_topk_norm(Compression.topk(ratio), bucket)
+    check_topk_wire(Compression.topk(ratio, torch.float16), bucket)
+    check_topk_wire(Compression.topk(ratio, torch.bfloat16), bucket)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.01, 0.5, 1])
+@pytest.mark.parametrize("block_size", [None, 65535, 65536, 65537])
+def test_topk_in_pages(ratio: float, block_size: int | None) -> None:
+    """Blocks of one page and of several, some pages without anything kept."""
+    values = np.random.default_rng(0).standard_normal(140_000).astype(np.float32).round(2)
+    values[65536:131072] *= 1e-3
+    bucket = Bucket(values, [3, 139_997], block_size)
+    for dtype in (None, torch.float16):
+        check_topk_wire(Compression.topk(ratio, dtype), bucket)
+        coded = code(Compression.topk(ratio, dtype), bucket)
+        assert np.array_equal(coded.sent + coded.kept, bucket.values)
+
+
+def test_what_no_topk_encoder_writes_is_refused() -> None:
+    """Counts that do not add up or are negative, offsets that repeat or lie beyond the block."""
+    size, compressor = 65540, Compression.topk(3 / 65540)
+    blocks, out = Blocks.cut([size], None, torch.float32), torch.zeros(size)
+
+    def decode(counts: list[int], offsets: list[int]) -> None:
+        numbers = (np.array(counts, np.int32), np.ones(3, np.float32), np.array(offsets, np.uint16))
+        payload = torch.frombuffer(bytearray(b"".join(n.tobytes() for n in numbers)), dtype=torch.uint8)
+        compressor.decode_add(payload, BlockedTensor(out, blocks), 1.0)
+
+    decode([1, 2], [5, 0, 3])
+    assert out.nonzero()[:, 0].tolist() == [5, 65536, 65539]
+    for counts in ([1, 1], [2, 2], [-1, 4], [3, 0]):
+        with pytest.raises(ValueError, match="payload"):
+            decode(counts, [5, 0, 3])
+    for offsets in ([5, 0, 4], [5, 3, 3], [5, 3, 0]):
+        with pytest.raises(ValueError, match="order"):
+            decode([1, 2], offsets)
+    with pytest.raises(ValueError, match="bytes"):
+        compressor.decode_add(torch.zeros(25, dtype=torch.uint8), BlockedTensor(out, blocks), 1.0)
 
 
 @quick
@@ -227,7 +280,7 @@ class HighestBitFirst(SignCompressor):
 
 @dataclass(frozen=True)
 class LaterTies(TopKCompressor):
-    """Of equal magnitudes keeps the one of the higher index. For one block."""
+    """Of equal magnitudes keeps the one of the higher index. For one block of a page, not kept whole."""
 
     def order(self, block: Tensor) -> Tensor:
         """Indices, those to keep first."""
@@ -236,13 +289,14 @@ class LaterTies(TopKCompressor):
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """As the class says."""
         chosen = self.order(delta.flat)[: self.kept(delta.blocks.numel)].sort().values
-        payload.copy_(torch.cat([chosen.int().view(torch.uint8), delta.flat[chosen].view(torch.uint8)]))
+        offsets = chosen.to(torch.uint16)
+        payload.copy_(torch.cat([delta.flat[chosen].view(torch.uint8), offsets.view(torch.uint8)]))
         delta.flat[chosen] = 0.0
 
 
 @dataclass(frozen=True)
 class FirstComeFirstServed(LaterTies):
-    """Keeps the first entries, as a badly sampled threshold may. For one block."""
+    """Keeps the first entries, as a badly sampled threshold may."""
 
     def order(self, block: Tensor) -> Tensor:
         """As they come."""

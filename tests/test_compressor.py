@@ -7,13 +7,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hvd_saef import Compression, Compressor, kernels
 from hvd_saef.compression import BlockedTensor, Blocks, state_dtype
-from tests.codes import COMPRESSORS, RATIOS, bucket_of, code, kept_by_topk, tree
+from tests.codes import COMPRESSORS, RATIOS, Bucket, bucket_of, code, topk_bytes, tree
 from tests.oracle import Setup
 from tests.problems import schedule, start_point, worst
 from tests.rounds import moves, watch
@@ -30,24 +31,31 @@ def test_payload_bytes(dtype: torch.dtype, block_size: int | None, lengths: list
     layout, number = Blocks.cut([35, 0, 3, 1], block_size, dtype), dtype.itemsize
     assert Compression.sign.payload_bytes(layout) == sum(number + math.ceil(n / 8) for n in lengths)
     for ratio in RATIOS:
-        expected = sum(kept_by_topk(ratio, n) * (4 + number) for n in lengths)
-        assert Compression.topk(ratio).payload_bytes(layout) == expected
+        for value_dtype, width in ((None, number), (torch.float16, 2), (torch.bfloat16, 2)):
+            expected = sum(topk_bytes(ratio, n, width) for n in lengths)
+            assert Compression.topk(ratio, value_dtype).payload_bytes(layout) == expected
     assert Compression.none.payload_bytes(layout) == 39 * number
     assert Compression.fp16.payload_bytes(layout) == 39 * 2
 
 
-def test_too_large_a_block_for_topk_is_refused() -> None:
-    with pytest.raises(ValueError, match="block_size"):
-        Compression.topk(1e-9).payload_bytes(Blocks.cut([2**31], None, torch.float32))
+def test_payload_bytes_of_pages() -> None:
+    """Whole pages, one element more, and a block with more elements than int32 counts."""
+    for size, expected in ((65536, 656 * 6), (65537, 656 * 6 + 8), (2**32 + 1, 42949673 * 6 + 65537 * 4)):
+        assert Compression.topk(0.01).payload_bytes(Blocks.cut([size], None, torch.float32)) == expected
+    assert Compression.topk(1).payload_bytes(Blocks.cut([2**32], None, torch.float32)) == 2**34
 
 
 def test_the_wire_by_hand() -> None:
-    """Two blocks of Sign (9 and 2 elements), two of Top-K (4 and 2); little-endian."""
+    """Two blocks of Sign (9 and 2 elements), three of Top-K (4, 2 and 1); little-endian."""
     signs = bucket_of(-1, 1, 1, 1, 1, 1, 1, 1, -1, 0.0, -0.0, block_size=9)
     assert code(Compression.sign, signs).payload.hex() == "0000803f" + "00000000" + "0101" + "02"
-    ties = bucket_of(1, -3, 3, 3, -0.0, 0.0, block_size=4)
-    values = "000040c0" + "00004040" + "00000080"
-    assert code(Compression.topk(0.5), ties).payload.hex() == "01000000" + "02000000" + "00000000" + values
+    ties = Bucket(np.array([1, -3, 3, 3, -0.0, 0.0, 2], dtype=np.float32), [6, 1], 4)
+    values, offsets = "000040c0" + "00004040" + "00000080" + "00000040", "0100" + "0200" + "0000"
+    assert code(Compression.topk(0.5), ties).payload.hex() == values + offsets
+    half = "00c2" + "0042" + "0080" + "0040"
+    assert code(Compression.topk(0.5, torch.float16), ties).payload.hex() == half + offsets
+    brain = "40c0" + "4040" + "0080" + "0040"
+    assert code(Compression.topk(0.5, torch.bfloat16), ties).payload.hex() == brain + offsets
 
 
 # -- the L1 sum -------------------------------------------------------------------------------------
@@ -251,3 +259,17 @@ def test_ratios_of_the_wrong_type(ratio: Any) -> None:
         Compression.topk(ratio)
     assert f"ratio={ratio!r}" in str(raised.value)
     assert "above 0 and up to 1" in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.complex32])
+def test_value_dtypes_that_are_not_allowed(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="value_dtype") as raised:
+        Compression.topk(0.1, dtype)
+    assert f"value_dtype={dtype}" in str(raised.value)
+    assert "torch.float16 and torch.bfloat16 are allowed" in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", 16, np.float16, torch.ones(1)])
+def test_value_dtypes_of_the_wrong_type(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"value_dtype=.*torch\.float16 and torch\.bfloat16 are allowed"):
+        Compression.topk(0.1, dtype)

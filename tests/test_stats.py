@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hvd_saef import Compression
+from tests.codes import topk_bytes
 from tests.problems import SHAPES
 from tests.workers import NO_MODEL, Run, together
 
@@ -118,7 +119,7 @@ def test_auto_is_sharded_from_three_workers_on() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_top_k_and_wider_dtypes(dtype: torch.dtype) -> None:
     width = 8 if dtype == torch.float64 else 4
-    payload = sum(min(size, max(1, math.ceil(0.1 * size))) * (4 + width) for size in SIZES)
+    payload = sum(topk_bytes(0.1, size, width) for size in SIZES)
     for found in stats(2, dtype=dtype, compression=Compression.topk(0.1)):
         assert found["payload_bytes_sent"] == ROUNDS * payload
         assert found["ring_allreduce_bytes"] == ROUNDS * ring(2, 4 * TOTAL)

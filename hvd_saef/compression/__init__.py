@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
 from hvd_saef.compression.compressor import Compressor, Fused, state_dtype
 from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
@@ -22,9 +24,12 @@ class Compression:
     """1 bit a parameter and a scale a block."""
 
     @staticmethod
-    def topk(ratio: float) -> Compressor:
-        """The `ratio` (in (0, 1]; 0.01 is 1 %) of each block's entries that are largest."""
-        return TopKCompressor(ratio)
+    def topk(ratio: float, value_dtype: torch.dtype | None = None) -> Compressor:
+        """The `ratio` (in (0, 1]; 0.01 is 1 %) of each block's entries that are largest.
+
+        `value_dtype` torch.float16 or torch.bfloat16 sends them in 2 bytes instead of x's 4.
+        """
+        return TopKCompressor(ratio, value_dtype)
 
 
 __all__ = [

@@ -12,26 +12,38 @@ from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks
 from hvd_saef.compression.compressor import Compressor
 
-INDEX = torch.int32
+PAGE = 1 << 16  # elements that a uint16 offset reaches
+COUNT, OFFSET = torch.int32, torch.uint16
 
 
 @dataclass(frozen=True)
 class TopKCompressor(Compressor):
     """Keeps each block's min(d, max(1, ⌈ratio·d⌉)) entries of largest magnitude, exactly.
 
-    Ties go to the lower index. Payload: the kept indices within their blocks, ascending, int32, for
-    all blocks; then their values in x's dtype.
+    Ties go to the lower index. `value_dtype` rounds what travels (the rounding stays in the error):
+    torch.float16, torch.bfloat16 or None, x's dtype. What is beyond its range travels as its largest.
 
-    Raises TypeError or ValueError for a ratio that is not a number in (0, 1].
+    Payload: for each block of more than one page (65,536 elements) how many entries each of its pages
+    keeps, int32; all blocks' kept values; their offsets within their pages, ascending, uint16. A block
+    that is kept whole has values only.
+
+    Raises TypeError or ValueError for a ratio that is not a number in (0, 1], or another value_dtype.
     """
 
     ratio: float
+    value_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
             raise TypeError(f"ratio={self.ratio!r}: a number above 0 and up to 1 is allowed (0.01 is 1 %).")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio!r}: a number above 0 and up to 1 is allowed (0.01 is 1 %).")
+        if self.value_dtype not in (None, torch.float16, torch.bfloat16):
+            wrong = ValueError if isinstance(self.value_dtype, torch.dtype) else TypeError
+            raise wrong(
+                f"value_dtype={self.value_dtype!r}: None (the values travel in x's dtype), torch.float16 "
+                "and torch.bfloat16 are allowed."
+            )
         object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are the same setting
 
     def kept(self, size: int) -> int:
@@ -39,41 +51,85 @@ class TopKCompressor(Compressor):
         return min(size, max(1, math.ceil(self.ratio * size)))
 
     def payload_bytes(self, layout: Blocks) -> int:
-        """Four bytes of index and one number of x's dtype for each kept element.
-
-        Raises ValueError for a block whose indices do not fit into int32.
-        """
-        if layout.largest > torch.iinfo(INDEX).max:
-            raise ValueError(
-                f"a block of {layout.largest} elements is too large for Top-K, which sends 4-byte indices; "
-                f"at most {torch.iinfo(INDEX).max} are allowed: set block_size to that or less."
-            )
-        return self._total_kept(layout) * (INDEX.itemsize + layout.dtype.itemsize)
+        """See the class: for each kept element a value and two bytes of offset, and a bit more."""
+        return sum(self._sections(layout))
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
-        indices, values = [], []
+        counts, values, offsets = [], [], []
         for run, rows in delta.rows():
-            columns = kernels.top_k(rows, self.kept(run.size))
-            values.append(rows.gather(1, columns).view(-1))
-            rows.scatter_(1, columns, 0.0)
-            indices.append(columns.view(-1).to(INDEX))
-        if indices:
-            boundary = self._total_kept(delta.blocks) * INDEX.itemsize
-            payload[:boundary] = torch.cat(indices).view(torch.uint8)
-            payload[boundary:] = torch.cat(values).view(torch.uint8)
+            kept, pages = self.kept(run.size), _pages(run.size)
+            if kept == run.size:
+                sent, rest = self._rounded(rows)
+                rows.copy_(rest)
+            else:
+                columns = kernels.top_k(rows, kept)
+                sent, rest = self._rounded(rows.gather(1, columns))
+                rows.scatter_(1, columns, rest)
+                offsets.append((columns % PAGE).to(OFFSET))
+                if pages > 1:
+                    page = columns // PAGE + pages * torch.arange(run.count, device=rows.device).unsqueeze(1)
+                    counts.append(torch.bincount(page.view(-1), minlength=run.count * pages).to(COUNT))
+            values.append(sent)
+        pieces = [piece.view(-1).view(torch.uint8) for piece in (*counts, *values, *offsets)]
+        payload.copy_(torch.cat([payload[:0], *pieces]))
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """See :meth:`Compressor.decode_add`."""
-        boundary = self._total_kept(out.blocks) * INDEX.itemsize
-        indices = payload[:boundary].clone().view(INDEX).to(torch.int64)  # the clones are aligned
-        values = payload[boundary:].clone().view(out.blocks.dtype) * weight
-        start = 0
+        """See :meth:`Compressor.decode_add`. Raises ValueError for bytes that no encoder writes."""
+        sections = self._sections(out.blocks)
+        if payload.numel() != sum(sections):
+            raise ValueError(f"a Top-K payload of {payload.numel()} bytes: {sum(sections)} were expected.")
+        first, second = sections[0], sections[0] + sections[1]
+        counts = payload[:first].clone().view(COUNT)  # the clones are aligned
+        values = payload[first:second].clone().view(self._wire(out.blocks.dtype)).to(out.flat.dtype) * weight
+        offsets = payload[second:].clone().view(OFFSET).to(torch.int64)
         for run, rows in out.rows():
-            kept = self.kept(run.size)
-            part = slice(start, start + run.count * kept)
-            rows.scatter_add_(1, indices[part].view(run.count, kept), values[part].view(run.count, kept))
-            start = part.stop
+            kept, pages = self.kept(run.size), _pages(run.size)
+            sent, values = values[: run.count * kept].view(run.count, kept), values[run.count * kept :]
+            if kept == run.size:
+                rows.add_(sent)
+                continue
+            columns, offsets = offsets[: sent.numel()].view_as(sent), offsets[sent.numel() :]
+            if pages > 1:
+                per_page, counts = counts[: run.count * pages], counts[run.count * pages :]
+                columns = columns + PAGE * _page_of_each(per_page.view(run.count, pages), kept)
+            if bool((columns[:, -1:] >= run.size).any() | (columns.diff(dim=1) <= 0).any()):
+                raise ValueError(
+                    f"a Top-K payload with offsets out of order in blocks of {run.size} elements."
+                )
+            rows.scatter_add_(1, columns, sent)
 
-    def _total_kept(self, layout: Blocks) -> int:
-        return sum(run.count * self.kept(run.size) for run in layout.runs)
+    def _wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the values that travel for x of `dtype`."""
+        return self.value_dtype or dtype
+
+    def _rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is sent of `values`, and what is left of them."""
+        if self.value_dtype is None:
+            return values.clone(), torch.zeros_like(values)
+        most = torch.finfo(self.value_dtype).max
+        sent = values.clamp(-most, most).to(self.value_dtype)
+        return sent, values - sent.to(values.dtype)
+
+    def _sections(self, layout: Blocks) -> list[int]:
+        """Bytes of the payload's three parts: pages' counts, values, offsets."""
+        sections = [0, 0, 0]
+        for run in layout.runs:
+            kept, pages = self.kept(run.size), _pages(run.size)
+            sections[1] += run.count * kept * self._wire(layout.dtype).itemsize
+            if kept < run.size:
+                sections[0] += run.count * pages * COUNT.itemsize if pages > 1 else 0
+                sections[2] += run.count * kept * OFFSET.itemsize
+        return sections
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE)
+
+
+def _page_of_each(counts: Tensor, kept: int) -> Tensor:
+    """Which page of its block each kept element lies on, [blocks, kept], of how many each page keeps."""
+    if bool((counts < 0).any() | (counts.sum(dim=1) != kept).any()):
+        raise ValueError(f"a Top-K payload whose pages' counts do not add up to the {kept} kept in a block.")
+    pages = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
+    return pages.repeat_interleave(counts.reshape(-1)).view(-1, kept)
