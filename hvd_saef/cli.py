@@ -1,0 +1,123 @@
+"""The command `hvd-saef`. Its one subcommand so far is `plan`: which method would pay, by a model."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvd_saef.plan import METHODS, UNCOMPRESSED, Constants, Job, predict, recommend
+
+FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+TENSOR = 160_000
+"""Elements of a tensor where only the sum is known: ResNet-50's mean."""
+
+
+def count(text: str) -> int:
+    """25.6M as 25600000."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgbt]?)", text.strip(), re.IGNORECASE)
+    try:
+        number = round(float(match[1]) * FACTORS[match[2].lower()]) if match else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number >= 1 is allowed, as 25600000, 25.6M or 7B")
+    return number
+
+
+def bandwidth(text: str) -> float:
+    """10Gbit as 1e10 bits a second."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)bit(?:/s)?", text.strip(), re.IGNORECASE)
+    try:
+        number = float(match[1]) * FACTORS[match[2].lower()] if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: a rate is allowed, as 100Mbit, 10Gbit or 25Gbit/s")
+    return number
+
+
+def duration(text: str) -> float:
+    """Seconds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds >= 0 is allowed")
+    return number
+
+
+def constants(text: str) -> Constants:
+    """Those in the file."""
+    try:
+        return Constants.load(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def table(job: Job, known: Constants) -> str:
+    """All methods, the least lossy first: bytes, predicted step and gain."""
+    plain = predict(UNCOMPRESSED, job, known)
+    lines = [f"{'method':<22}{'k':>7}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
+    for method in METHODS:
+        step = predict(method, job, known)
+        ratio = f"{100 * method.ratio:g} %" if method.wire == "topk" else "-"
+        sent = method.bytes_sent(job.sizes, job.workers) / 1e6
+        lines.append(
+            f"{method.name:<22}{ratio:>7}{method.averaging_period or '-':>5}{sent:>12.3f}"
+            f"{step:>10.4f} s{step - job.compute:>10.4f} s{plain / step:>8.2f}×"
+        )
+    return "\n".join(lines)
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What to print."""
+    tensors = max(1, round(args.parameters / TENSOR))
+    sizes = [args.parameters // tensors] * (tensors - 1)
+    job = Job((*sizes, args.parameters - sum(sizes)), args.workers, args.bandwidth, args.compute)
+    best = recommend(job, args.constants)
+    gain = predict(UNCOMPRESSED, job, args.constants) / predict(best, job, args.constants)
+    if best is UNCOMPRESSED:
+        advice = "do not compress: no method is predicted to be more than 5 % faster than Horovod's float32"
+    else:
+        advice = f"{best.name}, predicted {gain:.2f}× faster than Horovod's float32\n  {best.call}"
+    return "\n".join(
+        [
+            f"A step of {args.parameters / 1e6:g} M parameters on {args.workers} workers that send "
+            f"{args.bandwidth / 1e9:g} Gbit/s and compute {args.compute:g} s:",
+            f"predictions of a MODEL, not measurements. Fitted on: {args.constants.source}.",
+            "",
+            table(job, args.constants),
+            "",
+            f"Advice: {advice}.",
+            "It is the least lossy method whose step is within 5 % of the fastest; what a method costs in",
+            "convergence is not in the model. p is the averaging period (rounds), k what Top-K keeps.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="hvd-saef", description="Compressed training on Horovod and MPI.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "plan",
+        help="which method, p and k would pay",
+        description="Predicts a step's time by method, with a latency-bandwidth-compute model that was "
+        "fitted on measured steps, and says which method would pay, or that none would.",
+    )
+    command.add_argument("--parameters", type=count, required=True, help="of the model: 25.6M")
+    command.add_argument("--workers", type=count, required=True, help="ranks that exchange")
+    command.add_argument("--bandwidth", type=bandwidth, required=True, help="that a rank can send: 10Gbit")
+    command.add_argument(
+        "--compute", type=duration, required=True, help="seconds of a step without any exchange"
+    )
+    command.add_argument(
+        "--constants", type=constants, help="a fit of benchmarks/scaling.py on your machines"
+    )
+    args = parser.parse_args(arguments)
+    if args.constants is None:
+        args.constants = Constants.load()
+    print(plan(args))

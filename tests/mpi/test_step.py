@@ -1,0 +1,71 @@
+"""benchmarks/step.py runs every method side by side, on MPI and gloo, and between hosts; not how fast."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hosts import why_not
+from benchmarks.timings import Timing, read
+from tests.mpi.launch import ENVIRONMENT, ROOT
+
+pytest.importorskip("horovod.torch", reason="needs Horovod")
+pytest.importorskip("matplotlib", reason="needs the extra [examples]")
+
+METHODS = 15
+SHORT = ["--model", "tiny", "--steps", "1", "--rounds"]
+
+
+def run(command: list[str], tmp_path: Path) -> str:
+    job = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
+    return job.stdout
+
+
+def check(timings: list[Timing], workers: int) -> None:
+    """Every method had its turns, and stats() claims what the theory says."""
+    assert len(timings) == METHODS
+    assert len({timing.method for timing in timings}) == METHODS
+    assert {timing.workers for timing in timings} == {workers}
+    assert all(timing.seconds > 0 for timing in timings)
+    for timing in timings:
+        assert math.isnan(timing.claimed_bytes) is not timing.method.startswith(("sign", "Top-K"))
+        if not math.isnan(timing.claimed_bytes):
+            assert timing.claimed_bytes == pytest.approx(timing.theory_bytes, rel=1e-4)
+
+
+@pytest.mark.xdist_group("mpi")
+def test_all_methods_side_by_side(tmp_path: Path) -> None:
+    script = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "step.py"),
+        *SHORT,
+        "1",
+        "--out",
+        str(tmp_path / "a.csv"),
+    ]
+    run([str(ROOT / "launch" / "horovodrun.sh"), "-np", "2", *script], tmp_path)
+    check(read(tmp_path / "a.csv"), 2)
+    assert "x faster than float32" in (tmp_path / "a.txt").read_text()
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.xdist_group("mpi")
+@pytest.mark.skipif(why_not() is not None, reason=f"cannot make hosts: {why_not()}")
+def test_between_hosts(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "cluster.py"), *SHORT, "2"]
+    script += ["--rates", "1gbit", "memory", "--hosts", "2", "--out", str(tmp_path)]
+    script += ["--methods", "local", "sign-dc", "hvd", "ddp"]
+    run(script, tmp_path)
+    timings = read(tmp_path / "tiny-1gbit-2.csv")
+    ring = [timing for timing in timings if timing.method == "DDP"]
+    # Few bytes, so the frames around them weigh more than they would; but they are of that order.
+    assert all(0.9 < timing.interface_bytes / timing.theory_bytes < 3 for timing in ring)
+    assert all(math.isnan(t.interface_bytes) for t in read(tmp_path / "tiny-memory-2.csv"))
+    before = (tmp_path / "tiny-1gbit-2.csv").stat().st_mtime_ns
+    assert "1gbit x2" in run(script, tmp_path)  # resumed: nothing is run again
+    assert (tmp_path / "tiny-1gbit-2.csv").stat().st_mtime_ns == before
