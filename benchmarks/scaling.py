@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import math
 import statistics
 import sys
@@ -33,7 +34,7 @@ from hvd_saef.plan import CLOSE, FEATURES, METHODS, UNCOMPRESSED, Constants, Job
 
 LABEL = "MODEL, not a measurement"
 PLANNED = {method.name: method for method in METHODS}
-PROCESSOR = [name for name in FEATURES if name not in ("wire", "message")]
+PROCESSOR = [name for name in FEATURES if name not in ("wire", "message", "fixed")]
 """Constants that grow where ranks share cores."""
 WORKERS = [2**power for power in range(1, 13)]
 BANDWIDTHS = [1e8, 1e9, 1e10, 1e11]
@@ -68,13 +69,12 @@ def observe(pieces: Sequence[Sequence[Timing]]) -> list[Observation]:
         if local and timings[0].rate != "memory":
             alone[id(timings)] = statistics.median(local)
     used = [timings for timings in pieces if id(timings) in alone]
-    if not used:
-        return []
-    fewest = min(timings[0].workers for timings in used)
-    usual = statistics.median(alone[id(t)] for t in used if t[0].workers == fewest)
     observations = []
     for timings in used:
         first, compute = timings[0], alone[id(timings)]
+        alike = [other for other in used if other[0].model == first.model]
+        fewest = min(other[0].workers for other in alike)
+        usual = statistics.median(alone[id(other)] for other in alike if other[0].workers == fewest)
         job = Job(sizes(first.model), first.workers, bits_per_second(first.rate), compute)
         for row in summarize(timings):
             if row.method in PLANNED:
@@ -97,6 +97,12 @@ def nonnegative(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDA
             break
         active = np.delete(active, found.argmin())
     return solution
+
+
+def reference(observations: Sequence[Observation]) -> Job:
+    """ResNet-50's shapes, if they were timed, on the fewest workers: what the predictions are of."""
+    common = sizes("resnet50")
+    return min((o.job for o in observations), key=lambda job: (job.sizes != common, job.workers))
 
 
 def fit(observations: Sequence[Observation], source: str) -> Constants:
@@ -141,7 +147,7 @@ def prediction_table(job: Job, constants: Constants) -> list[str]:
 
 
 def _with(job: Job, workers: int | None = None, bandwidth: float | None = None) -> Job:
-    return Job(job.sizes, workers or job.workers, bandwidth or job.bandwidth, job.compute)
+    return dataclasses.replace(job, workers=workers or job.workers, bandwidth=bandwidth or job.bandwidth)
 
 
 def stops_paying(job: Job, constants: Constants) -> tuple[float, str]:
@@ -228,6 +234,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--unseen-rates", nargs="*", default=["10gbit"], help="not fitted on, but checked")
     parser.add_argument("--compute", type=float, help="seconds, for predictions; as measured if not given")
     parser.add_argument("--out", type=Path, default=runs / "scaling", help="folder for results")
+    parser.add_argument("--note", help="what is to be said of the runs wherever the fit is shown")
     parser.add_argument("--save", action="store_true", help="write hvd_saef/plan.json as well")
     return parser.parse_args()
 
@@ -249,11 +256,11 @@ def main() -> int:
         print(f"scaling.py: nothing to fit in {args.runs}: run benchmarks/cluster.py first", file=sys.stderr)
         return 1
     names = list(dict.fromkeys(o.piece for o in seen))
-    constants = fit(seen, f"{len(seen)} medians of benchmarks/cluster.py ({'; '.join(names)})")
-    fewest = min(seen, key=lambda o: o.job.workers).job
-    job = (
-        fewest if args.compute is None else Job(fewest.sizes, fewest.workers, fewest.bandwidth, args.compute)
-    )
+    source = f"{len(seen)} medians of benchmarks/cluster.py ({'; '.join(names)})"
+    constants = fit(seen, f"{source}, {args.note}" if args.note else source)
+    job = reference(seen)
+    if args.compute is not None:
+        job = dataclasses.replace(job, compute=args.compute)
     blocks = [
         check_table("What it was fitted on", seen, constants),
         check_table("What it had not seen", [o for o in everything if o.piece in hidden], constants),

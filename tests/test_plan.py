@@ -21,7 +21,7 @@ CHOSEN = [method for method in METHODS if not method.dense and method.averaging_
 FREE = Constants(**dict.fromkeys(FEATURES, 0.0), source="a test")
 WIRE_ONLY = dataclasses.replace(FREE, wire=1.0)
 # Compression costs the processor more than it saves it, so that there is a bandwidth where it stops paying.
-REALISTIC = Constants(1.1, 1e-11, 5e-5, 1e-9, 2e-9, 4e-9, 1e-9, 5e-9, 5e-9)
+REALISTIC = Constants(1.1, 1e-11, 5e-5, 1e-3, 1e-9, 2e-9, 4e-9, 1e-9, 5e-9, 5e-9)
 
 
 def sent(method: Method, workers: int, rounds: int) -> float:
