@@ -95,15 +95,16 @@ def _shares(interface: float, claimed: float, theory: float) -> str:
 
 
 def report(pieces: list[list[Timing]], folder: Path, parameters: int) -> None:
-    """All pieces in one CSV, one text and one plot."""
+    """All pieces of a model in one CSV, one text and one plot."""
     pieces = sorted(
         pieces, key=lambda p: (RATES.index(p[0].rate) if p[0].rate in RATES else 99, p[0].workers)
     )
-    write([timing for timings in pieces for timing in timings], folder / "cluster.csv")
+    path = folder / f"cluster-{pieces[0][0].model}.csv"
+    write([timing for timings in pieces for timing in timings], path)
     text = "\n\n".join([*(table(timings, parameters) for timings in pieces), bytes_table(pieces)])
-    (folder / "cluster.txt").write_text(text + "\n")
-    plot(pieces, folder / "cluster.png")
-    print(text, f"\n\nWritten: {folder}/cluster.csv, cluster.txt, cluster.png")
+    path.with_suffix(".txt").write_text(text + "\n")
+    plot(pieces, path.with_suffix(".png"))
+    print(text, f"\n\nWritten: {path}, and .txt and .png beside it")
 
 
 def arguments() -> argparse.Namespace:

@@ -244,6 +244,9 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
                 return process.wait(timeout)
             except BaseException:
                 process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                process.kill()
                 raise
 
 

@@ -242,7 +242,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Fit, check, predict."""
     args = arguments()
-    files = [file for file in sorted(args.runs.glob("*.csv")) if file.name != "cluster.csv"]
+    files = [file for file in sorted(args.runs.glob("*.csv")) if not file.name.startswith("cluster")]
     pieces = [read(file) for file in files]
     unseen = {
         id(piece)
