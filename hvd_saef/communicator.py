@@ -139,7 +139,7 @@ class MpiCommunicator(Communicator):
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
         longest = max(place.numel() for place in out)
-        self._move(lambda send, into: self._mpi.Iallgatherv(send, into), [payload], out, longest)
+        self._move(lambda send, into: self._mpi.Iallgatherv(_single(send), into), [payload], out, longest)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
         longest = max(piece.numel() for piece in pieces)
@@ -201,6 +201,12 @@ def _message(views: Sequence[Tensor]) -> Any:
     buffer = torch.empty(0, dtype=torch.uint8).set_(views[0].untyped_storage())
     counts = [view.numel() for view in views]
     return [buffer.numpy(), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
+
+
+def _single(message: Any) -> Any:
+    """A message of one piece, as mpi4py takes it where there cannot be more."""
+    buffer, ((count,), (start,)), kind = message
+    return [buffer, (count, start), kind]
 
 
 class Meeting:
