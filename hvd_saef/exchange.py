@@ -246,8 +246,12 @@ class Exchange:
     # -- without feedback and compression: Horovod's own arithmetic --------------------------------
 
     @torch.no_grad()
-    def average_gradients(self, layout: Layout) -> None:
-        """Replace every gradient by the workers' mean; one that is missing counts as zero."""
+    def average_gradients(self, layout: Layout, as_sparse: bool) -> None:
+        """Replace every gradient by the workers' mean; one that is missing counts as zero.
+
+        Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
+        """
+        alone = self.communicator.size == 1
         for bucket in layout.buckets:
             flat = bucket.new_flat()
             gradients, views = [], []
@@ -255,6 +259,9 @@ class Exchange:
                 if slot.trains:  # not requires_grad, which one worker may have changed since
                     if slot.parameter.grad is None:
                         slot.parameter.grad = torch.zeros_like(slot.parameter)
+                    if slot.parameter.grad.is_sparse and alone:
+                        continue
+                    slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
                     gradients.append(slot.parameter.grad)
                     views.append(slot.view(flat))
             if not gradients:
@@ -265,5 +272,9 @@ class Exchange:
                 self.communicator.allreduce_mean(wire, f"gradient.{bucket.index}")
             flat.copy_(wire)
             torch._foreach_copy_(gradients, views)
+            if as_sparse and not alone:
+                for slot in bucket.slots:
+                    if slot.parameter.grad is not None:  # by rows, as an Embedding's is
+                        slot.parameter.grad = slot.parameter.grad.to_sparse(min(1, slot.parameter.dim()))
             self.statistics.dense_bytes_sent += self._ring(wire.nbytes)
             self.statistics.ring_allreduce_bytes += self._ring(4 * bucket.numel)

@@ -71,7 +71,8 @@ def DistributedOptimizer(
         gradient_predivide_factor: 1.0 only.
         num_groups: without effect.
         groups: without effect; buckets are formed by `bucket_bytes`.
-        sparse_as_dense: make sparse gradients dense instead of refusing them.
+        sparse_as_dense: make sparse gradients dense (not for SparseAdam, which takes none). Else the
+            local step takes them as they are; where gradients are averaged, they are refused.
         process_set: the Horovod process set whose ranks are the workers. Ranks outside train alone.
         model: with it, forward passes in eval mode and model.state_dict() see x by themselves.
         feedback: "saef", "ef" (plain error feedback) or "none".

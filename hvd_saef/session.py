@@ -63,6 +63,11 @@ class Session:
         """Whether to do Horovod's arithmetic: nothing is compressed and nothing fed back."""
         return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
 
+    @property
+    def _takes_sparse_only(self) -> bool:
+        """Whether the optimizer refuses dense gradients: it then gets sparse ones, as Horovod gives it."""
+        return isinstance(self.inner, torch.optim.SparseAdam)
+
     def _warn_of_large_block(self, layout: Layout) -> None:
         workers = self.communicator.size
         if not self.settings.sharded(workers) or self.communicator.rank != 0:
@@ -108,7 +113,7 @@ class Session:
                     "`with optimizer.skip_synchronize():`.",
                     stacklevel=3,
                 )
-            self.exchange.average_gradients(self.layout)
+            self.exchange.average_gradients(self.layout, self._takes_sparse_only)
         self._synchronized = False
         with self.statistics.phase("local_step"):
             local_step()
@@ -118,24 +123,25 @@ class Session:
         return loss
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
-        """Make gradients dense, unscale them, and say what is wrong with them."""
+        """Unscale gradients, and say what is wrong with them."""
         held = sum(takes_part(p) for group in self.inner.param_groups for p in group["params"])
         if held != len(self.layout.slots):
             raise RuntimeError(
                 "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
                 "hvd_saef.DistributedOptimizer returned."
             )
-        self._make_dense()
+        self._prepare_sparse()
         if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
-        gradients = [s.parameter.grad for s in self.layout.slots if s.parameter.grad is not None]
+        gradients = [_values(s.parameter.grad) for s in self.layout.slots if s.parameter.grad is not None]
         if scale is not None:
             with torch.no_grad():
                 for gradient in gradients:
                     gradient.div_(scale.to(gradient.device))
         return Word.NOTHING if _are_finite(gradients) else Word.NONFINITE
 
-    def _make_dense(self) -> None:
+    def _prepare_sparse(self) -> None:
+        """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
         for slot in self.layout.slots:
             gradient = slot.parameter.grad
             if gradient is not None and not slot.trains and self.averages_gradients:
@@ -143,13 +149,17 @@ class Session:
                     f"{slot.name!r} has a gradient, but was frozen when it was wrapped, so its gradients "
                     "are not averaged: wrap the optimizer after requires_grad is set."
                 )
-            if gradient is not None and gradient.is_sparse:
-                if not self.settings.sparse_as_dense:
-                    raise TypeError(
-                        f"the gradient of {slot.name!r} is sparse: pass sparse_as_dense=True, or make it "
-                        "dense (for an Embedding: sparse=False)."
-                    )
+            if gradient is None or not gradient.is_sparse:
+                continue
+            if self.averages_gradients and self.communicator.size > 1 and not self.settings.sparse_as_dense:
+                raise TypeError(
+                    f"the gradient of {slot.name!r} is sparse, and with feedback='none' and a dense "
+                    "compressor it is dense ones that are averaged: pass sparse_as_dense=True."
+                )
+            if self.settings.sparse_as_dense and not self._takes_sparse_only:
                 slot.parameter.grad = gradient.to_dense()
+            else:  # as one value a place: the sum of several may overflow
+                slot.parameter.grad = gradient.coalesce()
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
@@ -167,7 +177,7 @@ class Session:
         bad = [
             slot.name
             for slot in self.layout.slots
-            if slot.parameter.grad is not None and not _are_finite([slot.parameter.grad])
+            if slot.parameter.grad is not None and not _are_finite([_values(slot.parameter.grad)])
         ]
         everyone = self.communicator.allgather_object(bad[:1])
         who = ", ".join(f"{names[0]!r} on rank {rank}" for rank, names in enumerate(everyone) if names)
@@ -223,11 +233,11 @@ class Session:
         if self.averages_gradients:
             failure: Exception | None = None
             try:
-                self._make_dense()
+                self._prepare_sparse()
             except (RuntimeError, TypeError) as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
-            self.exchange.average_gradients(self.layout)
+            self.exchange.average_gradients(self.layout, self._takes_sparse_only)
             self._synchronized = True
 
     @contextmanager
@@ -260,6 +270,11 @@ class Session:
             | self.statistics.as_dict()
             | {"error_norm": e, "server_error_norm": s}
         )
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The gradient itself, or the values that a sparse one has: in its memory."""
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def _are_finite(gradients: list[Tensor]) -> bool:

@@ -47,7 +47,7 @@ class Settings:
     backward_passes_per_step: int = 1
     """As in Horovod: backward passes whose gradients add up before a step."""
     sparse_as_dense: bool = False
-    """As in Horovod: sparse gradients are made dense; otherwise they are refused."""
+    """As in Horovod: sparse gradients are made dense, for the local step and where they are averaged."""
 
     def __post_init__(self) -> None:
         _choice("feedback", self.feedback, ("saef", "ef", "none"))

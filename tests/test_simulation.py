@@ -137,13 +137,13 @@ def test_an_exception_in_a_closure(who: set[int]) -> None:
 
 def test_a_sparse_gradient_on_one_worker_raises_on_all() -> None:
     def fn(rank: int, as_dense: bool) -> dict[str, bytes]:
-        run = Run(rank, sparse_as_dense=as_dense)
+        run = Run(rank, sparse_as_dense=as_dense, compression=Compression.none, feedback="none")
         run.set_gradients()
         gradient = run.parameters[0].grad
         if rank == 1 and gradient is not None:
             run.parameters[0].grad = gradient.to_sparse()
         run.optimizer.step()
-        return bits(run.x())
+        return bits(run.parameters)
 
     raised = caught(2, lambda rank: fn(rank, False))
     assert isinstance(raised[0], WorkerError)
@@ -151,8 +151,9 @@ def test_a_sparse_gradient_on_one_worker_raises_on_all() -> None:
     assert isinstance(raised[1], TypeError)
     assert "'noname.0.0'" in str(raised[1])
     assert "sparse_as_dense=True" in str(raised[1])
-    dense = together(2, lambda rank: bits(Run(rank).step().x()))
-    assert together(2, lambda rank: fn(rank, True)) == dense
+    dense: dict[str, Any] = {"compression": Compression.none, "feedback": "none"}
+    expected = together(2, lambda rank: bits(Run(rank, **dense).step().parameters))
+    assert together(2, lambda rank: fn(rank, True)) == expected
 
 
 def test_one_worker_without_compression_is_plain_training() -> None:
