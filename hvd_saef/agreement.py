@@ -55,7 +55,8 @@ def check_configuration(communicator: Communicator, layout: Layout) -> None:
     everyone = communicator.allgather_object(layout.description)
     flattened = [_flatten(description) for description in everyone]
     keys = {key: None for items in flattened for key in items}
-    for key in keys:
+    # What all have and one has otherwise says more than what one has not.
+    for key in sorted(keys, key=lambda key: not all(key in items for items in flattened)):
         values = [items.get(key, "(missing)") for items in flattened]
         if len({repr(value) for value in values}) > 1:
             raise ConfigurationMismatchError(
@@ -105,7 +106,11 @@ def _digest(tensor: Tensor) -> str:
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
     """One entry for each thing to agree on, under a name that a reader understands."""
     items: dict[str, Any] = dict(description["settings"])
-    items["the number of parameters"] = len(description["parameters"])
+    frozen: Sequence[str] = description["frozen"]
+    items["the number of parameters"] = len(description["parameters"]) + len(frozen)
+    taking_part = {parameter["name"]: True for parameter in description["parameters"]}
+    for name, takes_part in (taking_part | dict.fromkeys(frozen, False)).items():
+        items[f"whether {name!r} takes part"] = takes_part
     for place, parameter in enumerate(description["parameters"]):
         items[f"the name of parameter {place}"] = parameter["name"]
         for key, value in parameter.items():

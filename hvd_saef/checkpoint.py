@@ -100,6 +100,7 @@ def load_checkpoint(
     folder = Path(path)
     session = _session(optimizer)
     communicator = session.communicator
+    _everyone(communicator, session.take_in)
     found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
     manifest = found[0]
     files: list[dict[str, Any]] = manifest["files"]
@@ -213,7 +214,11 @@ def _manifest(folder: Path, session: Session) -> dict[str, Any]:
     if sorted(saved) != sorted(ours):
         odd = next(p for p in sorted(saved + ours) if (p in saved) != (p in ours))
         where = "the checkpoint" if odd in saved else "the optimizer"
-        raise CheckpointError(f"{path} is of another model: parameter {odd} is in {where} only")
+        frozen = odd[0] in session.layout.description["frozen"]
+        raise CheckpointError(
+            f"{path} is of another model: parameter {odd} is in {where} only"
+            f"{'; it is frozen here: set requires_grad before loading' if frozen else ''}"
+        )
     return manifest
 
 

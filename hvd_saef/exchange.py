@@ -256,14 +256,13 @@ class Exchange:
             flat = bucket.new_flat()
             gradients, views = [], []
             for slot in bucket.slots:
-                if slot.trains:  # not requires_grad, which one worker may have changed since
-                    if slot.parameter.grad is None:
-                        slot.parameter.grad = torch.zeros_like(slot.parameter)
-                    if slot.parameter.grad.is_sparse and alone:
-                        continue
-                    slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
-                    gradients.append(slot.parameter.grad)
-                    views.append(slot.view(flat))
+                if slot.parameter.grad is None:
+                    slot.parameter.grad = torch.zeros_like(slot.parameter)
+                if slot.parameter.grad.is_sparse and alone:
+                    continue
+                slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
+                gradients.append(slot.parameter.grad)
+                views.append(slot.view(flat))
             if not gradients:
                 continue
             torch._foreach_copy_(views, gradients)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.compression import Blocks, Compressor, state_dtype
+from hvd_saef.compression import Blocks, Compression, Compressor, state_dtype
 from hvd_saef.settings import Settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChooseCompressor = Callable[[str, Tensor], Compressor]
+Entry = tuple[str, Tensor, Compressor]
+"""A parameter with its name and what compresses it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class Slot:
     name: str
     parameter: Tensor
     start: int
-    trains: bool
-    """Whether it required a gradient when it was laid out: the same on all workers, come what may."""
 
     @property
     def stop(self) -> int:
@@ -111,6 +111,8 @@ class Layout:
 
     buckets: tuple[Bucket, ...]
     description: dict[str, Any]
+    frozen: tuple[Entry, ...] = ()
+    """The optimizer's other parameters, which are left alone until they take part."""
 
     @cached_property
     def digest(self) -> str:
@@ -124,8 +126,11 @@ class Layout:
 
     @property
     def dense(self) -> bool:
-        """Whether nothing travels as a payload."""
-        return all(bucket.dense for bucket in self.buckets)
+        """Whether nothing travels as a payload, nor will once frozen parameters train."""
+        later = ((compressor, state_dtype(parameter.dtype)) for _, parameter, compressor in self.frozen)
+        return all(bucket.dense for bucket in self.buckets) and all(
+            compressor.wire_dtype(dtype) is not None for compressor, dtype in later
+        )
 
     def largest_share(self) -> tuple[float, str]:
         """The largest block of compressed payloads, as a fraction of all of them, and its parameter."""
@@ -145,20 +150,25 @@ def build_layout(
     settings: Settings,
     earlier: Layout | None = None,
 ) -> Layout:
-    """Lay out all parameters of `param_groups`, in their order.
+    """Lay out the parameters of `param_groups` that take part, in their order.
 
-    With an `earlier` layout of the first of these groups, its buckets stay, and new ones follow.
+    With an `earlier` layout of some of them, its buckets stay, and new ones follow.
     Raises TypeError for a parameter that is not of a real floating dtype.
     """
     laid_out = {slot.parameter for slot in earlier.slots} if earlier else set()
-    open_buckets: dict[tuple[torch.dtype, torch.device, str], list[tuple[str, Tensor, Compressor]]] = {}
-    full: list[list[tuple[str, Tensor, Compressor]]] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device, str], list[Entry]] = {}
+    full: list[list[Entry]] = []
+    frozen: list[Entry] = []
     parameters: list[dict[str, Any]] = []
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
-            if parameter in laid_out or not takes_part(parameter):
+            if parameter in laid_out:
                 continue
             name = names[parameter]
+            if not takes_part(parameter):
+                known = parameter.dtype in DTYPES  # a table of integers, say, is nothing to compress
+                frozen.append((name, parameter, choose(name, parameter) if known else Compression.none))
+                continue
             if parameter.dtype not in DTYPES:
                 raise TypeError(
                     f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
@@ -182,31 +192,34 @@ def build_layout(
                     "strides": list(parameter.stride()),
                     "dtype": str(parameter.dtype),
                     "group": number,
-                    "requires_grad": parameter.requires_grad,
                     "compression": compressor.description,
                 }
             )
     full += open_buckets.values()
     before = earlier.buckets if earlier else ()
     buckets = tuple(_bucket(len(before) + i, entries, settings.block_size) for i, entries in enumerate(full))
-    parameters = (earlier.description["parameters"] if earlier else []) + parameters
-    return Layout(before + buckets, {"settings": settings.describe(), "parameters": parameters})
+    description = {
+        "settings": settings.describe(),
+        "parameters": (earlier.description["parameters"] if earlier else []) + parameters,
+        "frozen": [name for name, _, _ in frozen],
+    }
+    return Layout(before + buckets, description, tuple(frozen))
 
 
 def takes_part(parameter: Tensor) -> bool:
-    """Whether a parameter can ever be trained: a frozen table of integers, say, can not."""
-    return parameter.requires_grad or parameter.dtype in DTYPES
+    """Whether the torch optimizer may move it: it steps with any gradient there is."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
-def _bytes(entries: Iterable[tuple[str, Tensor, Compressor]], dtype: torch.dtype) -> int:
+def _bytes(entries: Iterable[Entry], dtype: torch.dtype) -> int:
     return sum(parameter.numel() for _, parameter, _ in entries) * dtype.itemsize
 
 
-def _bucket(index: int, entries: list[tuple[str, Tensor, Compressor]], block_size: int | None) -> Bucket:
+def _bucket(index: int, entries: list[Entry], block_size: int | None) -> Bucket:
     slots: list[Slot] = []
     start = 0
     for name, parameter, _ in entries:
-        slots.append(Slot(name, parameter, start, parameter.requires_grad))
+        slots.append(Slot(name, parameter, start))
         start = slots[-1].stop
     parameter, compressor = entries[0][1], entries[0][2]
     blocks = Blocks.cut([p.numel() for _, p, _ in entries], block_size, state_dtype(parameter.dtype))

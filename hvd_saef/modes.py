@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef.exchange import Exchange
+from hvd_saef.layout import Layout
 from hvd_saef.state import State
 
 
@@ -87,6 +88,21 @@ class Modes:
         self.to_start(points)
 
     @torch.no_grad()
+    def grow(self, layout: Layout) -> list[Tensor]:
+        """Take up the parameters that `layout` has beyond the ones here, at their present values.
+
+        Returns copies of these.
+        """
+        if self.state is None:
+            return []
+        known = len(self._parameters(self.state))
+        self.state.grow(layout)
+        added = [parameter.clone() for parameter in self._parameters(self.state)[known:]]
+        if self._reached is not None:
+            self._reached += added
+        return added
+
+    @torch.no_grad()
     def to_start(self, points: list[Tensor] | None = None) -> None:
         """x, e or s changed: put the parameters where they belong now.
 
@@ -119,7 +135,8 @@ class Modes:
         if self._reached is None:
             self._exchange.show_start_points(self.state)
         else:
-            torch._foreach_copy_(self._parameters(self.state), self._reached)
+            if self._reached:
+                torch._foreach_copy_(self._parameters(self.state), self._reached)
             self._reached = None
 
     @staticmethod

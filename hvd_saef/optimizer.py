@@ -236,6 +236,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
+            self._saef.take_in()
             state_dict: dict[str, Any] = super().state_dict()
             return state_dict | {"hvd_saef": self._saef.origin.export()}
 
@@ -243,6 +244,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             """The inverse. Local; at the next step all workers agree who loaded what."""
             state_dict = dict(state_dict)
             ours = state_dict.pop("hvd_saef", None)
+            self._saef.take_in()
             if ours is not None:
                 self._saef.origin.check(ours, self._saef.kept)
             super().load_state_dict(state_dict)

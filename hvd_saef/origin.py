@@ -17,13 +17,13 @@ from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.layout import Layout
 from hvd_saef.modes import Modes
 from hvd_saef.settings import Settings
-from hvd_saef.state import State, misfit, place_stretches
+from hvd_saef.state import State, check_shapes, misfit, place_stretches
 
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
     "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them."
 )
-VERSION = 1
+VERSION = 2
 
 
 class Source(enum.Enum):
@@ -63,6 +63,7 @@ class Origin:
         self._source = Source.PARAMETERS
         self._own = self._serves = True
         self._points: list[Tensor] | None = None
+        self._loaded_server_errors: Mapping[str, Any] = {}
         self._communicator = communicator
         self._settings = settings
         self._modes = modes
@@ -115,6 +116,7 @@ class Origin:
 
     def _settle(self) -> None:
         self.settled, self._source, self._points = True, Source.KEPT, None
+        self._loaded_server_errors = {}
 
     def _broadcast_parameters(self, layout: Layout, root: int) -> None:
         for slot in layout.slots:
@@ -139,11 +141,29 @@ class Origin:
         if state and state.buckets and not all(standing.own for standing in everyone):
             state.clear_errors()
             lost.append("the workers' errors")
-        if state and not all(standing.serves for standing in everyone):
+        served = all(standing.serves for standing in everyone)
+        if state and not served and not self._collect_server_errors(state):
             state.clear_server_errors()
             lost.append("the server's error")
         self._warn_of_loss(lost)
         self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
+
+    def _collect_server_errors(self, state: State) -> bool:
+        """Put s together from what all workers loaded; whether it was all there. Collective.
+
+        A worker serves another share than when it saved, if parameters joined while training then.
+        """
+        whole = True
+        for bucket in state.buckets:
+            if bucket.s is not None:
+                bucket.s.fill_(torch.nan)
+                for slot in bucket.bucket.slots:  # one at a time: together they are as large as the model
+                    mine = self._loaded_server_errors.get(slot.name)
+                    for piece in self._communicator.allgather_object(mine):
+                        pieces = {} if piece is None else {slot.name: piece}
+                        place_stretches(bucket.bucket, pieces, bucket.s, bucket.parts[bucket.mine].start)
+                whole = whole and not bool(bucket.s.isnan().any())
+        return all(self._communicator.allgather_object(whole))
 
     def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
         """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
@@ -192,9 +212,10 @@ class Origin:
 
     def grow(self, layout: Layout) -> None:
         """Parameters were added: they start at their present values, without errors."""
-        self.settled = False
-        if self._modes.state is not None:
-            self._modes.state.grow(layout)
+        self.settled, self.whole_server_errors = False, None
+        added = self._modes.grow(layout)
+        if self._points is not None:
+            self._points += added
 
     def parameters_replaced(self) -> None:
         """A state was loaded into the model: x is that, unless it was so before."""
@@ -225,7 +246,10 @@ class Origin:
         }
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done
-        exported["reached"] = self._modes.points()
+        points, exported["reached"] = self._modes.points(), None
+        if self._modes.state and points is not None:
+            names = [slot.name for slot in self._modes.state.layout.slots]
+            exported["reached"] = dict(zip(names, points, strict=True))
         if self._modes.state:
             exported |= self._modes.state.export()
         if self.whole_server_errors is not None:
@@ -245,7 +269,12 @@ class Origin:
             raise misfit("it has local steps without the point they reached, or the other way round")
         if not State.is_in(saved):
             return
-        State.check(saved, kept, saved["reached"])
+        for name, _, _ in kept.frozen:
+            if name in saved.get("x", ()):
+                raise misfit(f"{name!r} was trained, and is frozen here: set requires_grad before loading")
+        State.check(saved, kept)
+        if saved["reached"] is not None:
+            check_shapes("the training point", saved["reached"], kept)
         workers = self._communicator.size
         if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
             raise misfit(
@@ -264,31 +293,10 @@ class Origin:
         self._source = Source.LOADED
         state = self._modes.state or self._new_state(kept)
         self._serves = state.restore(saved)
+        self._loaded_server_errors = saved["server_errors"]
         self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
         self._own = self.consolidated or saved["rank"] == self._communicator.rank
-        self._points = saved["reached"]
+        reached = saved["reached"]
+        self._points = None if reached is None else [reached[slot.name] for slot in kept.slots]
         self._modes.local_steps_done = int(saved["local_steps_done"])
         self._modes.begin(state, self._points)
-
-
-def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
-    """Replace the optimizer's moments by the workers' means. Collective.
-
-    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
-    count of steps is none, though it has the shape of a parameter without dimensions.
-    """
-    mine: dict[str, bool] = {}
-    for slot in layout.slots:
-        for key, value in optimizer.state.get(slot.parameter, {}).items():
-            fits = isinstance(value, Tensor) and value.is_floating_point()
-            mine[key] = mine.get(key, True) and fits and value.shape == slot.parameter.shape
-    everyone = communicator.allgather_object(mine)
-    moments = {
-        key for keys in everyone for key in keys if key != "step" and all(k.get(key, True) for k in everyone)
-    }
-    for slot in layout.slots:
-        state = optimizer.state.get(slot.parameter, {})
-        for key in sorted(moments):
-            # A worker that has had no gradient yet adds zero, and keeps its empty state.
-            moment = state.get(key, torch.zeros_like(slot.parameter))
-            communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")

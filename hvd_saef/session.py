@@ -17,7 +17,8 @@ from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
-from hvd_saef.origin import Origin, average_moments
+from hvd_saef.origin import Origin
+from hvd_saef.redistribution import average_moments
 from hvd_saef.settings import Settings
 from hvd_saef.statistics import Statistics
 
@@ -124,12 +125,13 @@ class Session:
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
         """Unscale gradients, and say what is wrong with them."""
-        held = sum(takes_part(p) for group in self.inner.param_groups for p in group["params"])
-        if held != len(self.layout.slots):
+        held = sum(len(group["params"]) for group in self.inner.param_groups)
+        if held != len(self.layout.slots) + len(self.layout.frozen):
             raise RuntimeError(
                 "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
                 "hvd_saef.DistributedOptimizer returned."
             )
+        self.take_in()
         self._prepare_sparse()
         if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
@@ -144,11 +146,6 @@ class Session:
         """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
         for slot in self.layout.slots:
             gradient = slot.parameter.grad
-            if gradient is not None and not slot.trains and self.averages_gradients:
-                raise RuntimeError(
-                    f"{slot.name!r} has a gradient, but was frozen when it was wrapped, so its gradients "
-                    "are not averaged: wrap the optimizer after requires_grad is set."
-                )
             if gradient is None or not gradient.is_sparse:
                 continue
             if self.averages_gradients and self.communicator.size > 1 and not self.settings.sparse_as_dense:
@@ -188,7 +185,12 @@ class Session:
 
     def flush(self) -> None:
         """Complete the round now, if any local step was taken since the last. Collective."""
-        self._agree(Word.NOTHING, None)  # a worker that was loaded since may be elsewhere in its round
+        failure: Exception | None = None
+        try:
+            self.take_in()
+        except Exception as error:
+            failure = error
+        self._agree(Word.NOTHING, failure)  # a worker that was loaded since may be elsewhere in its round
         if self.modes.local_steps_done > 0:
             self._complete_round()
 
@@ -207,23 +209,28 @@ class Session:
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
 
+    def take_in(self) -> None:
+        """Lay out the parameters that were frozen and now take part, if any; the next step agrees on it."""
+        if any(takes_part(parameter) for _, parameter, _ in self.layout.frozen):
+            self.grow()
+
     def grow(self) -> None:
-        """Lay out the parameters that were added to the optimizer; once training began, after the others."""
+        """Lay out the parameters that were added or unfrozen; once training began, after the others."""
         for i, group in enumerate(self.inner.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")
-        averaged = self.averages_gradients
-        self.layout = build_layout(
+        layout = build_layout(
             self.inner.param_groups,
             self.names,
             self._choose,
             self.settings,
             earlier=self.layout if self.modes.state else None,
         )
-        if averaged and not self.averages_gradients:
+        if self.averages_gradients and not layout.dense:
             raise ValueError(
                 "a compressed parameter was added to an optimizer that averages dense gradients."
             )
+        self.layout = layout
         self.origin.grow(self.kept)
 
     # -- synchronize, consolidate ---------------------------------------------------------------------
@@ -233,8 +240,9 @@ class Session:
         if self.averages_gradients:
             failure: Exception | None = None
             try:
+                self.take_in()
                 self._prepare_sparse()
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
             self.exchange.average_gradients(self.layout, self._takes_sparse_only)
@@ -260,6 +268,7 @@ class Session:
 
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        self.take_in()
         self.origin.renew(self.layout, self.kept)
 
     def stats(self) -> dict[str, float]:

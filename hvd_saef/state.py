@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression import Memory
-from hvd_saef.layout import Bucket, Layout, Part, Slot, is_dense
+from hvd_saef.layout import Bucket, Layout, Part, is_dense
 from hvd_saef.settings import Settings
 
 
@@ -151,30 +151,20 @@ class State:
         return any(key in saved for key in EXPORTED)
 
     @staticmethod
-    def check(saved: Mapping[str, Any], layout: Layout, points: Sequence[Tensor] | None) -> None:
-        """Raise ValueError if what :meth:`export` gave, or training points, do not fit these parameters."""
+    def check(saved: Mapping[str, Any], layout: Layout) -> None:
+        """Raise ValueError if what :meth:`export` gave does not fit these parameters."""
         for key in EXPORTED:
             if key not in saved:
                 raise misfit(f"it has no {key!r}")
-        slots = {slot.name: slot for slot in layout.slots}
         for key in ("x", "errors"):
-            if set(slots) != set(saved[key]):
-                odd = min(set(slots).symmetric_difference(saved[key]))
-                where = "the state dict" if odd in saved[key] else "the optimizer"
-                raise misfit(f"{key} of {odd!r} is in {where} only")
-            for name, slot in slots.items():
-                _check_shape(f"{key} of {name!r}", saved[key][name], slot)
+            check_shapes(key, saved[key], layout)
+        slots = {slot.name: slot for slot in layout.slots}
         for name, piece in saved["server_errors"].items():
             if (
                 name not in slots
                 or int(piece["start"]) + piece["values"].numel() > slots[name].parameter.numel()
             ):
                 raise misfit(f"the server's error of {name!r} is larger than the parameter")
-        if points is not None:
-            if len(points) != len(layout.slots):
-                raise misfit(f"it has {len(points)} training points for {len(layout.slots)} parameters")
-            for slot, point in zip(layout.slots, points, strict=True):
-                _check_shape(f"the training point of {slot.name!r}", point, slot)
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> bool:
@@ -256,9 +246,16 @@ def misfit(reason: str) -> ValueError:
     return ValueError(f"the loaded state under 'hvd_saef' does not fit: {reason}.")
 
 
-def _check_shape(what: str, saved: Tensor, slot: Slot) -> None:
-    if saved.shape != slot.parameter.shape:
-        raise misfit(f"{what} has shape {tuple(saved.shape)}, the parameter {tuple(slot.parameter.shape)}")
+def check_shapes(what: str, saved: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raise ValueError unless `saved` has a tensor of the right shape for every parameter, by name."""
+    shapes = {slot.name: tuple(slot.parameter.shape) for slot in layout.slots}
+    if set(shapes) != set(saved):
+        odd = min(set(shapes).symmetric_difference(saved))
+        where = "the state dict" if odd in saved else "the optimizer"
+        raise misfit(f"{what} of {odd!r} is in {where} only")
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            raise misfit(f"{what} of {name!r} has shape {tuple(saved[name].shape)}, the parameter {shape}")
 
 
 def _norm(tensors: list[Tensor]) -> float:

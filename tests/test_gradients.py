@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hvd_saef
 from hvd_saef import Compression, NonFiniteUpdateError
 from tests.problems import curved_valley, start_point
-from tests.workers import NO_MODEL, Run, adamw, bits, caught, everything, sgd, together, warned
+from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 
@@ -235,16 +234,3 @@ def test_freezing_after_backward_takes_nobody_out_of_the_mean(frozen: list[int])
     for moved in together(2, fn):
         for tensor in moved:
             torch.testing.assert_close(tensor, torch.full_like(tensor, 3.0))
-
-
-def test_a_gradient_of_what_was_frozen_is_an_error() -> None:
-    def fn(rank: int) -> None:
-        parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)]
-        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), **DENSE)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.grad = torch.ones(2)
-        optimizer.step()
-
-    for failure in caught(2, fn):
-        assert "'noname.0.1' has a gradient, but was frozen when it was wrapped" in str(failure)

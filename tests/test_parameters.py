@@ -270,7 +270,7 @@ def test_tied_frozen_and_unused(compression: Compressor, step_ahead: float) -> N
                 optimizer.zero_grad()
                 model(normal(8, 4, seed=100 * step + rank)).backward()
                 optimizer.step()
-            assert len(ours(optimizer, "x")) == 3
+            assert len(ours(optimizer, "x")) == 2
             optimizer.eval()
         return models
 
@@ -295,12 +295,13 @@ def test_writing_is_seen_by_autograd() -> None:
         loss = model(normal(8, 4, seed=rank))
         optimizer.step()
         after = {name: p._version for name, p in model.named_parameters()}
-        assert all(after[name] > before[name] for name in before)
+        assert all((after[name] > before[name]) is (name != "frozen") for name in before)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
         for move in (optimizer.eval, optimizer.train):
             before = {name: p._version for name, p in model.named_parameters()}
             move()
-            assert all(p._version > before[name] for name, p in model.named_parameters())
+            after = {name: p._version for name, p in model.named_parameters()}
+            assert all((after[name] > before[name]) is (name != "frozen") for name in before)
 
     run_workers(2, work)

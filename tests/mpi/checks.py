@@ -250,6 +250,28 @@ def checkpoints_resume_to_the_bit() -> None:
 
 
 @check
+def frozen_layers_are_unfrozen_by_all_or_none() -> None:
+    for odd in (False, True):
+        model = small_model(seed=0)
+        for parameter in list(model.parameters())[:2]:
+            parameter.requires_grad_(False)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = hvd_saef.DistributedOptimizer(inner, model.named_parameters(), model=model)
+        for step in range(6):
+            if step == 3 and not (odd and hvd.rank() == 0):
+                model.requires_grad_(True)
+            backward(model, step)
+            if step == 3 and odd and hvd.size() > 1:
+                with pytest.raises(hvd_saef.ConfigurationMismatchError, match=r"'0\.weight' takes part"):
+                    optimizer.step()
+                return
+            optimizer.step()
+        x = torch.cat([value.reshape(-1) for value in model.state_dict().values()])
+        assert all(torch.equal(row, x) for row in hvd.allgather(x.unsqueeze(0)))
+        assert optimizer.stats()["rounds"] == 6
+
+
+@check
 def batchnorm_and_uneven_data() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     hvd_saef.recalibrate_batchnorm(model, [torch.full((4, 2), float(hvd.rank()))])
