@@ -45,13 +45,11 @@ def report(ranks: int) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.xdist_group("mpi")
 def test_check(name: str, ranks: int) -> None:
     assert report(ranks)[name] == []
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
-@pytest.mark.xdist_group("mpi")
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     command = [launcher, "-np", "3", sys.executable, "-m", "tests.mpi.crash"]
     job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
@@ -61,7 +59,6 @@ def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     assert "rank 1 failed and ends the job" in said
 
 
-@pytest.mark.xdist_group("mpi")
 def test_import_from_the_folder_above_the_clone(tmp_path: Path) -> None:
     (tmp_path / "hvd_saef").symlink_to(ROOT)
     command = [sys.executable, "-c", "import hvd_saef; print(hvd_saef.DistributedOptimizer.__name__)"]

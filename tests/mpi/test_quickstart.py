@@ -22,7 +22,6 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.xdist_group("mpi")
 def test_launchers(launcher: str, tmp_path: Path) -> None:
     ranks, command = LAUNCHERS[launcher]
     script = [sys.executable, str(ROOT / "benchmarks" / "quickstart.py")]
