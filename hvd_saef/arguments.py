@@ -16,6 +16,9 @@ from hvd_saef.layout import ChooseCompressor
 from hvd_saef.settings import Settings
 
 AVERAGE: Any = hvd.Average if hvd else None
+OTHER_OPS: dict[Any, str] = {
+    getattr(hvd, name): f"hvd.{name}" for name in ("Sum", "Adasum", "Min", "Max", "Product") if hvd
+}
 GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
 HOROVODS_MODULE: str | None = hvd.DistributedOptimizer.__module__ if hvd else None
 
@@ -28,8 +31,9 @@ def check_horovod_arguments(op: Any, predivide: float, overlap: bool) -> None:
             "error with it. Start the job without --min-np, --max-np and a host discovery script."
         )
     if op != AVERAGE:
+        named = next((name for value, name in OTHER_OPS.items() if op == value), repr(op))
         raise ValueError(
-            f"op={op!r}: only hvd.Average is allowed: what is applied is the mean of the workers' updates. "
+            f"op={named}: only hvd.Average is allowed: what is applied is the mean of the workers' updates. "
             "For a sum, scale the learning rate by hvd.size()."
         )
     if predivide != 1.0:

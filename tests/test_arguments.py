@@ -255,8 +255,10 @@ def test_groups_have_no_effect(arguments: dict[str, Any]) -> None:
 
 def test_other_ops_of_horovod_are_refused() -> None:
     hvd = pytest.importorskip("horovod.torch")
-    refuse(lambda _: {"op": hvd.Sum}, ValueError, ("op=", "only hvd.Average is allowed"))
-    refuse(lambda _: {"op": hvd.Adasum}, ValueError, ("op=", "only hvd.Average is allowed"))
+    for name in ("Sum", "Adasum", "Min", "Max", "Product"):
+        op = getattr(hvd, name)  # an int
+        refuse(lambda _, op=op: {"op": op}, ValueError, (f"op=hvd.{name}:", "only hvd.Average is allowed"))  # type: ignore[misc]
+    refuse(lambda _: {"op": "mean"}, ValueError, ("op='mean':", "only hvd.Average is allowed"))
     together(2, lambda rank: Run(rank, op=hvd.Average))
 
 
