@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hvd_saef
 from hvd_saef import CheckpointError, Compression, load_checkpoint, save_checkpoint
-from tests.workers import caught, together
+from tests import workers
+from tests.workers import bits, caught, together
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": {},
@@ -24,31 +24,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Job:
-    """One worker's model with running statistics, its optimizer, and steps on data of its own."""
+class Job(workers.Job):
+    """With running statistics, and files."""
 
     def __init__(self, rank: int, seed: int = 0, width: int = 5, **options: Any) -> None:
-        self.rank, self.taken = rank, 0
-        generator = torch.Generator().manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05)
-        self.optimizer = hvd_saef.DistributedOptimizer(
-            self.inner, self.model.named_parameters(), model=self.model, block_size=4, **options
-        )
-
-    def step(self, times: int = 1) -> Job:
-        """Some steps."""
-        self.model.train()
-        for _ in range(times):
-            generator = torch.Generator().manual_seed(100 * self.taken + self.rank)
-            self.model.zero_grad()
-            self.model(torch.randn(6, 3, generator=generator)).square().sum().backward()
-            self.optimizer.step()
-            self.taken += 1
-        return self
+        model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+        super().__init__(rank, model, seed=seed, block_size=4, **options)
 
     def save(self, path: Path) -> Job:
         """Save with a number and a tensor more."""
@@ -62,21 +43,8 @@ class Job:
 
     def everything(self) -> dict[str, bytes]:
         """All bits of the model's tensors where they are, the optimizer's and ours."""
-        found: dict[str, bytes] = {}
-        tensors: dict[str, Any] = {"held": dict(self.model.named_parameters())}
-        tensors |= {"buffers": dict(self.model.named_buffers()), "optimizer": self.optimizer.state_dict()}
-
-        def walk(where: str, value: Any) -> None:
-            if isinstance(value, Tensor):
-                found[where] = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            elif isinstance(value, (dict, list, tuple)):
-                for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                    walk(f"{where}/{key}", item)
-            else:
-                found[where] = repr(value).encode()
-
-        walk("", tensors)
-        return found
+        held = {"held": dict(self.model.named_parameters()), "buffers": dict(self.model.named_buffers())}
+        return bits(held | {"optimizer": self.optimizer.state_dict()})
 
 
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)

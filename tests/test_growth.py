@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import hvd_saef
 from hvd_saef import Compression, ConfigurationMismatchError
-from tests.workers import NO_MODEL, Run, bits, caught, everything, together, warned
+from tests.workers import NO_MODEL, Job, Run, bits, caught, everything, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 DENSE: dict[str, Any] = {"compression": Compression.none, "feedback": "none"}
@@ -120,33 +119,9 @@ def test_added_behind_the_wrapper() -> None:
         assert "add_param_group of what hvd_saef.DistributedOptimizer returned" in str(failure)
 
 
-class Loaded:
-    """A small model with its optimizer, trained for some steps."""
-
-    def __init__(self, rank: int, **options: Any) -> None:
-        self.rank, self.taken = rank, 0
-        self.model = nn.Linear(3, 2)
-        with torch.no_grad():
-            self.model.weight.copy_(torch.arange(6.0).view(2, 3) / 7)
-            self.model.bias.fill_(0.1)
-        inner = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.optimizer = hvd_saef.DistributedOptimizer(
-            inner, self.model.named_parameters(), model=self.model, **options
-        )
-
-    def step(self, times: int = 1) -> Loaded:
-        """Some steps."""
-        for _ in range(times):
-            generator = torch.Generator().manual_seed(10 * self.taken + self.rank)
-            self.model.zero_grad()
-            self.model(torch.randn(4, 3, generator=generator)).square().sum().backward()
-            self.optimizer.step()
-            self.taken += 1
-        return self
-
-    def seen(self) -> dict[str, bytes]:
-        """The model's state dict, which is x."""
-        return bits(dict(self.model.state_dict()))
+def trained(rank: int, **options: Any) -> Job:
+    """A job with a small model."""
+    return Job(rank, nn.Linear(3, 2), lambda parameters: torch.optim.SGD(parameters, lr=0.05), **options)
 
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1, 2]])
@@ -154,7 +129,7 @@ def test_a_state_loaded_into_the_model_is_x(ranks: list[int]) -> None:
     new = {"weight": torch.full((2, 3), 0.25), "bias": torch.tensor([0.5, -0.5])}
 
     def fn(rank: int) -> dict[str, bytes]:
-        run = Loaded(rank).step(3)
+        run = trained(rank).step(3)
         if rank in ranks:
             run.model.load_state_dict(new)
             assert run.seen() == bits(new)
@@ -175,7 +150,7 @@ def test_a_state_loaded_into_the_model_is_x(ranks: list[int]) -> None:
 
 def test_a_loaded_model_says_what_happened_to_the_errors() -> None:
     def fn(rank: int) -> None:
-        run = Loaded(rank).step(2)
+        run = trained(rank).step(2)
         state = copy.deepcopy(run.model.state_dict())
         run.model.load_state_dict(state)  # the x that it has: nothing happens
         assert run.optimizer.stats()["error_norm"] > 0
@@ -191,10 +166,10 @@ def test_a_loaded_model_says_what_happened_to_the_errors() -> None:
 @pytest.mark.parametrize("options", [{}, {"local_steps": 3}], ids=str)
 def test_both_are_loaded_in_either_order(order: str, options: dict[str, Any]) -> None:
     def fn(rank: int) -> dict[str, bytes]:
-        run = Loaded(rank, **options).step(4)
+        run = trained(rank, **options).step(4)
         saved = copy.deepcopy({"optimizer": run.optimizer.state_dict(), "model": run.model.state_dict()})
         uninterrupted = run.step(4).seen()
-        again = Loaded(rank, **options)
+        again = trained(rank, **options)
         again.taken = 4
         parts = [again.model, again.optimizer] if order == "model first" else [again.optimizer, again.model]
         for part in parts:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hvd_saef
 from hvd_saef import CheckpointError, Compression, ConfigurationMismatchError, ConsensusError, WorkerError
 from tests.test_growth import DENSE, SETTINGS, grown, halves
-from tests.workers import NO_MODEL, Run, bits, caught, everything, saved, together, warned
+from tests.workers import NO_MODEL, Job, Run, bits, caught, everything, saved, together, warned
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_MODEL),
@@ -45,11 +45,6 @@ class Thawing(Run):
             parameter.requires_grad_(requires_grad)
         return self
 
-    def go(self, times: int) -> Thawing:
-        """Some steps."""
-        self.step(times)
-        return self
-
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_what_is_frozen_costs_nothing(options: dict[str, Any]) -> None:
@@ -72,7 +67,7 @@ def test_what_is_frozen_costs_nothing(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_unfreezing_is_as_adding_a_group(options: dict[str, Any], before: int, workers: int) -> None:
     twin = together(workers, lambda rank: everything(grown(rank, before, **options).step(5)))
-    found = together(workers, lambda rank: everything(Thawing(rank, **options).go(before).thaw().step(5)))
+    found = together(workers, lambda rank: everything(Thawing(rank, **options).step(before).thaw().step(5)))
     assert found == twin
 
 
@@ -81,7 +76,7 @@ def test_unfreezing_between_local_steps(evaluating: bool) -> None:
     """At once; and where eval() or a state dict comes first, the point reached stays what it was."""
 
     def fn(rank: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        run = Thawing(rank, local_steps=3).go(4)
+        run = Thawing(rank, local_steps=3).step(4)
         if evaluating:
             run.optimizer.eval()
         run.thaw()
@@ -92,20 +87,20 @@ def test_unfreezing_between_local_steps(evaluating: bool) -> None:
         held = bits(run.parameters)
         run.set_gradients()
         assert bits(run.parameters) == held
-        run.go(5)
+        run.step(5)
         return bits(run.x()), held
 
     outcomes = together(3, fn)
     assert outcomes == together(3, fn)
     assert all(x == outcomes[0][0] for x, _ in outcomes)
     if evaluating:
-        without = together(3, lambda rank: bits(Thawing(rank, local_steps=3).go(4).thaw().go(5).x()))
+        without = together(3, lambda rank: bits(Thawing(rank, local_steps=3).step(4).thaw().step(5).x()))
         assert [x for x, _ in outcomes] == without
 
 
 def test_one_worker_disagrees() -> None:
     def fn(rank: int) -> None:
-        run = Thawing(rank).go(2)
+        run = Thawing(rank).step(2)
         if rank == 1:
             run.thaw()
         run.step()
@@ -123,7 +118,7 @@ def test_one_worker_froze_before_wrapping() -> None:
 
 def test_other_values_on_one_worker() -> None:
     def fn(rank: int) -> None:
-        run = Thawing(rank).go(2)
+        run = Thawing(rank).step(2)
         with torch.no_grad():
             run.parameters[2].add_(rank)
         run.thaw().step()
@@ -155,9 +150,9 @@ def test_freezing_what_trained(options: dict[str, Any]) -> None:
     """It stays in, and its update is 0: the errors are paid out, and x follows them alone."""
 
     def fn(rank: int) -> dict[str, bytes]:
-        run = Thawing(rank, frozen=False, **options).go(4).thaw(False)
+        run = Thawing(rank, frozen=False, **options).step(4).thaw(False)
         names = list(run.optimizer.state_dict()["hvd_saef"].get("x", ()))
-        run.go(4)
+        run.step(4)
         assert names == list(run.optimizer.state_dict()["hvd_saef"].get("x", ()))
         run.optimizer.eval()
         return bits(run.parameters)
@@ -231,14 +226,14 @@ def test_resumed_equals_uninterrupted(options: dict[str, Any], when: str, worker
     """To the bit, whether or not the resumed optimizer was wrapped with all of them trainable."""
 
     def fn(rank: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        run = Thawing(rank, **options).go(3)
+        run = Thawing(rank, **options).step(3)
         if when != "before":
             run.thaw()
         if when == "after":
-            run.go(2)
+            run.step(2)
         state = state_of(run)
         again = resumed(Thawing(rank, frozen=when == "before", seed=1, **options), state)
-        outcomes = [bits([r.thaw().go(5).parameters, r.inner.state_dict()["state"]]) for r in (run, again)]
+        outcomes = [bits([r.thaw().step(5).parameters, r.inner.state_dict()["state"]]) for r in (run, again)]
         return outcomes[0], outcomes[1]
 
     told = warned(workers, lambda rank: None if (pair := fn(rank))[0] == pair[1] else pytest.fail("differ"))
@@ -248,7 +243,7 @@ def test_resumed_equals_uninterrupted(options: dict[str, Any], when: str, worker
 @pytest.mark.parametrize("options", [{}, DENSE], ids=str)
 def test_a_state_of_after_into_a_frozen_one(options: dict[str, Any]) -> None:
     def fn(rank: int) -> None:
-        state = Thawing(rank, **options).go(2).thaw().go(2).optimizer.state_dict()
+        state = Thawing(rank, **options).step(2).thaw().step(2).optimizer.state_dict()
         fresh = Thawing(rank, **options)
         before = everything(fresh)
         if options is DENSE:  # nothing of ours in it: it fits
@@ -262,55 +257,38 @@ def test_a_state_of_after_into_a_frozen_one(options: dict[str, Any]) -> None:
     together(3, fn)
 
 
-def model_of(rank: int, frozen: bool) -> tuple[nn.Sequential, Any]:
-    """A model with a frozen first layer, and its optimizer."""
+def job(rank: int, frozen: bool) -> Job:
+    """A model with a frozen first layer."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model[0].requires_grad_(not frozen)
-    inner = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-    return model, hvd_saef.DistributedOptimizer(inner, model.named_parameters(), model=model, block_size=4)
-
-
-def steps(model: nn.Module, optimizer: Any, rank: int, numbers: range) -> None:
-    """As users write them."""
-    for step in numbers:
-        model.train()
-        optimizer.zero_grad()
-        inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(100 * step + rank))
-        model(inputs).square().sum().backward()
-        optimizer.step()
+    return Job(rank, model, block_size=4)
 
 
 def test_checkpoints(tmp_path: Path) -> None:
     def fn(rank: int) -> None:
-        model, optimizer = model_of(rank, frozen=True)
-        frozen = next(model.parameters())
-        start = frozen.detach().clone()
-        steps(model, optimizer, rank, range(3))
-        assert torch.equal(frozen, start)
-        hvd_saef.save_checkpoint(tmp_path / "before", model, optimizer)
-        model[0].requires_grad_(True)
-        steps(model, optimizer, rank, range(3, 6))
-        hvd_saef.save_checkpoint(tmp_path / "after", model, optimizer)
-        steps(model, optimizer, rank, range(6, 9))
-        wanted = bits(dict(model.state_dict()))
+        run = job(rank, frozen=True)
+        start = run.seen()
+        run.step(3)
+        assert run.seen()["/0.weight"] == start["/0.weight"]
+        hvd_saef.save_checkpoint(tmp_path / "before", run.model, run.optimizer)
+        run.model.requires_grad_(True)
+        run.step(3)
+        hvd_saef.save_checkpoint(tmp_path / "after", run.model, run.optimizer)
+        wanted = run.step(3).seen()
 
-        again, second = model_of(rank, frozen=True)
-        hvd_saef.load_checkpoint(tmp_path / "before", again, second)
-        again[0].requires_grad_(True)
-        steps(again, second, rank, range(3, 9))
-        assert bits(dict(again.state_dict())) == wanted
+        again = job(rank, frozen=True)
+        hvd_saef.load_checkpoint(tmp_path / "before", again.model, again.optimizer)
+        again.model.requires_grad_(True)
+        again.taken = 3
+        assert again.step(6).seen() == wanted
 
-        fresh, third = model_of(rank, frozen=True)
+        fresh = job(rank, frozen=True)
         with pytest.raises(CheckpointError, match=r"0\.bias.*checkpoint only; it is frozen here"):
-            hvd_saef.load_checkpoint(tmp_path / "after", fresh, third)
-        fresh[0].requires_grad_(True)
-        hvd_saef.load_checkpoint(tmp_path / "after", fresh, third)
-        steps(fresh, third, rank, range(6, 9))
-        assert bits(dict(fresh.state_dict())) == wanted
+            hvd_saef.load_checkpoint(tmp_path / "after", fresh.model, fresh.optimizer)
+        fresh.model.requires_grad_(True)
+        hvd_saef.load_checkpoint(tmp_path / "after", fresh.model, fresh.optimizer)
+        fresh.taken = 6
+        assert fresh.step(3).seen() == wanted
 
     together(3, fn)
 
@@ -331,9 +309,9 @@ def test_calls_between_unfreezing_and_the_next_step(
     call: Callable[[Thawing], Any], options: dict[str, Any]
 ) -> None:
     def fn(rank: int) -> dict[str, bytes]:
-        run = Thawing(rank, check_consensus_every=1, **options).go(3).thaw()
+        run = Thawing(rank, check_consensus_every=1, **options).step(3).thaw()
         call(run)
-        run.go(5)
+        run.step(5)
         run.optimizer.flush()
         run.optimizer.eval()
         return bits(run.parameters)
@@ -347,13 +325,13 @@ def test_consolidated_and_loaded_by_all(compression: Any) -> None:
     """Rank 0's state of after unfreezing goes to everyone, with nothing lost."""
 
     def fn(rank: int) -> dict[str, bytes]:
-        run = Thawing(rank, compression=compression).go(3).thaw()
+        run = Thawing(rank, compression=compression).step(3).thaw()
         run.optimizer.consolidate()
         state = run.optimizer.state_dict()
         assert state["hvd_saef"]["consolidated"]
         everyone = run.optimizer._saef.communicator.allgather_object(state_of(run))
         fresh = resumed(Thawing(rank, frozen=False, seed=3, compression=compression), everyone[0])
-        return bits([fresh.go(3).x(), run.go(3).x()])
+        return bits([fresh.step(3).x(), run.step(3).x()])
 
     told = warned(3, fn)
     assert [text for _, text in told if "cleared" in text] == []

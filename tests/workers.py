@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 import hvd_saef
 from hvd_saef import run_workers
@@ -98,7 +99,7 @@ class Run:
         for p, slope in zip(self.parameters, curved_valley(self.rank, self.taken, at), strict=True):
             p.grad = None if slope is None else torch.tensor(slope, dtype=p.dtype)
 
-    def step(self, times: int = 1) -> Run:
+    def step(self, times: int = 1) -> Self:
         """Some steps."""
         for _ in range(times):
             self.set_gradients()
@@ -113,6 +114,40 @@ class Run:
     def x(self) -> list[Tensor]:
         """The consensus point, a tensor a parameter."""
         return list(self.ours("x").values())
+
+
+class Job:
+    """One worker's model of three inputs, its wrapped optimizer, and steps on data of its own."""
+
+    def __init__(
+        self,
+        rank: int,
+        model: nn.Module,
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.rank, self.taken, self.model = rank, 0, model
+        draw(model, seed)
+        self.inner = (make or adamw)(list(model.parameters()))
+        self.optimizer: Any = hvd_saef.DistributedOptimizer(
+            self.inner, model.named_parameters(), model=model, **options
+        )
+
+    def step(self, times: int = 1) -> Self:
+        """Some steps."""
+        self.model.train()
+        for _ in range(times):
+            generator = torch.Generator().manual_seed(100 * self.taken + self.rank)
+            self.model.zero_grad()
+            self.model(torch.randn(6, 3, generator=generator)).square().sum().backward()
+            self.optimizer.step()
+            self.taken += 1
+        return self
+
+    def seen(self) -> dict[str, bytes]:
+        """The bits of the model's state dict, which is x."""
+        return bits(dict(self.model.state_dict()))
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -153,13 +188,18 @@ def saved(state: Any) -> Any:
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    """A small model, the same for equal seeds, whatever other threads draw."""
+    """A small model, the same for equal seeds."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
+    draw(model, seed)
+    return model
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """The same parameters for equal seeds, whatever other threads draw."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
