@@ -56,6 +56,25 @@ def resumed(rank: int, states: list[tuple[Any, list[Tensor]]], **options: Any) -
     return run
 
 
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_flush_after_the_broadcasts_takes_everyone_to_b(options: dict[str, Any]) -> None:
+    """Then rank 0's consolidated state goes on to the bit; else one gradient is taken elsewhere."""
+    states = together(3, lambda rank: stopped(rank, True, **options))
+
+    def on(rank: int, how: str) -> dict[str, bytes]:
+        run = resumed(rank, states, **options)
+        if how == "all loaded":
+            run.optimizer.load_state_dict(copy.deepcopy(states[0][0]))
+        if how == "flush":
+            run.optimizer.flush()
+        return bits(run.step(3).parameters)
+
+    everyone = together(3, lambda rank: on(rank, "all loaded"))
+    assert together(3, lambda rank: on(rank, "flush")) == everyone
+    if options.get("feedback", "saef") == "saef":
+        assert together(3, lambda rank: on(rank, "")) != everyone
+
+
 @pytest.mark.parametrize("consolidated", [False, True])
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_only_rank_0_is_resumed(options: dict[str, Any], consolidated: bool) -> None:
