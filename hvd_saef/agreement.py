@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,22 +30,23 @@ class Word(enum.IntFlag):
     """A GradScaler found an overflow here: skip this step."""
     NONFINITE = 8
     """A gradient here holds a NaN or an infinity."""
+    UNDER_WAY = 16
+    """With overlap=True: updates of this round are on the wire already."""
 
 
 def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:
-    """Everyone's words together. Collective.
+    """Everyone's words together. Collective; where any says FAILED, :func:`raise_failure` comes next."""
+    return Word(communicator.combine(int(word | (Word.FAILED if failure else Word.NOTHING))))
 
-    If anyone failed, everyone raises: the worker that failed its own exception, the others WorkerError.
-    """
-    combined = Word(communicator.combine(int(word | (Word.FAILED if failure else Word.NOTHING))))
-    if Word.FAILED in combined:
-        reasons = communicator.allgather_object(
-            None if failure is None else f"{type(failure).__name__}: {failure}"
-        )
-        if failure is not None:
-            raise failure
-        raise WorkerError("; ".join(f"rank {k} raised {why}" for k, why in enumerate(reasons) if why))
-    return combined
+
+def raise_failure(communicator: Communicator, failure: Exception | None) -> NoReturn:
+    """The worker that failed raises its own exception, the others WorkerError. Collective."""
+    reasons = communicator.allgather_object(
+        None if failure is None else f"{type(failure).__name__}: {failure}"
+    )
+    if failure is not None:
+        raise failure
+    raise WorkerError("; ".join(f"rank {k} raised {why}" for k, why in enumerate(reasons) if why))
 
 
 def check_configuration(communicator: Communicator, layout: Layout) -> None:

@@ -23,7 +23,7 @@ GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
 HOROVODS_MODULE: str | None = hvd.DistributedOptimizer.__module__ if hvd else None
 
 
-def check_horovod_arguments(op: Any, predivide: float, overlap: bool) -> None:
+def check_horovod_arguments(op: Any, predivide: float) -> None:
     """Refuse what Horovod takes and what would mean something else here."""
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         raise RuntimeError(
@@ -41,8 +41,6 @@ def check_horovod_arguments(op: Any, predivide: float, overlap: bool) -> None:
             f"gradient_predivide_factor={predivide!r}: only 1.0 is allowed: gradients are not summed, so "
             "there is nothing to divide before or after."
         )
-    if overlap is not False:
-        raise ValueError(f"overlap={overlap!r}: only False is allowed; it is not available yet.")
 
 
 def check_optimizer(optimizer: Any) -> None:

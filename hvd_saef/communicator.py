@@ -63,8 +63,7 @@ class Communicator(abc.ABC):
     def background(self) -> Executor:
         """One thread that does what it is given in order: collectives, while this thread computes.
 
-        What all workers do in the background comes in the same order among itself; the foreground
-        calls no collective while anything is under way there.
+        Payloads are gathered and averaged there or here, not both at a time; all else is said here.
         """
         return ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef communication {self.rank}")
 
@@ -135,6 +134,7 @@ class MpiCommunicator(Communicator):
         group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
         # Create_group involves the set's ranks alone; Split or Dup would need every rank.
         self._mpi = MPI.COMM_WORLD.Create_group(group)
+        self._words = self._mpi.Dup()  # for the foreground, while payloads travel in the background
         self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
@@ -183,16 +183,16 @@ class MpiCommunicator(Communicator):
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
         flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
         for start in range(0, flat.size, CHUNK_BYTES):
-            self._mpi.Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
+            self._words.Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return list(self._mpi.allgather(value))
+        return list(self._words.allgather(value))
 
     def combine(self, word: int) -> int:  # noqa: D102
         mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
-        self._mpi.Allreduce(mine, all_of_them, op=MPI.BOR)
+        self._words.Allreduce(mine, all_of_them, op=MPI.BOR)
         return int(all_of_them[0])
 
 
@@ -256,9 +256,9 @@ def _copy(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 class ThreadCommunicator(Communicator):
     """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting = meeting
-        self.rank, self.size = rank, meeting.size
+    def __init__(self, payloads: Meeting, words: Meeting, rank: int) -> None:
+        self._meeting, self._words = payloads, words
+        self.rank, self.size = rank, payloads.size
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
         _copy(self._meeting.exchange(self.rank, "allgather", payload.clone()), out)
@@ -276,16 +276,16 @@ class ThreadCommunicator(Communicator):
             tensor.copy_(total / self.size)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        tensors = self._meeting.exchange(self.rank, "broadcast", tensor.detach().clone())
+        tensors = self._words.exchange(self.rank, "broadcast", tensor.detach().clone())
         with torch.no_grad():
             tensor.copy_(tensors[root])
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return self._meeting.exchange(self.rank, "allgather_object", value)
+        return self._words.exchange(self.rank, "allgather_object", value)
 
     def combine(self, word: int) -> int:  # noqa: D102
         combined = 0
-        for other in self._meeting.exchange(self.rank, "combine", word):
+        for other in self._words.exchange(self.rank, "combine", word):
             combined |= other
         return combined
 

@@ -57,8 +57,6 @@ class Trip:
     """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
     served: BlockedTensor | None
     """The s that this worker serves (DC)."""
-    shows: bool
-    """Whether the parameters are written when it lands; not if errors are averaged first."""
     lane: Lane
     sent: list[Tensor] = field(default_factory=list)
     """This worker's payload of each part, in one buffer."""
@@ -73,8 +71,13 @@ class Exchange:
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
-        self._lanes = [Lane() for _ in range(LANES)]
+        self._idle = [Lane() for _ in range(LANES)]
         self._under_way: deque[Trip] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any bucket is under way."""
+        return bool(self._under_way)
 
     # -- the parameters' start points -------------------------------------------------------------
 
@@ -98,18 +101,29 @@ class Exchange:
     @torch.no_grad()
     def complete_round(self, state: State) -> None:
         """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
-        warmup = state.rounds < self.settings.warmup_steps
-        period = self.settings.averaging_period
-        averaging = period is not None and (state.rounds + 2) % period == 0
-        for bucket_state in state.buckets:
-            if bucket_state.bucket.numel:
-                self._depart(bucket_state, warmup, show=not averaging)
+        gone = [trip.state for trip in self._under_way]
+        for bucket_state in self.order(state):
+            if not any(bucket_state is other for other in gone):
+                if not self._idle:
+                    self._land(state)
+                self.depart(state, bucket_state)
         while self._under_way:
-            self._land()
+            self._land(state)
+        averaged = self._averages_next(state)
         state.rounds += 1
-        if averaging:
+        if averaged:
             self.average_errors(state)
             self.show_start_points(state)
+
+    @staticmethod
+    def order(state: State) -> list[BucketState]:
+        """The buckets in the order in which all workers send them: as backward gets to them."""
+        return [bucket_state for bucket_state in reversed(state.buckets) if bucket_state.bucket.numel]
+
+    def _averages_next(self, state: State) -> bool:
+        """Whether the next round begins with row 1."""
+        period = self.settings.averaging_period
+        return period is not None and (state.rounds + 2) % period == 0
 
     def average_errors(self, state: State) -> None:
         """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce."""
@@ -135,31 +149,40 @@ class Exchange:
 
     # -- a bucket's trip --------------------------------------------------------------------------
 
-    def _depart(self, state: BucketState, warmup: bool, show: bool) -> None:
-        """Row 4, and off into the background; the earliest trip lands first if all lanes are taken."""
-        if len(self._under_way) == LANES:
-            self._land()
-        trip = self._prepare(state, warmup, show)
+    @torch.no_grad()
+    def depart(self, state: State, bucket_state: BucketState) -> None:
+        """Row 4 of one bucket, and off into the background."""
+        trip = self._prepare(bucket_state, warmup=state.rounds < self.settings.warmup_steps)
         with self.statistics.phase("encode"):
-            if not state.plain:
-                y = state.bucket.new_flat()
-                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
-                algorithm.add_update(state.e, self.start_point(state), y)
+            if not bucket_state.plain:
+                y = bucket_state.bucket.new_flat()
+                torch._foreach_copy_(bucket_state.bucket.views(y), bucket_state.bucket.parameters)
+                algorithm.add_update(bucket_state.e, self.start_point(bucket_state), y)
             for memory, piece in zip(trip.memories, trip.sent, strict=True):
                 trip.rows.send(memory, piece)
         submit = self.communicator.background.submit
         trip.arrived = submit(self._average, trip, trip.wire) if trip.wire else submit(self._gather, trip)
-        self._lanes.remove(trip.lane)
         self._under_way.append(trip)
 
-    def _prepare(self, state: BucketState, warmup: bool, show: bool) -> Trip:
+    def abandon(self, state: State) -> None:
+        """Send the buckets that have not left, and drop what arrives. For workers that all gave up."""
+        gone = [trip.state for trip in self._under_way]
+        for bucket_state in self.order(state):
+            if not any(bucket_state is other for other in gone):
+                self.depart(state, bucket_state)
+        while self._under_way:
+            trip = self._under_way.popleft()
+            trip.arrived.result()
+            self._idle.append(trip.lane)
+
+    def _prepare(self, state: BucketState, warmup: bool) -> Trip:
         bucket, settings = state.bucket, self.settings
         compressor = Compression.none if warmup else bucket.compressor
         rows = compressor.fused if bucket.device.type == "cpu" else None
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
-        lane = self._lanes[0]
+        lane = self._idle.pop() if self._idle else Lane()
         served = None
         if state.s is not None and not warmup:
             served = BlockedTensor(state.s, parts[state.mine].blocks)
@@ -170,29 +193,29 @@ class Exchange:
             memories=state.memories(parts, settings.alpha, settings.beta),
             wire=wire,
             served=served,
-            shows=show,
             lane=lane,
             sent=lane.pieces("sent", sizes, bucket.device),
         )
 
-    def _land(self) -> None:
+    def _land(self, all_of_it: State) -> None:
         """Rows 6 and 2 of the earliest trip, once it has arrived."""
         trip = self._under_way.popleft()
         state = trip.state
+        shows = not self._averages_next(all_of_it)  # else the parameters are written once that is done
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
         weight = 1.0 if trip.served or trip.wire else 1 / self.communicator.size
         with self.statistics.phase("decode"):
             for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
-                shown = memory if trip.shows else replace(memory, points=())
+                shown = memory if shows else replace(memory, points=())
                 trip.rows.receive(shown, sent, payloads, weight)
             if self.settings.feedback == "none":
                 state.e.zero_()
                 if state.s is not None:
                     state.s.zero_()
-            if trip.shows and not state.plain:
+            if shows and not state.plain:
                 state.show(self.start_point(state))
-        self._lanes.append(trip.lane)
+        self._idle.append(trip.lane)
         self._count(trip)
 
     @torch.no_grad()

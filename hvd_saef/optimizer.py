@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def DistributedOptimizer(
     block_size: int | None = None,
     server: Server = "auto",
     bucket_bytes: int = Settings.bucket_bytes,
-    overlap: Literal[False] = False,
+    overlap: bool = False,
     on_nonfinite: OnNonfinite = "raise",
     check_consensus_every: int = 0,
 ) -> Any:
@@ -86,7 +86,10 @@ def DistributedOptimizer(
         server: "sharded" cuts the server of DC between the workers, "replicated" runs it on each;
             "auto" is sharded with more than two workers and β = 0.
         bucket_bytes: bytes of x that travel together.
-        overlap: False only; not available yet.
+        overlap: step and send each bucket while backward computes the others' gradients. Rules out
+            whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip";
+            torch's step hooks then fire once a bucket. After an error in a step, errors and momentum are
+            those of a step half taken (x is not): load a checkpoint.
         on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all.
         check_consensus_every: rounds between two checks that x has the same bits on all workers; 0 is off.
 
@@ -98,7 +101,7 @@ def DistributedOptimizer(
         RuntimeError: Horovod is not initialized, is elastic, or does not run on MPI.
 
     """
-    check_horovod_arguments(op, gradient_predivide_factor, overlap)
+    check_horovod_arguments(op, gradient_predivide_factor)
     settings = Settings(
         feedback=feedback,
         step_ahead=step_ahead,
@@ -110,6 +113,7 @@ def DistributedOptimizer(
         block_size=block_size,
         server=server,
         bucket_bytes=bucket_bytes,
+        overlap=overlap,
         on_nonfinite=on_nonfinite,
         check_consensus_every=check_consensus_every,
         backward_passes_per_step=backward_passes_per_step,
@@ -129,6 +133,11 @@ def DistributedOptimizer(
     session = Session(optimizer, names, choose, settings, communicator)
     wrapped._saef = session
     _ = session.layout  # wrong parameters are found now, not at the first step
+    if overlap and included and session.averages_gradients:
+        raise ValueError(
+            "overlap=True has nothing to send early with feedback='none' and a dense compressor, where "
+            "gradients are averaged in step(): pass overlap=False."
+        )
     _undo_horovods_initial_step(wrapped)
     if model is not None:
         ModelHooks(session.modes, session.origin.parameters_replaced).attach(model, names)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.agreement import Word, agree, check_consensus
+from hvd_saef import kernels
+from hvd_saef.agreement import Word, agree, check_consensus, raise_failure
 from hvd_saef.communicator import Communicator
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin
+from hvd_saef.overlap import Overlap
 from hvd_saef.redistribution import average_moments
 from hvd_saef.settings import Settings
 from hvd_saef.statistics import Statistics
@@ -44,6 +46,7 @@ class Session:
         self._choose = choose
         self._skip_synchronize = self._synchronized = False
         self.origin = Origin(communicator, settings, self.modes)
+        self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
 
     # -- what there is ------------------------------------------------------------------------------
 
@@ -98,6 +101,8 @@ class Session:
         loss, failure, word = None, None, Word.NOTHING
         try:
             self.modes.before_step()
+            if self.overlap:
+                self.overlap.check(closure, scale)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
@@ -117,10 +122,15 @@ class Session:
             self.exchange.average_gradients(self.layout, self._takes_sparse_only)
         self._synchronized = False
         with self.statistics.phase("local_step"):
-            local_step()
+            if self.overlap:
+                self.overlap.finish(local_step)
+            else:
+                local_step()
         self.modes.local_steps_done += 1
         if self.modes.local_steps_done >= self.settings.local_steps:
             self._complete_round()
+        if self.overlap and self.modes.local_steps_done == self.settings.local_steps - 1:
+            self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
@@ -135,12 +145,17 @@ class Session:
         self._prepare_sparse()
         if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
-        gradients = [_values(s.parameter.grad) for s in self.layout.slots if s.parameter.grad is not None]
+        gradients = [
+            _values(slot.parameter.grad)
+            for slot in self.layout.slots
+            if slot.parameter.grad is not None and not (self.overlap and self.overlap.used(slot.parameter))
+        ]
         if scale is not None:
             with torch.no_grad():
                 for gradient in gradients:
                     gradient.div_(scale.to(gradient.device))
-        return Word.NOTHING if _are_finite(gradients) else Word.NONFINITE
+        finite = kernels.all_finite(gradients) and not (self.overlap and self.overlap.nonfinite)
+        return Word.NOTHING if finite else Word.NONFINITE
 
     def _prepare_sparse(self) -> None:
         """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
@@ -160,21 +175,38 @@ class Session:
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
+        if not self.origin.settled:
+            word |= Word.ANCHOR
+        if self.overlap and self.overlap.under_way:
+            word |= Word.UNDER_WAY
         with self.statistics.phase("agreement"):
-            combined = agree(
-                self.communicator, word | (Word.NOTHING if self.origin.settled else Word.ANCHOR), failure
-            )
-            if Word.ANCHOR in combined:
-                self.origin.settle(self.layout, self.kept)
-            if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
-                self._raise_nonfinite()
+            combined = agree(self.communicator, word, failure)
+            try:
+                self._decide(combined, failure)
+            except Exception:
+                if Word.UNDER_WAY in combined and self.overlap:
+                    self.overlap.abandon()
+                raise
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
+
+    def _decide(self, combined: Word, failure: Exception | None) -> None:
+        if Word.FAILED in combined:
+            raise_failure(self.communicator, failure)
+        if Word.ANCHOR in combined:
+            if Word.UNDER_WAY in combined:
+                raise RuntimeError(
+                    "a state was loaded on some rank between backward and step(), when overlap=True had "
+                    "sent updates already: load before the forward pass."
+                )
+            self.origin.settle(self.layout, self.kept)
+        if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
+            self._raise_nonfinite()
 
     def _raise_nonfinite(self) -> None:
         bad = [
             slot.name
             for slot in self.layout.slots
-            if slot.parameter.grad is not None and not _are_finite([_values(slot.parameter.grad)])
+            if slot.parameter.grad is not None and not kernels.all_finite([_values(slot.parameter.grad)])
         ]
         everyone = self.communicator.allgather_object(bad[:1])
         who = ", ".join(f"{names[0]!r} on rank {rank}" for rank, names in enumerate(everyone) if names)
@@ -187,6 +219,7 @@ class Session:
         """Complete the round now, if any local step was taken since the last. Collective."""
         failure: Exception | None = None
         try:
+            self._refuse_under_way("flush()")
             self.take_in()
         except Exception as error:
             failure = error
@@ -201,6 +234,8 @@ class Session:
         self.origin.whole_server_errors = None
         if self.modes.state is not None:
             self.exchange.complete_round(self.modes.state)
+        if self.overlap:
+            self.overlap.disarm()
         if evaluating:
             self.modes.eval()
         every = self.settings.check_consensus_every
@@ -209,6 +244,13 @@ class Session:
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
 
+    def _refuse_under_way(self, what: str) -> None:
+        if self.overlap and self.overlap.under_way:
+            raise RuntimeError(
+                f"{what} between backward and step(), when overlap=True had sent updates already: call "
+                "step() first."
+            )
+
     def take_in(self) -> None:
         """Lay out the parameters that were frozen and now take part, if any; the next step agrees on it."""
         if any(takes_part(parameter) for _, parameter, _ in self.layout.frozen):
@@ -216,6 +258,7 @@ class Session:
 
     def grow(self) -> None:
         """Lay out the parameters that were added or unfrozen; once training began, after the others."""
+        self._refuse_under_way("adding or unfreezing parameters")
         for i, group in enumerate(self.inner.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")
@@ -268,6 +311,7 @@ class Session:
 
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        self._refuse_under_way("reanchor()")
         self.take_in()
         self.origin.renew(self.layout, self.kept)
 
@@ -284,11 +328,3 @@ class Session:
 def _values(gradient: Tensor) -> Tensor:
     """The gradient itself, or the values that a sparse one has: in its memory."""
     return gradient._values() if gradient.is_sparse else gradient
-
-
-def _are_finite(gradients: list[Tensor]) -> bool:
-    """One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again."""
-    sums = [gradient.detach().sum().float() for gradient in gradients]
-    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
-        return True
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -40,6 +40,8 @@ class Settings:
     """Where the server of DC runs: on every worker ("replicated") or cut between them ("sharded")."""
     bucket_bytes: int = 32 * MEBIBYTE
     """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
+    overlap: bool = False
+    """Step and send each bucket as soon as backward has its gradients. Nothing may change them after that."""
     on_nonfinite: OnNonfinite = "raise"
     """A NaN or infinity in any worker's gradient: "raise" on all workers, or "skip" the step on all."""
     check_consensus_every: int = 0
@@ -56,6 +58,7 @@ class Settings:
         _fraction("step_ahead", self.step_ahead)
         _fraction("server_step_ahead", self.server_step_ahead)
         _flag("double_compression", self.double_compression)
+        _flag("overlap", self.overlap)
         _flag("sparse_as_dense", self.sparse_as_dense)
         _whole("averaging_period", self.averaging_period, 2, or_none=True)
         _whole("local_steps", self.local_steps, 1)
@@ -89,6 +92,11 @@ class Settings:
                 "server='sharded' needs double_compression=True: with single-way compression there is "
                 "nothing to recompress, and every worker needs every payload. "
                 "Use server='auto' or 'replicated'."
+            )
+        if self.overlap and self.on_nonfinite == "skip":
+            raise ValueError(
+                "overlap=True takes local steps before all workers know that all gradients are finite, so it "
+                "cannot skip such steps: use on_nonfinite='raise' with it, or overlap=False."
             )
         if self.averaging_period is not None and self.feedback == "none":
             raise ValueError(

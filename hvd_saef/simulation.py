@@ -24,12 +24,12 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
         raise TypeError(f"workers={workers!r}: a whole number >= 1 is allowed.")
     if workers < 1:
         raise ValueError(f"workers={workers!r}: a whole number >= 1 is allowed.")
-    meeting = Meeting(workers)
+    payloads, words = Meeting(workers), Meeting(workers)
     results: dict[int, T] = {}
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
-        communicator = ThreadCommunicator(meeting, rank)
+        communicator = ThreadCommunicator(payloads, words, rank)
         set_thread_communicator(communicator)
         try:
             results[rank] = fn(rank)
@@ -37,7 +37,8 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
             failures.append(failure)  # before leave(): those who fail because of it come later
         finally:
             set_thread_communicator(None)
-            meeting.leave(rank)
+            payloads.leave(rank)
+            words.leave(rank)
             communicator.close()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"worker {rank}") for rank in range(workers)]

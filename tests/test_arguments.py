@@ -72,8 +72,9 @@ REFUSED: list[tuple[dict[str, Any], Refusal, tuple[str, ...]]] = [
     ({"check_consensus_every": -1}, ValueError, ("check_consensus_every=-1", WHOLE[0])),
     ({"check_consensus_every": 0.5}, TypeError, ("check_consensus_every=0.5", WHOLE[0])),
     ({"check_consensus_every": True}, TypeError, ("check_consensus_every=True", WHOLE[0])),
-    ({"overlap": True}, ValueError, ("overlap=True", "only False is allowed")),
-    ({"overlap": 1}, ValueError, ("overlap=1", "only False is allowed")),
+    ({"overlap": 1}, TypeError, ("overlap=1", "True and False")),
+    ({"overlap": None}, TypeError, ("overlap=None", "True and False")),
+    ({"overlap": True, "on_nonfinite": "skip"}, ValueError, ("overlap=True", "on_nonfinite='raise'")),
     ({"op": "sum"}, ValueError, ("op='sum'", "only hvd.Average is allowed")),
     ({"gradient_predivide_factor": 2.0}, ValueError, ("gradient_predivide_factor=2.0", "only 1.0")),
     # combinations

@@ -1,0 +1,173 @@
+"""`overlap=True`: buckets step and leave while backward still computes the gradients of others. Collective.
+
+The payloads are under way when step() begins; x and the parameters change in step() alone, once all
+workers have agreed on it. All workers send their buckets in the same order, the last one first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef import kernels
+from hvd_saef.exchange import Exchange
+from hvd_saef.modes import Modes
+from hvd_saef.state import BucketState, State
+
+LocalStep = Callable[[], None]
+
+
+@dataclass
+class Armed:
+    """What is expected of the next backward passes."""
+
+    state: State
+    local_step: LocalStep
+    passes: int
+    expected: deque[tuple[BucketState, dict[Tensor, int]]]
+    """The buckets that have not left, in their order; for each parameter the passes still to come."""
+    used: dict[Tensor, int] = field(default_factory=dict)
+    """The version of each gradient that a local step has used."""
+    nonfinite: bool = False
+    """Whether a gradient held a NaN or an infinity."""
+
+
+class Overlap:
+    """Watches the parameters of one optimizer for the gradients of a round's last local step."""
+
+    def __init__(self, exchange: Exchange, modes: Modes, inner: torch.optim.Optimizer) -> None:
+        self._exchange = exchange
+        self._modes = modes
+        self._inner = inner
+        self._armed: Armed | None = None
+        self._handles: dict[Tensor, Any] = {}
+        weakref.finalize(self, _remove, self._handles)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any bucket has left in this round."""
+        return self._exchange.busy
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether a gradient that came early held a NaN or an infinity."""
+        return self._armed is not None and self._armed.nonfinite
+
+    def arm(self, local_step: LocalStep, passes: int) -> None:
+        """A round's last local step comes next: expect its gradients, `passes` for each parameter."""
+        state = self._modes.state
+        if state is None:
+            return
+        self._armed = Armed(state, local_step, passes, deque())
+        for bucket_state in self._exchange.order(state):
+            trained = [p for p in bucket_state.bucket.parameters if p.requires_grad]
+            self._armed.expected.append((bucket_state, dict.fromkeys(trained, passes)))
+            for parameter in trained:
+                if parameter not in self._handles:
+                    attach: Any = parameter.register_post_accumulate_grad_hook
+                    self._handles[parameter] = attach(_weakly(self._on_gradient))
+
+    def disarm(self) -> None:
+        """The round is over: let what comes next go the ordinary way."""
+        self._armed = None
+
+    def used(self, parameter: Tensor) -> bool:
+        """Whether the parameter has taken its local step."""
+        return self._armed is not None and parameter in self._armed.used
+
+    def check(self, closure: object, scale: object) -> None:
+        """Raise ValueError or RuntimeError for what does not go together with overlap=True."""
+        if closure is not None:
+            raise ValueError("step(closure) computes gradients by itself: pass overlap=False.")
+        if scale is not None:
+            raise ValueError(
+                "a GradScaler decides on a step after backward: pass overlap=False, or use bfloat16."
+            )
+        for parameter, version in self._armed.used.items() if self._armed else ():
+            if parameter.grad is not None and parameter.grad._version != version:
+                raise RuntimeError(
+                    "a gradient was changed after backward (clipped or scaled, say), but overlap=True had "
+                    "used it already: pass overlap=False."
+                )
+
+    def finish(self, local_step: LocalStep) -> None:
+        """The local step of the parameters that have not taken it."""
+        if self._armed is None or not self.under_way:
+            local_step()
+            return
+        rest = [p for bucket_state, _ in self._armed.expected for p in bucket_state.bucket.parameters]
+        with _only(self._inner.param_groups, rest):
+            local_step()
+
+    def abandon(self) -> None:
+        """After an error that all workers raise: take from the wire what is on it. Collective."""
+        self.disarm()
+        if self._modes.state is not None:
+            self._exchange.abandon(self._modes.state)
+
+    @torch.no_grad()
+    def _on_gradient(self, parameter: Tensor) -> None:
+        armed = self._armed
+        if armed is None or self._modes.at_x:  # at x, the local step waits for step()
+            return
+        if parameter in armed.used:
+            raise RuntimeError(
+                "a second backward pass reached a parameter that has taken its step: with overlap=True, say "
+                f"how many there are before step(): backward_passes_per_step={armed.passes} was given."
+            )
+        for _, missing in armed.expected:
+            if parameter in missing:
+                missing[parameter] -= 1
+                if not missing[parameter]:
+                    del missing[parameter]
+        while armed.expected and not armed.expected[0][1]:
+            self._leave(armed, armed.expected.popleft()[0])
+
+    def _leave(self, armed: Armed, bucket_state: BucketState) -> None:
+        parameters = bucket_state.bucket.parameters
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        armed.used |= {p: gradient._version for p, gradient in gradients.items()}
+        armed.nonfinite = armed.nonfinite or not kernels.all_finite(list(gradients.values()))
+        if not armed.nonfinite:  # else step() raises on all workers, which expect the bucket nevertheless
+            with _only(self._inner.param_groups, parameters), self._exchange.statistics.phase("local_step"):
+                armed.local_step()
+        self._exchange.depart(armed.state, bucket_state)
+
+
+@contextmanager
+def _only(groups: list[dict[str, Any]], parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within, the optimizer of these groups has these parameters only."""
+    wanted, whole = set(parameters), [(group, group["params"]) for group in groups]
+    for group, everything in whole:
+        group["params"] = [p for p in everything if p in wanted]
+    groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        groups[:] = [group for group, _ in whole]
+        for group, everything in whole:
+            group["params"] = everything
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """The method as a hook that does not keep its object."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(parameter: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(parameter)
+
+    return hook
+
+
+def _remove(handles: dict[Tensor, Any]) -> None:
+    for handle in handles.values():
+        handle.remove()
