@@ -7,7 +7,7 @@ collectives and the server run in the background, one bucket after the other, wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -19,7 +19,6 @@ from torch import Tensor
 from hvd_saef import algorithm
 from hvd_saef.communicator import Communicator
 from hvd_saef.compression import BlockedTensor, Compression, Compressor, Fused, Memory
-from hvd_saef.layout import Layout
 from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
@@ -91,9 +90,9 @@ class Exchange:
         return b
 
     @torch.no_grad()
-    def show_start_points(self, state: State) -> None:
-        """Write b into all parameters."""
-        for bucket_state in state.buckets:
+    def show_start_points(self, buckets: Iterable[BucketState]) -> None:
+        """Write b into the parameters."""
+        for bucket_state in buckets:
             bucket_state.show(self.start_point(bucket_state))
 
     # -- a round ----------------------------------------------------------------------------------
@@ -109,30 +108,41 @@ class Exchange:
                 self.depart(state, bucket_state)
         while self._under_way:
             self._land(state)
-        averaged = self._averages_next(state)
+        due = [bucket_state for bucket_state in state.buckets if self._averages_next(state, bucket_state)]
         state.rounds += 1
-        if averaged:
-            self.average_errors(state)
-            self.show_start_points(state)
+        self.average_errors(due, torch.float16 if self.settings.averaging_fp16 else None)
+        self.show_start_points(due)
 
     @staticmethod
     def order(state: State) -> list[BucketState]:
         """The buckets in the order in which all workers send them: as backward gets to them."""
         return [bucket_state for bucket_state in reversed(state.buckets) if bucket_state.bucket.numel]
 
-    def _averages_next(self, state: State) -> bool:
-        """Whether the next round begins with row 1."""
-        period = self.settings.averaging_period
-        return period is not None and (state.rounds + 2) % period == 0
+    def _averages_next(self, state: State, bucket_state: BucketState) -> bool:
+        """Whether the bucket's next round begins with row 1."""
+        period, bucket = self.settings.averaging_period, bucket_state.bucket
+        if period is None or not bucket.numel:
+            return False
+        turn = bucket.index * period // len(state.buckets) if self.settings.averaging_spread else 0
+        return (state.rounds + 2) % period == turn
 
-    def average_errors(self, state: State) -> None:
-        """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce."""
+    @torch.no_grad()
+    def average_errors(self, buckets: Iterable[BucketState], wire_dtype: torch.dtype | None = None) -> None:
+        """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce.
+
+        What a narrower `wire_dtype` rounds away stays in this worker's e.
+        """
         with self.statistics.phase("averaging"):
-            for bucket_state in state.buckets:
-                if bucket_state.bucket.numel:
-                    name = f"error.{bucket_state.bucket.index}"
-                    self.communicator.allreduce_mean(bucket_state.e, name)
-                    self.statistics.averaging_bytes_sent += self._ring(bucket_state.e.nbytes)
+            for bucket_state in buckets:
+                e = wire = bucket_state.e
+                if wire_dtype is not None:
+                    most = torch.finfo(wire_dtype).max / self.communicator.size  # the sum must fit, too
+                    wire = e.clamp(-most, most).to(wire_dtype)
+                    e.sub_(wire)
+                self.communicator.allreduce_mean(wire, f"error.{bucket_state.bucket.index}")
+                if wire is not e:
+                    e.add_(wire)
+                self.statistics.averaging_bytes_sent += self._ring(wire.nbytes)
 
     def whole_server_errors(self, state: State) -> dict[str, Any]:
         """All of s, by parameter, on every worker, from the parts that they serve."""
@@ -201,7 +211,7 @@ class Exchange:
         """Rows 6 and 2 of the earliest trip, once it has arrived."""
         trip = self._under_way.popleft()
         state = trip.state
-        shows = not self._averages_next(all_of_it)  # else the parameters are written once that is done
+        shows = not self._averages_next(all_of_it, state)  # else the parameters are written once that is done
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
         weight = 1.0 if trip.served or trip.wire else 1 / self.communicator.size
@@ -265,38 +275,3 @@ class Exchange:
 
     def _ring(self, size: int) -> int:
         return ring_bytes(self.communicator.size, size)
-
-    # -- without feedback and compression: Horovod's own arithmetic --------------------------------
-
-    @torch.no_grad()
-    def average_gradients(self, layout: Layout, as_sparse: bool) -> None:
-        """Replace every gradient by the workers' mean; one that is missing counts as zero.
-
-        Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
-        """
-        alone = self.communicator.size == 1
-        for bucket in layout.buckets:
-            flat = bucket.new_flat()
-            gradients, views = [], []
-            for slot in bucket.slots:
-                if slot.parameter.grad is None:
-                    slot.parameter.grad = torch.zeros_like(slot.parameter)
-                if slot.parameter.grad.is_sparse and alone:
-                    continue
-                slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
-                gradients.append(slot.parameter.grad)
-                views.append(slot.view(flat))
-            if not gradients:
-                continue
-            torch._foreach_copy_(views, gradients)
-            wire = flat.to(bucket.compressor.wire_dtype(bucket.dtype))
-            with self.statistics.phase("exchange"):
-                self.communicator.allreduce_mean(wire, f"gradient.{bucket.index}")
-            flat.copy_(wire)
-            torch._foreach_copy_(gradients, views)
-            if as_sparse and not alone:
-                for slot in bucket.slots:
-                    if slot.parameter.grad is not None:  # by rows, as an Embedding's is
-                        slot.parameter.grad = slot.parameter.grad.to_sparse(min(1, slot.parameter.dim()))
-            self.statistics.dense_bytes_sent += self._ring(wire.nbytes)
-            self.statistics.ring_allreduce_bytes += self._ring(4 * bucket.numel)

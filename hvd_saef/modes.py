@@ -133,7 +133,7 @@ class Modes:
         if self.state is None:
             return
         if self._reached is None:
-            self._exchange.show_start_points(self.state)
+            self._exchange.show_start_points(self.state.buckets)
         else:
             if self._reached:
                 torch._foreach_copy_(self._parameters(self.state), self._reached)

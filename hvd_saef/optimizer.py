@@ -46,6 +46,8 @@ def DistributedOptimizer(
     server_step_ahead: float = 0.0,
     double_compression: bool = True,
     averaging_period: int | None = None,
+    averaging_spread: bool = False,
+    averaging_fp16: bool = False,
     local_steps: int = 1,
     warmup_steps: int = 0,
     block_size: int | None = None,
@@ -80,6 +82,8 @@ def DistributedOptimizer(
         server_step_ahead: β in [0, 1]; with "saef", double_compression and a replicated server.
         double_compression: compress the server's answer too (DC); False is single-way (SC).
         averaging_period: p >= 2, rounds between two averagings of the errors; None is never.
+        averaging_spread: average each bucket in a round of its own within the p, not all in one.
+        averaging_fp16: average errors in float16; what that rounds away stays in each worker's error.
         local_steps: H >= 1, steps between two exchanges.
         warmup_steps: first rounds that exchange the dense mean.
         block_size: elements a block has at most; None: one block a tensor.
@@ -108,6 +112,8 @@ def DistributedOptimizer(
         server_step_ahead=server_step_ahead,
         double_compression=double_compression,
         averaging_period=averaging_period,
+        averaging_spread=averaging_spread,
+        averaging_fp16=averaging_fp16,
         local_steps=local_steps,
         warmup_steps=warmup_steps,
         block_size=block_size,

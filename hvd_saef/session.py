@@ -16,6 +16,7 @@ from hvd_saef.agreement import Word, agree, check_consensus, raise_failure
 from hvd_saef.communicator import Communicator
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
+from hvd_saef.gradients import average_gradients
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin
@@ -119,7 +120,7 @@ class Session:
                     "`with optimizer.skip_synchronize():`.",
                     stacklevel=3,
                 )
-            self.exchange.average_gradients(self.layout, self._takes_sparse_only)
+            average_gradients(self.communicator, self.statistics, self.layout, self._takes_sparse_only)
         self._synchronized = False
         with self.statistics.phase("local_step"):
             if self.overlap:
@@ -288,7 +289,7 @@ class Session:
             except Exception as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
-            self.exchange.average_gradients(self.layout, self._takes_sparse_only)
+            average_gradients(self.communicator, self.statistics, self.layout, self._takes_sparse_only)
             self._synchronized = True
 
     @contextmanager
@@ -304,7 +305,7 @@ class Session:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
         if self.modes.state is not None:
-            self.exchange.average_errors(self.modes.state)
+            self.exchange.average_errors(bucket for bucket in self.modes.state.buckets if bucket.bucket.numel)
             self.origin.whole_server_errors = self.exchange.whole_server_errors(self.modes.state)
             self.modes.to_start()
         average_moments(self.communicator, self.inner, self.layout)

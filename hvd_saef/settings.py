@@ -30,6 +30,10 @@ class Settings:
     """Double-way compression (DC): the server's answer is compressed too. False is single-way (SC)."""
     averaging_period: int | None = None
     """p >= 2: errors are averaged every p rounds. Less means less mismatch, more bytes. None is never."""
+    averaging_spread: bool = False
+    """Average each bucket's errors in a round of its own within the p, instead of all in one."""
+    averaging_fp16: bool = False
+    """Average errors in float16, at half the bytes; what that rounds away stays in each worker's error."""
     local_steps: int = 1
     """H >= 1: local steps between two exchanges. More means fewer bytes and workers further apart."""
     warmup_steps: int = 0
@@ -59,6 +63,8 @@ class Settings:
         _fraction("server_step_ahead", self.server_step_ahead)
         _flag("double_compression", self.double_compression)
         _flag("overlap", self.overlap)
+        _flag("averaging_spread", self.averaging_spread)
+        _flag("averaging_fp16", self.averaging_fp16)
         _flag("sparse_as_dense", self.sparse_as_dense)
         _whole("averaging_period", self.averaging_period, 2, or_none=True)
         _whole("local_steps", self.local_steps, 1)
@@ -98,6 +104,12 @@ class Settings:
                 "overlap=True takes local steps before all workers know that all gradients are finite, so it "
                 "cannot skip such steps: use on_nonfinite='raise' with it, or overlap=False."
             )
+        for name in ("averaging_spread", "averaging_fp16"):
+            if getattr(self, name) and self.averaging_period is None:
+                raise ValueError(
+                    f"{name}=True has no meaning with averaging_period=None: set averaging_period, or leave "
+                    f"{name} at False."
+                )
         if self.averaging_period is not None and self.feedback == "none":
             raise ValueError(
                 f"averaging_period={self.averaging_period!r} has no meaning with feedback='none', which "

@@ -1,0 +1,45 @@
+"""Without feedback and compression: Horovod's own arithmetic on gradients. Collective."""
+
+from __future__ import annotations
+
+import torch
+
+from hvd_saef.communicator import Communicator
+from hvd_saef.layout import Layout
+from hvd_saef.statistics import Statistics, ring_bytes
+
+
+@torch.no_grad()
+def average_gradients(
+    communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool
+) -> None:
+    """Replace every gradient by the workers' mean; one that is missing counts as zero.
+
+    Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
+    """
+    alone = communicator.size == 1
+    for bucket in layout.buckets:
+        flat = bucket.new_flat()
+        gradients, views = [], []
+        for slot in bucket.slots:
+            if slot.parameter.grad is None:
+                slot.parameter.grad = torch.zeros_like(slot.parameter)
+            if slot.parameter.grad.is_sparse and alone:
+                continue
+            slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
+            gradients.append(slot.parameter.grad)
+            views.append(slot.view(flat))
+        if not gradients:
+            continue
+        torch._foreach_copy_(views, gradients)
+        wire = flat.to(bucket.compressor.wire_dtype(bucket.dtype))
+        with statistics.phase("exchange"):
+            communicator.allreduce_mean(wire, f"gradient.{bucket.index}")
+        flat.copy_(wire)
+        torch._foreach_copy_(gradients, views)
+        if as_sparse and not alone:
+            for slot in bucket.slots:
+                if slot.parameter.grad is not None:  # by rows, as an Embedding's is
+                    slot.parameter.grad = slot.parameter.grad.to_sparse(min(1, slot.parameter.dim()))
+        statistics.dense_bytes_sent += ring_bytes(communicator.size, wire.nbytes)
+        statistics.ring_allreduce_bytes += ring_bytes(communicator.size, 4 * bucket.numel)
