@@ -139,15 +139,22 @@ class MpiCommunicator(Communicator):
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
         longest = max(place.numel() for place in out)
-        self._move(lambda send, into: self._mpi.Iallgatherv(_single(send), into), [payload], out, longest)
+        self._move(
+            lambda send, into: self._mpi.Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
+            [payload],
+            out,
+            longest,
+        )
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
         longest = max(piece.numel() for piece in pieces)
-        self._move(lambda send, into: self._mpi.Ialltoallv(send, into), pieces, out, longest)
+        self._move(
+            lambda send, into: self._mpi.Ialltoallv(_message(send), _message(into)), pieces, out, longest
+        )
 
     def _move(
         self,
-        start: Callable[[Any, Any], Any],
+        start: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
         pieces: Sequence[Tensor],
         out: Sequence[Tensor],
         longest: int,
@@ -155,16 +162,17 @@ class MpiCommunicator(Communicator):
         """In as many calls as the `longest` piece of any worker asks for: as many on all of them."""
         most = max(1, CHUNK_BYTES // self.size)
         if longest <= most and out[0].device.type == "cpu":
-            self._wait(start(_message(pieces), _message(out)))
+            self._wait(start(pieces, out))
             return
         for first in range(0, longest, most):
             going = [piece[first : first + most].cpu() for piece in pieces]
             coming = [place[first : first + most] for place in out]
-            landing = torch.empty(sum(place.numel() for place in coming), dtype=torch.uint8)
-            landed = torch.split(landing, [place.numel() for place in coming])
-            self._wait(
-                start(_message(torch.split(torch.cat(going), [p.numel() for p in going])), _message(landed))
+            leaving = torch.split(torch.cat(going), [piece.numel() for piece in going])
+            landed = torch.split(
+                torch.empty(sum(place.numel() for place in coming), dtype=torch.uint8),
+                [place.numel() for place in coming],
             )
+            self._wait(start(leaving, landed))
             _copy(landed, coming)
 
     @staticmethod
@@ -201,12 +209,6 @@ def _message(views: Sequence[Tensor]) -> Any:
     buffer = torch.empty(0, dtype=torch.uint8).set_(views[0].untyped_storage())
     counts = [view.numel() for view in views]
     return [buffer.numpy(), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
-
-
-def _single(message: Any) -> Any:
-    """A message of one piece, as mpi4py takes it where there cannot be more."""
-    buffer, ((count,), (start,)), kind = message
-    return [buffer, (count, start), kind]
 
 
 class Meeting:
