@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,6 +58,17 @@ class Blocks:
     def largest(self) -> int:
         """Elements of the largest block."""
         return max((run.size for run in self.runs), default=0)
+
+    def table(self, kept: Callable[[int], int]) -> Tensor:
+        """The runs as the kernels read them: int64, rows of start, size, count and kept(size). Cached."""
+        if kept not in self._tables:
+            rows = [(run.start, run.size, run.count, kept(run.size)) for run in self.runs]
+            self._tables[kept] = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        return self._tables[kept]
+
+    @cached_property
+    def _tables(self) -> dict[Callable[[int], int], Tensor]:
+        return {}
 
     def nearest_boundary(self, element: int) -> int:
         """The block boundary nearest to `element`, as an element; the lower one of two as near."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef import kernels
-from hvd_saef.compression.blocks import BlockedTensor, Blocks
-from hvd_saef.compression.compressor import Compressor
+from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
+from hvd_saef.compression.compressor import Compressor, Fused
 
 PAGE = 1 << 16  # elements that a uint16 offset reaches
 COUNT, OFFSET = torch.int32, torch.uint16
+Payload = TypeVar("Payload", Tensor, Sequence[Tensor])
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,29 @@ class TopKCompressor(Compressor):
         """See the class: for each kept element a value and two bytes of offset, and a bit more."""
         return sum(self._sections(layout))
 
+    @property
+    def fused(self) -> Fused | None:
+        """See :attr:`Compressor.fused`."""
+        return _FusedTopK(self) if kernels.available() else None
+
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
+        native = kernels.native_for(delta.flat)
+        if native is None:
+            self._encode(delta, payload)
+        else:
+            native.topk_encode(delta.flat, *self._given(delta.blocks, payload))
+
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """See :meth:`Compressor.decode_add`. Raises ValueError for bytes that no encoder writes."""
+        native = kernels.native_for(out.flat)
+        if native is None:
+            self._decode_add(payload, out, weight)
+        else:
+            native.topk_decode(out.flat, *self._given(out.blocks, [payload]), weight)
+
+    def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """:meth:`encode` on any device."""
         counts, values, offsets = [], [], []
         for run, rows in delta.rows():
             kept, pages = self.kept(run.size), _pages(run.size)
@@ -74,8 +98,8 @@ class TopKCompressor(Compressor):
         pieces = [piece.view(-1).view(torch.uint8) for piece in (*counts, *values, *offsets)]
         payload.copy_(torch.cat([payload[:0], *pieces]))
 
-    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """See :meth:`Compressor.decode_add`. Raises ValueError for bytes that no encoder writes."""
+    def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """:meth:`decode_add` on any device."""
         sections = self._sections(out.blocks)
         if payload.numel() != sum(sections):
             raise ValueError(f"a Top-K payload of {payload.numel()} bytes: {sum(sections)} were expected.")
@@ -99,6 +123,10 @@ class TopKCompressor(Compressor):
                 )
             rows.scatter_add_(1, columns, sent)
 
+    def _given(self, layout: Blocks, payload: Payload) -> tuple[Tensor, Payload, torch.dtype]:
+        """What kernels are told after the memory that they work on."""
+        return layout.table(self.kept), payload, self._wire(layout.dtype)
+
     def _wire(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the values that travel for x of `dtype`."""
         return self.value_dtype or dtype
@@ -121,6 +149,31 @@ class TopKCompressor(Compressor):
                 sections[0] += run.count * pages * COUNT.itemsize if pages > 1 else 0
                 sections[2] += run.count * kept * OFFSET.itemsize
         return sections
+
+
+@dataclass(frozen=True)
+class _FusedTopK:
+    """The rows around C by kernels."""
+
+    compressor: TopKCompressor
+
+    def send(self, memory: Memory, payload: Tensor) -> None:
+        """See :meth:`Fused.send`."""
+        m, given = memory, self.compressor._given(memory.blocks, payload)
+        if m.points:
+            kernels.native.topk_encode(m.e, *given, m.x, m.s, m.alpha, m.beta, m.points)
+        else:
+            kernels.native.topk_encode(m.e, *given)
+
+    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
+        """See :meth:`Fused.serve`."""
+        given = self.compressor._given(s.blocks, answer)
+        kernels.native.topk_encode(s.flat, *given, payloads=payloads, weight=weight)
+
+    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
+        """See :meth:`Fused.receive`."""
+        m, given = memory, self.compressor._given(memory.blocks, payloads)
+        kernels.native.topk_decode(m.x, *given, -weight, m.e, m.s, m.alpha, m.beta, m.points)
 
 
 def _pages(size: int) -> int:

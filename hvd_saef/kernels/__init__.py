@@ -14,6 +14,7 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ def available() -> bool:
     return native is not None
 
 
+def native_for(flat: Tensor) -> ModuleType | None:
+    """The kernels, if this memory is for them: float32 or float64 on the CPU."""
+    usable = flat.is_cpu and flat.dtype in (torch.float32, torch.float64) and available()
+    return native if usable else None
+
+
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices."""
     tensors = [tensor.detach() for tensor in tensors]
@@ -65,4 +72,13 @@ def _warn() -> None:
     )
 
 
-__all__ = ["all_finite", "available", "l1_norms", "native", "pack_signs", "top_k", "unpack_signs"]
+__all__ = [
+    "all_finite",
+    "available",
+    "l1_norms",
+    "native",
+    "native_for",
+    "pack_signs",
+    "top_k",
+    "unpack_signs",
+]

@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "finite.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -48,8 +49,15 @@ Set instruction_set() { return chosen.load(std::memory_order_relaxed); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace hvd_saef;
+  const std::vector<at::Tensor> no_tensors;
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("instruction_sets", &instruction_sets);
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
   m.def("all_finite", &all_finite, py::arg("tensors"), released);
+  m.def("topk_encode", &topk_encode, py::arg("delta"), py::arg("runs"), py::arg("payload"), py::arg("value_dtype"),
+        py::arg("x") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0., py::arg("beta") = 0.,
+        py::arg("points") = no_tensors, py::arg("payloads") = no_tensors, py::arg("weight") = 0., released);
+  m.def("topk_decode", &topk_decode, py::arg("out"), py::arg("runs"), py::arg("payloads"), py::arg("value_dtype"),
+        py::arg("weight"), py::arg("e") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0.,
+        py::arg("beta") = 0., py::arg("points") = no_tensors, released);
 }

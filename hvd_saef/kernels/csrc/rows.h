@@ -1,0 +1,36 @@
+// The rows of Algorithm 1 around C, which kernels compute in the same pass over memory.
+#pragma once
+
+#include "common.h"
+
+#include <optional>
+
+namespace hvd_saef {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kTile = 1024;  // elements: several loops over a tile stay within the first-level cache
+
+// Coefficients of b = x - alpha e - beta s.
+template <class T>
+struct Ahead {
+  T alpha, beta;
+};
+
+// What Δ = e + (x - alpha e - beta s) - point is made of; without x there is nothing to add.
+template <class T>
+struct Rows {
+  const T *x = nullptr, *s = nullptr;
+  Ahead<T> ahead{};
+  const Points<T>* points = nullptr;
+};
+
+// The memory of a tensor that may be left out, checked.
+template <class T>
+inline const T* memory_or_null(const MaybeTensor& tensor, const char* name, const Runs& runs) {
+  if (!tensor) return nullptr;
+  check_flat(*tensor, name, c10::CppTypeToScalarType<T>::value, runs.numel());
+  return tensor->const_data_ptr<T>();
+}
+
+}  // namespace hvd_saef
