@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,10 +25,10 @@ pytestmark = pytest.mark.skipif(not SETS, reason="no kernels here")
 
 
 def everywhere() -> Iterator[int]:
-    """With every instruction set that this CPU has, and 1, 2 and 3 threads."""
+    """With every instruction set that this CPU has, and 1 thread; the best one also with 2 and 3."""
     set_before, threads_before = kernels.native.set_instruction_set("baseline"), torch.get_num_threads()
     try:
-        for name, threads in itertools.product(SETS, (1, 2, 3)):
+        for name, threads in (*((name, 1) for name in SETS), (SETS[-1], 2), (SETS[-1], 3)):
             kernels.native.set_instruction_set(name)
             torch.set_num_threads(threads)
             yield threads
@@ -192,8 +191,8 @@ def a_round(rows: Any, compressor: TopKCompressor, m: Memory, shown: bool) -> li
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ratio", [0.01, 0.4, 1])
-@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 0.0), (0.3, 0.6), (1.0, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize("ratio", [0.01, 1])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 0.0), (0.3, 0.6), (0.0, 1.0)])
 def test_fused_rows(dtype: torch.dtype, ratio: float, alpha: float, beta: float) -> None:
     for number, (sizes, block_size) in enumerate((([70, 1, PAGE + 3, 2500], None), ([70, 9000], 1000))):
         blocks = Blocks.cut(sizes, block_size, dtype)
