@@ -187,9 +187,9 @@ def test_what_no_topk_encoder_writes_is_refused() -> None:
         with pytest.raises(ValueError, match="payload"):
             decode(counts, [5, 0, 3])
     for offsets in ([5, 0, 4], [5, 3, 3], [5, 3, 0]):
-        with pytest.raises(ValueError, match="order"):
+        with pytest.raises(ValueError, match=r"payload.* offsets|offsets .*payload"):
             decode([1, 2], offsets)
-    with pytest.raises(ValueError, match="bytes"):
+    with pytest.raises(ValueError, match="payload"):
         compressor.decode_add(torch.zeros(25, dtype=torch.uint8), BlockedTensor(out, blocks), 1.0)
 
 
