@@ -14,6 +14,7 @@ FLAGS = [
     "-fopenmp",
     "-ffp-contract=off",  # a fused multiply-add rounds once; the twins round twice
     "-fno-math-errno",
+    "-Wno-psabi",  # vectors are passed between inlined functions only
 ]
 
 

@@ -1,15 +1,46 @@
-"""How tests are spread over processes (pytest -n): MPI jobs one after another, in one of them."""
+"""What all tests share: the kernels and the twins in turn, and how tests are spread over processes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from hvd_saef import kernels
+
+BOTH = {"test_compression", "test_compressor", "test_oracle", "test_simulation", "test_precision"}
+"""Files of tests about the arithmetic's bits: they run with the kernels and on the twins."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the kernels, as they are here; or on the twins: "kernels" or "twins"."""
+    chosen: str = getattr(request, "param", "kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        if chosen == "twins":
+            patch.setattr(kernels, "native", None)
+            patch.setattr(kernels, "_reason", "")  # no accident: no warning
+        yield chosen
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Both kinds of arithmetic for the files named above, where the kernels are built."""
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH and kernels.native is not None:
+        metafunc.parametrize("arithmetic", ["kernels", "twins"], indirect=True, scope="module")
+
+
+@pytest.fixture(params=kernels.native.instruction_sets() if kernels.native else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each that this CPU has; skipped where the kernels are not built."""
+    before = kernels.native.set_instruction_set(request.param)
+    yield request.param
+    kernels.native.set_instruction_set(before)
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """xdist's, with all of tests/mpi in one group.
+    """xdist's, with all of tests/mpi in one group: MPI jobs run one after another, in one process.
 
     Not by xdist_group marks: xdist 3.8 forgets them under pytest 9.2 (pytest-dev/pytest-xdist#1386).
     """

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ from hvd_saef.kernels import twins
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = [float("inf"), -float("inf"), float("nan")]
-
-
-@pytest.fixture(params=kernels.native.instruction_sets() if kernels.native else [])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each that this CPU has."""
-    before = kernels.native.set_instruction_set(request.param)
-    yield request.param
-    kernels.native.set_instruction_set(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

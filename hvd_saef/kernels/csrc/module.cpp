@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "finite.h"
+#include "sign.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -60,4 +61,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("topk_decode", &topk_decode, py::arg("out"), py::arg("runs"), py::arg("payloads"), py::arg("value_dtype"),
         py::arg("weight"), py::arg("e") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0.,
         py::arg("beta") = 0., py::arg("points") = no_tensors, released);
+  m.def("sign_encode", &sign_encode, py::arg("delta"), py::arg("runs"), py::arg("payload"), py::arg("x") = py::none(),
+        py::arg("s") = py::none(), py::arg("alpha") = 0., py::arg("beta") = 0., py::arg("points") = no_tensors,
+        py::arg("payloads") = no_tensors, py::arg("weight") = 0., released);
+  m.def("sign_decode", &sign_decode, py::arg("out"), py::arg("runs"), py::arg("payloads"), py::arg("weight"),
+        py::arg("e") = py::none(), py::arg("sent") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0.,
+        py::arg("beta") = 0., py::arg("points") = no_tensors, released);
+  m.def("sign_settle", &sign_settle, py::arg("memory"), py::arg("runs"), py::arg("payload"), released);
 }
