@@ -45,7 +45,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_saef
 # One word that names everything the environment depends on: if it stands in the stamp,
 # there is nothing to do.
 stamp_of() {
-  { cat "${BASH_SOURCE[0]}" "$root/pyproject.toml" "$root/setup.py"
+  { cat "${BASH_SOURCE[0]}" "$root/pyproject.toml" "$root/setup.py" "$root"/hvd_saef/kernels/csrc/*
     echo "$root $venv $cuda"; "$python" -c 'import sys; print(sys.version, sys.prefix)'
     command -v mpicxx || true; } | sha256sum | cut -d' ' -f1
 }

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import algorithm, kernels
-from hvd_saef.compression import BlockedTensor, Blocks, Compression, SignCompressor
-from hvd_saef.compression.blocks import Memory
+from hvd_saef.compression import BlockedTensor, Blocks, Compression, Memory, SignCompressor
 from hvd_saef.kernels import twins
 
 native = kernels.native
@@ -292,6 +291,15 @@ def test_fused_rows_are_the_plain_rows(sizes: list[int], double: bool) -> None:
         assert SignCompressor().fused is None
         slow = run(fused=False)
     assert all(same(a, b) for a, b in zip(fast, slow, strict=True))
+
+
+def test_a_subclass_has_no_fused_rows() -> None:
+    class Louder(SignCompressor):
+        def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+            super().encode(delta, payload)
+
+    assert SignCompressor().fused is not None
+    assert Louder().fused is None
 
 
 def test_the_order_of_additions_and_roundings_shows() -> None:

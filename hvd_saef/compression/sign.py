@@ -28,7 +28,8 @@ class SignCompressor(Compressor):
     @property
     def fused(self) -> Fused | None:
         """See :attr:`Compressor.fused`."""
-        return _ROWS if kernels.available() else None
+        own = type(self) is SignCompressor  # a subclass may encode otherwise
+        return _ROWS if own and kernels.available() else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
