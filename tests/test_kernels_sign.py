@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import algorithm, kernels
-from hvd_saef.compression import BlockedTensor, Blocks, Compression, Memory, SignCompressor
+from hvd_saef.compression import BlockedTensor, Blocks, Compression, Fused, Memory, SignCompressor
 from hvd_saef.kernels import twins
 
 native = kernels.native
@@ -243,53 +243,38 @@ def test_large(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("sizes", [[40, 7, 1000], [70000, 0, 1]])
 def test_fused_rows_are_the_plain_rows(sizes: list[int], double: bool) -> None:
-    """SignCompressor.fused against `hvd_saef.algorithm` on the twins, three rounds of two workers."""
+    """SignCompressor.fused against PlainRows on the twins, three rounds of two workers."""
     blocks = Blocks.cut(sizes, 900, torch.float32)
     generator = torch.Generator().manual_seed(0)
 
-    def run(fused: bool) -> list[Tensor]:
+    def run(rows: Fused) -> list[Tensor]:
         generator.manual_seed(0)
-        compressor, workers, weight = Compression.sign, 2, 0.5
+        workers, size = 2, Compression.sign.payload_bytes(blocks)
         x = torch.zeros(workers, blocks.numel)
         e, y, s = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(blocks.numel)
-        payloads = torch.empty(workers, compressor.payload_bytes(blocks), dtype=torch.uint8)
-        answer = torch.empty_like(payloads[0])
+        payloads, answer = torch.empty(workers, size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
         for _ in range(3):
             y += torch.randn(y.shape, generator=generator)
             memories = [Memory(blocks, x[k], e[k], s, [y[k]], 1.0, 0.3) for k in range(workers)]
-            rows = compressor.fused
             for k, memory in enumerate(memories):
-                if fused:
-                    assert rows is not None
-                    rows.send(memory, payloads[k])
-                else:
-                    b = algorithm.step_ahead(x[k], e[k], s, 1.0, 0.3)
-                    algorithm.add_update(e[k], b, y[k])
-                    algorithm.send(BlockedTensor(e[k], blocks), compressor, payloads[k])
-            arrived, share = list(payloads), weight
-            if double and fused:
-                assert rows is not None
-                rows.serve(arrived, weight, BlockedTensor(s, blocks), answer)
-            elif double:
-                algorithm.serve(arrived, weight, BlockedTensor(s, blocks), compressor, answer)
+                rows.send(memory, payloads[k])
+            arrived, weight = list(payloads), 1 / workers
             if double:
-                arrived, share = [answer], 1.0
+                rows.serve(arrived, weight, BlockedTensor(s, blocks), answer)
+                arrived, weight = [answer], 1.0
             for k, memory in enumerate(memories):
-                if fused:
-                    assert rows is not None
-                    rows.receive(memory, payloads[k], arrived, share)
-                else:
-                    algorithm.receive(arrived, share, BlockedTensor(x[k], blocks), compressor)
-                    y[k] = algorithm.step_ahead(x[k], e[k], s, 1.0, 0.3)
+                rows.receive(memory, payloads[k], arrived, weight)
         return [x, e, s, y, payloads]
 
-    fast = run(fused=True)
+    fused = Compression.sign.fused
+    assert fused is not None
+    fast = run(fused)
     assert same(fast[0][0], fast[0][1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "native", None)
         patch.setattr(kernels, "_reason", "")
         assert SignCompressor().fused is None
-        slow = run(fused=False)
+        slow = run(algorithm.PlainRows(Compression.sign))
     assert all(same(a, b) for a, b in zip(fast, slow, strict=True))
 
 
