@@ -173,7 +173,7 @@ def plot(grouped: Curves, path: Path) -> None:
             (line,) = axes.plot(across, [v for v, _ in losses], marker="o", markersize=3, label=method)
             axes.fill_between(across, low, high, color=line.get_color(), alpha=0.2)
     left.set(xlabel="epoch", ylabel="training loss at x", yscale="log")
-    right.set(xlabel="MB sent by a worker", xscale="log")
+    right.set(xlabel="MB sent by a worker", xscale="log" if any(sent) else "linear")
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
