@@ -1,19 +1,41 @@
-"""Without feedback and compression: Horovod's own arithmetic on gradients. Collective."""
+"""Gradients: sparse ones made ready for the local step; and their means, Horovod's own arithmetic."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hvd_saef.communicator import Communicator
 from hvd_saef.layout import Layout
 from hvd_saef.statistics import Statistics, ring_bytes
 
 
+def prepare_sparse(parameter: Tensor, optimizer: torch.optim.Optimizer, as_dense: bool) -> None:
+    """Make a sparse gradient dense if wanted and taken by the optimizer, else of one value a place. Local."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return
+    if as_dense and not takes_sparse_only(optimizer):
+        parameter.grad = gradient.to_dense()
+    else:  # the sum of several values may overflow
+        parameter.grad = gradient.coalesce()
+
+
+def takes_sparse_only(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it refuses dense gradients: it then gets sparse ones, as Horovod gives it."""
+    return isinstance(optimizer, torch.optim.SparseAdam)
+
+
+def values(gradient: Tensor) -> Tensor:
+    """The gradient itself, or the values that a sparse one has: in its memory."""
+    return gradient._values() if gradient.is_sparse else gradient
+
+
 @torch.no_grad()
 def average_gradients(
     communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool
 ) -> None:
-    """Replace every gradient by the workers' mean; one that is missing counts as zero.
+    """Replace every gradient by the workers' mean; one that is missing counts as zero. Collective.
 
     Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
     """

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.exchange import Exchange
+from hvd_saef.gradients import prepare_sparse, values
+from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.state import BucketState, State
 
@@ -37,6 +39,8 @@ class Armed:
     """The version of each gradient that a local step has used."""
     nonfinite: bool = False
     """Whether a gradient held a NaN or an infinity."""
+    waits: bool | None = None
+    """Whether all is left to step(), which takes unfrozen parameters in; known from the first gradient on."""
 
 
 class Overlap:
@@ -117,6 +121,10 @@ class Overlap:
         armed = self._armed
         if armed is None or self._modes.at_x:  # at x, the local step waits for step()
             return
+        if armed.waits is None:
+            armed.waits = any(takes_part(p) for _, p, _ in armed.state.layout.frozen)
+        if armed.waits:
+            return
         if parameter in armed.used:
             raise RuntimeError(
                 "a second backward pass reached a parameter that has taken its step: with overlap=True, say "
@@ -132,9 +140,11 @@ class Overlap:
 
     def _leave(self, armed: Armed, bucket_state: BucketState) -> None:
         parameters = bucket_state.bucket.parameters
+        for parameter in parameters:
+            prepare_sparse(parameter, self._inner, self._exchange.settings.sparse_as_dense)
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         armed.used |= {p: gradient._version for p, gradient in gradients.items()}
-        armed.nonfinite = armed.nonfinite or not kernels.all_finite(list(gradients.values()))
+        armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients.values()])
         if not armed.nonfinite:  # else step() raises on all workers, which expect the bucket nevertheless
             with _only(self._inner.param_groups, parameters), self._exchange.statistics.phase("local_step"):
                 armed.local_step()

@@ -16,7 +16,7 @@ from hvd_saef.agreement import Word, agree, check_consensus, raise_failure
 from hvd_saef.communicator import Communicator
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
-from hvd_saef.gradients import average_gradients
+from hvd_saef.gradients import average_gradients, prepare_sparse, takes_sparse_only, values
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin
@@ -68,11 +68,6 @@ class Session:
         """Whether to do Horovod's arithmetic: nothing is compressed and nothing fed back."""
         return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
 
-    @property
-    def _takes_sparse_only(self) -> bool:
-        """Whether the optimizer refuses dense gradients: it then gets sparse ones, as Horovod gives it."""
-        return isinstance(self.inner, torch.optim.SparseAdam)
-
     def _warn_of_large_block(self, layout: Layout) -> None:
         workers = self.communicator.size
         if not self.settings.sharded(workers) or self.communicator.rank != 0:
@@ -120,7 +115,7 @@ class Session:
                     "`with optimizer.skip_synchronize():`.",
                     stacklevel=3,
                 )
-            average_gradients(self.communicator, self.statistics, self.layout, self._takes_sparse_only)
+            average_gradients(self.communicator, self.statistics, self.layout, takes_sparse_only(self.inner))
         self._synchronized = False
         with self.statistics.phase("local_step"):
             if self.overlap:
@@ -147,7 +142,7 @@ class Session:
         if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
         gradients = [
-            _values(slot.parameter.grad)
+            values(slot.parameter.grad)
             for slot in self.layout.slots
             if slot.parameter.grad is not None and not (self.overlap and self.overlap.used(slot.parameter))
         ]
@@ -169,10 +164,7 @@ class Session:
                     f"the gradient of {slot.name!r} is sparse, and with feedback='none' and a dense "
                     "compressor it is dense ones that are averaged: pass sparse_as_dense=True."
                 )
-            if self.settings.sparse_as_dense and not self._takes_sparse_only:
-                slot.parameter.grad = gradient.to_dense()
-            else:  # as one value a place: the sum of several may overflow
-                slot.parameter.grad = gradient.coalesce()
+            prepare_sparse(slot.parameter, self.inner, self.settings.sparse_as_dense)
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
@@ -207,7 +199,7 @@ class Session:
         bad = [
             slot.name
             for slot in self.layout.slots
-            if slot.parameter.grad is not None and not kernels.all_finite([_values(slot.parameter.grad)])
+            if slot.parameter.grad is not None and not kernels.all_finite([values(slot.parameter.grad)])
         ]
         everyone = self.communicator.allgather_object(bad[:1])
         who = ", ".join(f"{names[0]!r} on rank {rank}" for rank, names in enumerate(everyone) if names)
@@ -289,7 +281,7 @@ class Session:
             except Exception as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
-            average_gradients(self.communicator, self.statistics, self.layout, self._takes_sparse_only)
+            average_gradients(self.communicator, self.statistics, self.layout, takes_sparse_only(self.inner))
             self._synchronized = True
 
     @contextmanager
@@ -324,8 +316,3 @@ class Session:
             | self.statistics.as_dict()
             | {"error_norm": e, "server_error_norm": s}
         )
-
-
-def _values(gradient: Tensor) -> Tensor:
-    """The gradient itself, or the values that a sparse one has: in its memory."""
-    return gradient._values() if gradient.is_sparse else gradient

@@ -117,6 +117,26 @@ def test_sparse_gradients_train(options: dict[str, Any], make: Make, workers: in
     assert all(other == first for other in others)
 
 
+@pytest.mark.parametrize("as_dense", [False, True])
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_overlap(make: Make, as_dense: bool) -> None:
+    """As without; and a sum of rows that overflows is found where it leaves early, too."""
+
+    def fn(rank: int, overlap: bool, bad: bool) -> dict[str, bytes]:
+        table = Table(rank, make, overlap=overlap, sparse_as_dense=as_dense).step(4)
+        if bad:
+            table.optimizer.zero_grad()
+            (table.model(torch.zeros(2, dtype=torch.int64)) * 3e38).sum().backward()
+            table.optimizer.step()
+        return all_bits(table.model, table.optimizer)
+
+    ours, plain = (together(3, lambda rank, on=on: fn(rank, on, False)) for on in (True, False))  # type: ignore[misc]
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine == theirs
+    for failure in caught(3, lambda rank: fn(rank, True, True)):
+        assert isinstance(failure, NonFiniteUpdateError), repr(failure)
+
+
 def test_workers_may_differ_in_what_is_sparse() -> None:
     def fn(rank: int, odd: int) -> dict[str, bytes]:
         table = Table(rank, MAKES["SGD"], block_size=4)

@@ -293,6 +293,24 @@ def test_checkpoints(tmp_path: Path) -> None:
     together(3, fn)
 
 
+@pytest.mark.parametrize("odd", [None, 1])
+def test_overlap(odd: int | None) -> None:
+    """The step that takes a layer in sends nothing early; and one worker that disagrees is found out."""
+
+    def fn(rank: int, overlap: bool) -> dict[str, bytes]:
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        model[0].requires_grad_(False)
+        run = Job(rank, model, overlap=overlap, bucket_bytes=1).step(3)
+        if rank != odd:
+            model.requires_grad_(True)
+        return run.step(4).seen()
+
+    if odd is None:
+        assert together(3, lambda rank: fn(rank, True)) == together(3, lambda rank: fn(rank, False))
+        return
+    assert len(caught(3, lambda rank: fn(rank, True))) == 3
+
+
 CALLS: dict[str, Callable[[Thawing], Any]] = {
     "consolidate": lambda run: run.optimizer.consolidate(),
     "reanchor": lambda run: run.optimizer.reanchor(),
