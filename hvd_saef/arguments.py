@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hvd_saef.communicator import hvd
-from hvd_saef.compression import Compression, Compressor, DenseCompressor
+from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.layout import ChooseCompressor
 from hvd_saef.settings import Settings
 
@@ -93,14 +94,16 @@ def name_parameters(
     return names
 
 
-def compressor_chooser(compression: Any) -> ChooseCompressor:
+def compressor_chooser(compression: Any, dense_below: int = 0) -> ChooseCompressor:
     """Make (name, parameter) -> Compressor of the `compression` argument, told apart by its type."""
+    check_dense_below(dense_below)
     allowed = (
         "a hvd_saef.Compressor (Compression.sign, .topk(ratio), .none, .fp16), hvd.Compression.none or "
         ".fp16, or a callable (name, parameter) -> Compressor is allowed"
     )
     fixed = _as_compressor(compression)
     if fixed is not None:
+        fixed = _with_dense_below(fixed, dense_below)
         return lambda name, parameter: fixed
     if compression is Compression.topk:
         raise TypeError("compression=Compression.topk: call it with a ratio, Compression.topk(0.01) for 1 %.")
@@ -112,9 +115,22 @@ def compressor_chooser(compression: Any) -> ChooseCompressor:
         chosen = _as_compressor(value)
         if chosen is None:
             raise TypeError(f"compression={compression!r} gave {value!r} for parameter {name!r}: {allowed}.")
-        return chosen
+        return _with_dense_below(chosen, dense_below)
 
     return choose
+
+
+def _with_dense_below(compressor: Compressor, dense_below: int) -> Compressor:
+    """The compressor, but blocks of fewer elements travel as they are."""
+    if not dense_below or isinstance(compressor, DenseCompressor):
+        return compressor
+    if not hasattr(compressor, "dense_below"):
+        raise ValueError(
+            f"dense_below={dense_below}: {type(compressor).__name__} has no such setting, 0 is allowed. "
+            "Compression.sign and .topk have it, and any dataclass of yours with a field of that name."
+        )
+    changed: Any = compressor
+    return cast(Compressor, dataclasses.replace(changed, dense_below=dense_below))
 
 
 def _as_compressor(value: Any) -> Compressor | None:

@@ -51,6 +51,7 @@ def DistributedOptimizer(
     local_steps: int = 1,
     warmup_steps: int = 0,
     block_size: int | None = None,
+    dense_below: int = 0,
     server: Server = "auto",
     bucket_bytes: int = Settings.bucket_bytes,
     overlap: bool = False,
@@ -87,6 +88,7 @@ def DistributedOptimizer(
         local_steps: H >= 1, steps between two exchanges.
         warmup_steps: first rounds that exchange the dense mean.
         block_size: elements a block has at most; None: one block a tensor.
+        dense_below: blocks of fewer elements travel as they are, in the same payload; their error stays 0.
         server: "sharded" cuts the server of DC between the workers, "replicated" runs it on each;
             "auto" is sharded with more than two workers and β = 0.
         bucket_bytes: bytes of x that travel together.
@@ -128,7 +130,7 @@ def DistributedOptimizer(
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: a torch.nn.Module or None is allowed.")
     check_optimizer(optimizer)
-    choose = compressor_chooser(compression)
+    choose = compressor_chooser(compression, dense_below)
     names = name_parameters(optimizer, named_parameters)
     communicator, included = find_communicator(process_set)
     if not included:  # as with Horovod, a rank outside the process set trains alone

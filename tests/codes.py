@@ -13,12 +13,14 @@ import torch
 from hypothesis import strategies as st
 
 from hvd_saef import Compression, Compressor
-from hvd_saef.compression import BlockedTensor, Blocks
+from hvd_saef.compression import BlockedTensor, Blocks, SignCompressor, TopKCompressor
 
 FLOAT16_MAX = 65504.0
 RATIOS = [1e-9, 0.01, 0.1, 1 / 3, 0.5, 0.9, 1.0, 1]
 ROUNDED = [Compression.topk(0.1, torch.float16), Compression.topk(1 / 3, torch.bfloat16)]
-COMPRESSORS = [Compression.sign, *ROUNDED, *map(Compression.topk, RATIOS), Compression.none, Compression.fp16]
+SOME_DENSE = [SignCompressor(dense_below=5), TopKCompressor(0.1, dense_below=5)]
+TOPKS = [*ROUNDED, *map(Compression.topk, RATIOS)]
+COMPRESSORS = [Compression.sign, *SOME_DENSE, *TOPKS, Compression.none, Compression.fp16]
 
 
 @dataclass(frozen=True)

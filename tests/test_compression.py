@@ -18,11 +18,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import Compression, Compressor
-from hvd_saef.compression import BlockedTensor, Blocks, FP16Compressor, SignCompressor, TopKCompressor
+from hvd_saef.compression import (
+    BlockedTensor,
+    Blocks,
+    FP16Compressor,
+    Run,
+    SignCompressor,
+    TopKCompressor,
+)
 from tests.codes import (
     COMPRESSORS,
     FLOAT16_MAX,
     RATIOS,
+    SOME_DENSE,
     Bucket,
     bucket_of,
     buckets,
@@ -140,6 +148,24 @@ def test_what_fp16_rounds_away_is_kept(bucket: Bucket) -> None:
 
 def test_what_is_too_large_for_fp16_is_kept() -> None:
     check_split(Compression.fp16, bucket_of(1e5, -3e37, 1.0))
+
+
+@quick
+@given(buckets(), st.sampled_from(SOME_DENSE))
+def test_small_blocks_travel_as_they_are(bucket: Bucket, compressor: Compressor) -> None:
+    """To the bit and with no error; and the payload is as long as that takes."""
+    coded = code(compressor, bucket)
+    plain = [Compression.sign, Compression.topk(0.1)][isinstance(compressor, TopKCompressor)]
+    length = 0
+    for run in bucket.blocks.runs:
+        part = slice(run.start, run.stop)
+        if run.size < 5:
+            assert np.array_equal(coded.sent[part].view(np.uint8), (bucket.values[part] + 0.0).view(np.uint8))
+            assert not coded.kept[part].any()
+            length += run.size * run.count * bucket.values.itemsize
+        else:
+            length += plain.payload_bytes(Blocks((Run(0, run.size, run.count),), bucket.blocks.dtype))
+    assert len(coded.payload) == length
 
 
 @quick

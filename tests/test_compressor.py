@@ -18,6 +18,7 @@ from tests.codes import COMPRESSORS, RATIOS, Bucket, bucket_of, code, topk_bytes
 from tests.oracle import Setup
 from tests.problems import schedule, start_point, worst
 from tests.rounds import moves, watch
+from tests.workers import NO_MODEL, Run, caught, together
 
 # -- bytes ------------------------------------------------------------------------------------------
 
@@ -273,3 +274,20 @@ def test_value_dtypes_that_are_not_allowed(dtype: torch.dtype) -> None:
 def test_value_dtypes_of_the_wrong_type(dtype: Any) -> None:
     with pytest.raises(TypeError, match=r"value_dtype=.*torch\.float16 and torch\.bfloat16 are allowed"):
         Compression.topk(0.1, dtype)
+
+
+@pytest.mark.filterwarnings(NO_MODEL)
+def test_dense_below() -> None:
+    """Small blocks have no error; a compressor that cannot do it is refused."""
+
+    def work(rank: int, dense_below: int) -> list[float]:
+        run = Run(rank, dense_below=dense_below).step(3)
+        return [float(error.abs().max()) for error in run.ours("errors").values()]
+
+    sizes = [array.size for array in start_point()]
+    middle = sorted(sizes)[len(sizes) // 2]
+    for largest in together(3, lambda rank: work(rank, middle)):
+        assert [error == 0 for error in largest] == [size < middle or size == 1 for size in sizes]
+    assert all(error == 0 for error in together(2, lambda rank: work(rank, max(sizes) + 1))[0])
+    refused = caught(1, lambda rank: Run(rank, dense_below=5, compression=First()))
+    assert "dense_below=5: First" in str(refused[0])

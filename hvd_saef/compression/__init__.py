@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
-from hvd_saef.compression.compressor import Compressor, Fused, state_dtype
+from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below, state_dtype
 from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
 from hvd_saef.compression.sign import SignCompressor
 from hvd_saef.compression.topk import TopKCompressor
@@ -45,5 +45,6 @@ __all__ = [
     "Run",
     "SignCompressor",
     "TopKCompressor",
+    "check_dense_below",
     "state_dtype",
 ]

@@ -19,6 +19,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check_dense_below(dense_below: object) -> None:
+    """Raise TypeError or ValueError unless `dense_below` is a whole number >= 0."""
+    allowed = "a whole number >= 0 is allowed: blocks of fewer elements travel as they are"
+    if isinstance(dense_below, bool) or not isinstance(dense_below, int):
+        raise TypeError(f"dense_below={dense_below!r}: {allowed}.")
+    if dense_below < 0:
+        raise ValueError(f"dense_below={dense_below!r}: {allowed}.")
+
+
 class Fused(Protocol):
     """The rows of Algorithm 1 around C, each in one pass over memory: same bits as the plain ones.
 

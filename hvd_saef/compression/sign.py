@@ -3,58 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvd_saef import kernels
-from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
-from hvd_saef.compression.compressor import Compressor, Fused
+from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
+from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below
 
 
 @dataclass(frozen=True)
 class SignCompressor(Compressor):
-    """C(v) = (‖v‖₁/d)·sign(v) for each block v of d elements.
+    """C(v) = (‖v‖₁/d)·sign(v) for each block v of d elements; v itself for d < `dense_below`.
 
-    Payload: the scales ‖v‖₁/d of all blocks in x's dtype, then each block's sign bits, least
-    significant bit first, from a fresh byte. The sign is the float's sign bit: 0.0 is +, -0.0 is -.
+    Payload: the scales ‖v‖₁/d of all blocks in x's dtype (or, for dense blocks, their elements), then
+    the others' sign bits, least significant bit first, each block's from a fresh byte. The sign is the
+    float's sign bit: 0.0 is +, -0.0 is -.
+
+    Raises TypeError or ValueError for a `dense_below` that is not a whole number >= 0.
     """
+
+    dense_below: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_dense_below(self.dense_below)
+
+    def dense(self, size: int) -> bool:
+        """Whether blocks of `size` elements travel as they are."""
+        return size < self.dense_below
 
     def payload_bytes(self, layout: Blocks) -> int:
         """One number of x's dtype a block and a bit an element, each block's bits in whole bytes."""
-        return layout.count * layout.dtype.itemsize + sum(r.count * _octets(r.size) for r in layout.runs)
+        return sum(self._sections(layout))
 
     @property
     def fused(self) -> Fused | None:
         """See :attr:`Compressor.fused`."""
         own = type(self) is SignCompressor  # a subclass may encode otherwise
-        return _ROWS if own and kernels.available() else None
+        return _FusedSign(self) if own and kernels.available() else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
         native = kernels.native_for(delta.flat)
         if native is None:
-            _encode(delta, payload)
+            self._encode(delta, payload)
         else:
-            native.sign_encode(delta.flat, _table(delta.blocks), payload)
-            native.sign_settle(delta.flat, _table(delta.blocks), payload)
+            native.sign_encode(delta.flat, self._table(delta.blocks), payload)
+            native.sign_settle(delta.flat, self._table(delta.blocks), payload)
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
         """See :meth:`Compressor.decode_add`."""
         native = kernels.native_for(out.flat)
         if native is None:
-            _decode_add(payload, out, weight)
+            self._decode_add(payload, out, weight)
         else:
-            native.sign_decode(out.flat, _table(out.blocks), [payload], weight)
+            native.sign_decode(out.flat, self._table(out.blocks), [payload], weight)
+
+    def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """:meth:`encode` on any device."""
+        heads, bits = [], []
+        for run, rows in delta.rows():
+            if self.dense(run.size):
+                heads.append(rows.clone().view(-1))
+                rows.zero_()
+                continue
+            scales = (kernels.l1_norms(rows) / run.size).to(rows.dtype)
+            bits.append(kernels.pack_signs(rows).view(-1))
+            column = scales.unsqueeze(1)
+            rows.sub_(torch.where(torch.signbit(rows), -column, column))
+            heads.append(scales)
+        torch.cat([payload[:0], *(head.view(torch.uint8) for head in heads), *bits], out=payload)
+
+    def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """:meth:`decode_add` on any device."""
+        start, _ = self._sections(out.blocks)
+        heads = payload[:start].clone().view(out.blocks.dtype) * weight  # the clone is aligned
+        first = 0
+        for run, rows in out.rows():
+            head = heads[first : first + self._head(run)]
+            first += head.numel()
+            if self.dense(run.size):
+                rows.add_(head.view(rows.shape))
+                continue
+            octets = _octets(run.size)
+            bits = payload[start : start + run.count * octets].view(run.count, octets)
+            start += bits.numel()
+            column = head.unsqueeze(1)
+            rows.add_(torch.where(kernels.unpack_signs(bits, run.size), -column, column))
+
+    def _head(self, run: Run) -> int:
+        """Numbers that the run's blocks have in the payload's first part."""
+        return run.count * (run.size if self.dense(run.size) else 1)
+
+    def _sections(self, layout: Blocks) -> tuple[int, int]:
+        """Bytes of the payload's two parts: numbers, and bits."""
+        numbers = sum(self._head(run) for run in layout.runs)
+        bits = sum(run.count * _octets(run.size) for run in layout.runs if not self.dense(run.size))
+        return numbers * layout.dtype.itemsize, bits
+
+    def _table(self, layout: Blocks) -> Tensor:
+        return layout.table(self._kept)
+
+    def _kept(self, size: int) -> int:
+        """As kernels are told: all elements of a dense block, none of another."""
+        return size if self.dense(size) else 0
 
 
-class FusedSign:
+@dataclass(frozen=True)
+class _FusedSign:
     """The rows around C by kernels. `send` leaves Δ in e, and `receive` subtracts C(Δ)."""
+
+    compressor: SignCompressor
 
     def send(self, memory: Memory, payload: Tensor) -> None:
         """See :meth:`Fused.send`."""
-        m, runs = memory, _table(memory.blocks)
+        m, runs = memory, self.compressor._table(memory.blocks)
         if m.points:
             kernels.native.sign_encode(m.e, runs, payload, m.x, m.s, m.alpha, m.beta, m.points)
         else:
@@ -62,56 +126,14 @@ class FusedSign:
 
     def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
         """See :meth:`Fused.serve`."""
-        runs = _table(s.blocks)
+        runs = self.compressor._table(s.blocks)
         kernels.native.sign_encode(s.flat, runs, answer, payloads=payloads, weight=weight)
         kernels.native.sign_settle(s.flat, runs, answer)
 
     def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
         """See :meth:`Fused.receive`."""
-        m = memory
-        kernels.native.sign_decode(
-            m.x, _table(m.blocks), payloads, -weight, m.e, sent, m.s, m.alpha, m.beta, m.points
-        )
-
-
-_ROWS = FusedSign()
-
-
-def _encode(delta: BlockedTensor, payload: Tensor) -> None:
-    """SignCompressor.encode on any device."""
-    start, scale_bytes = delta.blocks.count * delta.blocks.dtype.itemsize, []
-    for run, rows in delta.rows():
-        scales = (kernels.l1_norms(rows) / run.size).to(rows.dtype)
-        bits = kernels.pack_signs(rows)
-        payload[start : start + bits.numel()] = bits.view(-1)
-        start += bits.numel()
-        column = scales.unsqueeze(1)
-        rows.sub_(torch.where(torch.signbit(rows), -column, column))
-        scale_bytes.append(scales.view(torch.uint8))
-    if scale_bytes:
-        torch.cat(scale_bytes, out=payload[: delta.blocks.count * delta.blocks.dtype.itemsize])
-
-
-def _decode_add(payload: Tensor, out: BlockedTensor, weight: float) -> None:
-    """SignCompressor.decode_add on any device."""
-    start = out.blocks.count * out.blocks.dtype.itemsize
-    scales = payload[:start].clone().view(out.blocks.dtype) * weight  # the clone is aligned
-    first = 0
-    for run, rows in out.rows():
-        octets = _octets(run.size)
-        bits = payload[start : start + run.count * octets].view(run.count, octets)
-        start += bits.numel()
-        column = scales[first : first + run.count].unsqueeze(1)
-        first += run.count
-        rows.add_(torch.where(kernels.unpack_signs(bits, run.size), -column, column))
-
-
-def _table(blocks: Blocks) -> Tensor:
-    return blocks.table(_kept)
-
-
-def _kept(size: int) -> int:
-    return 0  # no block travels dense
+        m, runs = memory, self.compressor._table(memory.blocks)
+        kernels.native.sign_decode(m.x, runs, payloads, -weight, m.e, sent, m.s, m.alpha, m.beta, m.points)
 
 
 def _octets(bits: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
-from hvd_saef.compression.compressor import Compressor, Fused
+from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below
 
 PAGE = 1 << 16  # elements that a uint16 offset reaches
 COUNT, OFFSET = torch.int32, torch.uint16
@@ -35,8 +35,11 @@ class TopKCompressor(Compressor):
 
     ratio: float
     value_dtype: torch.dtype | None = None
+    dense_below: int = field(default=0, kw_only=True)
+    """Blocks of fewer elements are kept whole."""
 
     def __post_init__(self) -> None:
+        check_dense_below(self.dense_below)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
             raise TypeError(f"ratio={self.ratio!r}: a number above 0 and up to 1 is allowed (0.01 is 1 %).")
         if not 0 < self.ratio <= 1:
@@ -51,6 +54,8 @@ class TopKCompressor(Compressor):
 
     def kept(self, size: int) -> int:
         """How many of a block's `size` elements travel."""
+        if size < self.dense_below:
+            return size
         return min(size, max(1, math.ceil(self.ratio * size)))
 
     def payload_bytes(self, layout: Blocks) -> int:
@@ -60,7 +65,8 @@ class TopKCompressor(Compressor):
     @property
     def fused(self) -> Fused | None:
         """See :attr:`Compressor.fused`."""
-        return _FusedTopK(self) if kernels.available() else None
+        own = type(self) is TopKCompressor  # a subclass may encode otherwise
+        return _FusedTopK(self) if own and kernels.available() else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
