@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kLine = 16;    // width of the summation tree's last level
 static_assert(kTile % kLine == 0 && kPage % kTile == 0);  // a tile and a page are complete subtrees
 
+constexpr int64_t kLarge = int64_t{8} << 20;  // bytes: such arrays are gone from the caches before their next use
+
 // The summation tree of one block, fed with complete subtrees of one size (the last may be smaller).
 class Tree {
  public:
@@ -59,6 +61,18 @@ struct Piece {
   T* point;
   const std::vector<Term<T>>* terms;
 };
+
+// Sign bits of `lanes` numbers, by the bits that say which are set.
+template <class T, int64_t lanes>
+struct Minus {
+  alignas(64) T rows[1 << lanes][lanes];
+  Minus() {
+    for (int64_t bits = 0; bits < 1 << lanes; ++bits)
+      for (int64_t i = 0; i < lanes; ++i) rows[bits][i] = bits >> i & 1 ? T{-0.} : T{0};
+  }
+};
+template <class T, int64_t lanes>
+const Minus<T, lanes> kMinus;
 
 }  // namespace
 
@@ -176,6 +190,7 @@ void encode(const Call<T>& call, T* delta, uint8_t* payload, const T* x, const T
 template <class T>
 void decode(const Call<T>& call, T* out, T* e, const uint8_t* sent, const T* s, const Ahead<T>& ahead) {
   const Runs& runs = call.runs;
+  const bool past_caches = runs.numel() * static_cast<int64_t>(sizeof(T)) >= kLarge;
   for_tasks(call.tasks, [&](int64_t, const Task& task) {
     std::vector<Term<T>> terms;
     for_pieces(runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {
@@ -186,8 +201,11 @@ void decode(const Call<T>& call, T* out, T* e, const uint8_t* sent, const T* s, 
                            call.points.at(start), &terms};
       const bool settles = sent != nullptr && !run.dense();
       const T scale = settles ? load<T>(sent + call.format.scale_at(runs, r, block)) : T{0};
-      HVD_SAEF_DISPATCH(decode, piece, ahead, elements, settles ? &scale : nullptr);
+      HVD_SAEF_DISPATCH(decode, piece, ahead, elements, settles ? &scale : nullptr, past_caches);
     });
+#if defined(__x86_64__)
+    if (past_caches) _mm_sfence();  // such stores keep no order by themselves
+#endif
   });
 }
 
