@@ -240,6 +240,13 @@ def test_large(name: str, dtype: torch.dtype) -> None:
                 check(Case(LARGE[name], dtype, 0, alpha=alpha, beta=beta))
 
 
+@pytest.mark.parametrize("pieces", [1, 2], ids=["anywhere", "aligned"])
+def test_points_written_past_the_caches(pieces: int) -> None:
+    with everywhere(2) as each:
+        for _ in each:
+            check_receive(Case([(3, 1, False), (2_200_003, 1, False)], torch.float32, 0, pieces=pieces))
+
+
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("sizes", [[40, 7, 1000], [70000, 0, 1]])
 def test_fused_rows_are_the_plain_rows(sizes: list[int], double: bool) -> None:

@@ -8,75 +8,121 @@
 template <class T>
 INNER uint8_t signs_of_8(const T* from) {
 #if HVD_SAEF_SET == 512
-  if constexpr (sizeof(T) == 4) return static_cast<uint8_t>(_mm256_movepi32_mask(_mm256_castps_si256(_mm256_loadu_ps(from))));
-  else return static_cast<uint8_t>(_mm512_movepi64_mask(_mm512_castpd_si512(_mm512_loadu_pd(from))));
+  if constexpr (sizeof(T) == 4) return _mm256_movepi32_mask(_mm256_castps_si256(_mm256_loadu_ps(from)));
+  else return _mm512_movepi64_mask(_mm512_castpd_si512(_mm512_loadu_pd(from)));
 #elif HVD_SAEF_SET == 2
-  if constexpr (sizeof(T) == 4) return static_cast<uint8_t>(_mm256_movemask_ps(_mm256_loadu_ps(from)));
-  else return static_cast<uint8_t>(_mm256_movemask_pd(_mm256_loadu_pd(from)) | _mm256_movemask_pd(_mm256_loadu_pd(from + 4)) << 4);
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_loadu_ps(from));
+  else return _mm256_movemask_pd(_mm256_loadu_pd(from)) | _mm256_movemask_pd(_mm256_loadu_pd(from + 4)) << 4;
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return static_cast<uint8_t>(_mm_movemask_ps(_mm_loadu_ps(from)) | _mm_movemask_ps(_mm_loadu_ps(from + 4)) << 4);
-  else return static_cast<uint8_t>(_mm_movemask_pd(_mm_loadu_pd(from)) | _mm_movemask_pd(_mm_loadu_pd(from + 2)) << 2 |
-                                   _mm_movemask_pd(_mm_loadu_pd(from + 4)) << 4 | _mm_movemask_pd(_mm_loadu_pd(from + 6)) << 6);
+  if constexpr (sizeof(T) == 4)
+    return _mm_movemask_ps(_mm_loadu_ps(from)) | _mm_movemask_ps(_mm_loadu_ps(from + 4)) << 4;
+  int byte = 0;
+  if constexpr (sizeof(T) == 8)
+    for (int i = 0; i < 8; i += 2) byte |= _mm_movemask_pd(_mm_loadu_pd(from + i)) << i;
+  return byte;
 #else
   unsigned byte = 0;
   for (int i = 0; i < 8; ++i) byte |= static_cast<unsigned>(std::signbit(from[i])) << i;
-  return static_cast<uint8_t>(byte);
+  return byte;
 #endif
 }
 
-// out += +-a, by the bits, for as many elements as one step takes: kStep.
+// -- vectors -----------------------------------------------------------------------------------------------
+
 #if HVD_SAEF_SET == 512
-template <class T>
-constexpr int64_t kStep = 64 / sizeof(T);
-
-template <class T>
-INNER void step_signed(T* out, const uint8_t* bits, T a) {
-  if constexpr (sizeof(T) == 4) {
-    const __m512 term = _mm512_mask_blend_ps(load<uint16_t>(bits), _mm512_set1_ps(a), _mm512_set1_ps(-a));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), term));
-  } else {
-    const __m512d term = _mm512_mask_blend_pd(*bits, _mm512_set1_pd(a), _mm512_set1_pd(-a));
-    _mm512_storeu_pd(out, _mm512_add_pd(_mm512_loadu_pd(out), term));
-  }
-}
-#else
-template <class T>
-constexpr int64_t kStep = 8;  // a byte of bits
-
-#if HVD_SAEF_SET == 2
-constexpr int64_t kBytes = 32;  // of a vector
+constexpr int64_t kBytes = 64;
+#elif HVD_SAEF_SET == 2
+constexpr int64_t kBytes = 32;
 #else
 constexpr int64_t kBytes = 16;
 #endif
+template <class T>
+constexpr int64_t kLanes = kBytes / sizeof(T);
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using Lanes = typename Vector<T>::type;
+template <class T>
+using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+constexpr int64_t kGroup = 32;  // elements whose vectors are kept in registers
+template <class T>
+constexpr int64_t kVectors = kGroup / kLanes<T>;
 
 template <class T>
-INNER void step_signed(T* out, const uint8_t* bits, T a) {
-  constexpr int64_t lanes = kBytes / sizeof(T);
-  typedef T Lanes __attribute__((vector_size(kBytes)));
-  const Lanes scales = a - Lanes{};  // zero is subtracted: adding it would lose the sign of -0.0
-  for (int64_t i = 0; i < kStep<T>; i += lanes) {
-    Lanes sum, minus;
-    std::memcpy(&minus, kMinus<T, lanes>.rows[*bits >> i & ((1 << lanes) - 1)], kBytes);
-    std::memcpy(&sum, out + i, kBytes);
-    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Words __attribute__((vector_size(kBytes)));
-    sum += (Lanes)((Words)scales ^ (Words)minus);
-    std::memcpy(out + i, &sum, kBytes);
-  }
+INNER Lanes<T> get(const T* from) {
+  Lanes<T> value;
+  std::memcpy(&value, from, kBytes);
+  return value;
 }
-#endif
 
-// out += +-a, by the bits.
 template <class T>
-INNER void add_signed(T* out, int64_t size, const uint8_t* bits, T a) {
+INNER void put(T* to, Lanes<T> value) {
+  std::memcpy(to, &value, kBytes);
+}
+
+// Past the caches, so that the line need not be read first; `to` is aligned.
+template <class T>
+INNER void put_past_caches(T* to, Lanes<T> value) {
+#if HVD_SAEF_SET == 512
+  _mm512_stream_si512((__m512i*)to, (__m512i)value);
+#elif HVD_SAEF_SET == 2
+  _mm256_stream_si256((__m256i*)to, (__m256i)value);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)to, (__m128i)value);
+#else
+  put(to, value);
+#endif
+}
+
+// +-a for the vector from element i of a group, whose first bit is that of `bits`.
+template <class T>
+INNER Lanes<T> term(const uint8_t* bits, int64_t i, T a) {
+#if HVD_SAEF_SET == 512
+  if constexpr (sizeof(T) == 4)
+    return (Lanes<T>)_mm512_mask_blend_ps(load<uint16_t>(bits + i / 8), _mm512_set1_ps(a), _mm512_set1_ps(-a));
+  else
+    return (Lanes<T>)_mm512_mask_blend_pd(bits[i / 8], _mm512_set1_pd(a), _mm512_set1_pd(-a));
+#else
+  constexpr int64_t lanes = kLanes<T>;
+  const T* minus = kMinus<T, lanes>.rows[bits[i / 8] >> i % 8 & ((1 << lanes) - 1)];
+  const Lanes<T> scales = a - Lanes<T>{};  // zero is subtracted: adding it would lose the sign of -0.0
+  return (Lanes<T>)((Lanes<Word<T>>)scales ^ (Lanes<Word<T>>)get(minus));
+#endif
+}
+
+// A group of out, and the payloads' terms, in their order.
+template <class T>
+INNER void sum_group(const T* out, const std::vector<Term<T>>& terms, int64_t octet, Lanes<T>* sums) {
+  for (int64_t v = 0; v < kVectors<T>; ++v) sums[v] = get(out + v * kLanes<T>);
+  for (const Term<T>& t : terms)
+    for (int64_t v = 0; v < kVectors<T>; ++v) sums[v] += term(t.bits + octet, v * kLanes<T>, t.scale);
+}
+
+// out += the payloads' terms, from element `at` of the piece.
+template <class T>
+INNER void add_terms(T* out, int64_t at, int64_t size, const std::vector<Term<T>>& terms) {
+  if (terms.empty()) return;
   int64_t i = 0;
-  for (; i + kStep<T> <= size; i += kStep<T>) step_signed(out + i, bits + i / 8, a);
-  for (; i < size; ++i) out[i] += bits[i / 8] >> (i % 8) & 1 ? -a : a;
+  if (terms[0].values != nullptr) {
+    for (const Term<T>& t : terms)
+      for (i = 0; i < size; ++i) out[i] += load<T>(t.values + (at + i) * sizeof(T)) * t.scale;
+    return;
+  }
+  for (; i + kGroup <= size; i += kGroup) {
+    Lanes<T> sums[kVectors<T>];
+    sum_group(out + i, terms, (at + i) / 8, sums);
+    for (int64_t v = 0; v < kVectors<T>; ++v) put(out + i + v * kLanes<T>, sums[v]);
+  }
+  for (; i < size; ++i)
+    for (const Term<T>& t : terms) out[i] += t.bits[(at + i) / 8] >> (i % 8) & 1 ? -t.scale : t.scale;
 }
 
 // -- sums of magnitudes --------------------------------------------------------------------------------
 
 // The subtree of one tile, its first level (neighbouring lines in pairs) given: its lines' sum.
-LOOP inline void fold_pairs(double (*pairs)[kLine], int64_t left, double* sum) {
+LOOP static void fold_pairs(double (*pairs)[kLine], int64_t left, double* sum) {
   for (; left > 1; left = (left + 1) / 2) {
     for (int64_t i = 0; i < left / 2; ++i)
       for (int64_t j = 0; j < kLine; ++j) pairs[i][j] = pairs[2 * i][j] + pairs[2 * i + 1][j];
@@ -92,8 +138,8 @@ INNER void add_pair(const T* from, double* pair) {
     pair[j] = static_cast<double>(std::abs(from[j])) + static_cast<double>(std::abs(from[kLine + j]));
 }
 
-// The sign bits and the lines' sum of a tile. With x, Δ is made on the way, of x and point, by alpha = 1 alone: memory
-// is waited for while sums are computed.
+// The sign bits and the lines' sum of a tile. With x, Δ is made on the way, by alpha = 1 alone: in one loop
+// the sums are computed while memory is waited for.
 template <class T>
 INNER void pack_and_sum(T* delta, const T* x, const T* point, int64_t size, uint8_t* bits, double* sum) {
   double pairs[kTile / (2 * kLine)][kLine];
@@ -126,17 +172,15 @@ template <class T>
 LOOP static void make_delta(const Piece<T>& p, const Ahead<T>& ahead, int64_t at, int64_t size) {
   T* delta = p.memory + at;
   if (p.x != nullptr) add_update(delta, p.x + at, p.s ? p.s + at : nullptr, ahead, p.point + at, size);
-  for (const Term<T>& term : *p.terms) {
-    if (term.values == nullptr) add_signed(delta, size, term.bits + at / 8, term.scale);
-    else
-      for (int64_t i = 0; i < size; ++i) delta[i] += load<T>(term.values + (at + i) * sizeof(T)) * term.scale;
-  }
+  add_terms(delta, at, size, *p.terms);
 }
 
 // Δ, its sign bits, and the sum of its lines.
 template <class T>
-LOOP static void encode_signs(const Piece<T>& p, const Ahead<T>& ahead, int64_t elements, uint8_t* bits, Tree& tree) {
-  const bool plain = p.x != nullptr && ahead.alpha == 1 && (p.s == nullptr || ahead.beta == 0) && p.terms->empty();
+LOOP static void encode_signs(const Piece<T>& p, const Ahead<T>& ahead, int64_t elements, uint8_t* bits,
+                              Tree& tree) {
+  const bool plain =
+      p.x != nullptr && ahead.alpha == 1 && (p.s == nullptr || ahead.beta == 0) && p.terms->empty();
   for (int64_t at = 0; at < elements; at += kTile) {
     const int64_t size = std::min(kTile, elements - at);
     double sum[kLine];
@@ -167,46 +211,40 @@ LOOP static void settle(T* memory, int64_t size, T scale) {
   for (int64_t i = 0; i < size; ++i) memory[i] -= std::signbit(memory[i]) ? -scale : scale;
 }
 
-// Copies to memory past the caches, where whole lines of theirs are written: they need not be read first.
+// A group of row 6 and 2 by alpha = 1 alone: x += terms; e -= C(e); point = x - e.
 template <class T>
-INNER void stream(const T* from, int64_t size, T* to) {
-  int64_t i = 0;
-#if HVD_SAEF_SET == 512
-  constexpr int64_t line = 64 / sizeof(T);
-  const int64_t first = -reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T);
-  for (; i < std::min(first, size); ++i) to[i] = from[i];
-  for (; i + line <= size; i += line)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif HVD_SAEF_SET == 2
-  constexpr int64_t line = 64 / sizeof(T);
-  const int64_t first = -reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T);
-  for (; i < std::min(first, size); ++i) to[i] = from[i];
-  for (; i + line <= size; i += line)
-    for (int64_t j = i; j < i + line; j += line / 2)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + j),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j)));
-#endif
-  for (; i < size; ++i) to[i] = from[i];
+INNER void land_group(T* x, T* e, T* point, const std::vector<Term<T>>& terms, int64_t octet, T scale,
+                      bool past_caches) {
+  const Lanes<T> scales = scale - Lanes<T>{}, zeros = T{-0.} - Lanes<T>{};
+  Lanes<T> sums[kVectors<T>];
+  sum_group(x, terms, octet, sums);
+  for (int64_t v = 0; v < kVectors<T>; ++v) {
+    const int64_t i = v * kLanes<T>;
+    const Lanes<T> before = get(e + i);
+    const auto minus = (Lanes<Word<T>>)before & (Lanes<Word<T>>)zeros;
+    const Lanes<T> after = before - (Lanes<T>)((Lanes<Word<T>>)scales ^ minus);
+    put(x + i, sums[v]);
+    put(e + i, after);
+    if (past_caches) put_past_caches(point + i, sums[v] - after);
+    else put(point + i, sums[v] - after);
+  }
 }
 
 // x += the payloads' terms; e -= C(e); point = b.
 template <class T>
-LOOP static void decode(const Piece<T>& p, const Ahead<T>& ahead, int64_t elements, const T* scale, bool past_caches) {
-  for (int64_t at = 0; at < elements; at += kTile) {
+LOOP static void decode(const Piece<T>& p, const Ahead<T>& ahead, int64_t elements, const T* scale,
+                        bool past_caches) {
+  int64_t at = 0;
+  if (scale != nullptr && p.point != nullptr && ahead.alpha == 1 && (p.s == nullptr || ahead.beta == 0)) {
+    past_caches = past_caches && reinterpret_cast<uintptr_t>(p.point) % kBytes == 0;
+    for (; at + kGroup <= elements; at += kGroup)
+      land_group(p.memory + at, p.e + at, p.point + at, *p.terms, at / 8, *scale, past_caches);
+  }
+  for (; at < elements; at += kTile) {
     const int64_t size = std::min(kTile, elements - at);
-    T* out = p.memory + at;
-    for (const Term<T>& term : *p.terms) {
-      if (term.values == nullptr) add_signed(out, size, term.bits + at / 8, term.scale);
-      else
-        for (int64_t i = 0; i < size; ++i) out[i] += load<T>(term.values + (at + i) * sizeof(T)) * term.scale;
-    }
-    if (scale != nullptr) settle(p.e + at, size, *scale);
-    if (p.point == nullptr) continue;
-    const T *e = p.e ? p.e + at : nullptr, *s = p.s ? p.s + at : nullptr;
-    if (past_caches) {
-      alignas(64) T b[kTile];
-      start_point(out, e, s, ahead, size, b);
-      stream(b, size, p.point + at);
-    } else start_point(out, e, s, ahead, size, p.point + at);
+    T *out = p.memory + at, *e = p.e ? p.e + at : nullptr;
+    add_terms(out, at, size, *p.terms);
+    if (scale != nullptr) settle(e, size, *scale);
+    if (p.point != nullptr) start_point(out, e, p.s ? p.s + at : nullptr, ahead, size, p.point + at);
   }
 }
