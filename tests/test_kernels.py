@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from hvd_saef import kernels
 from hvd_saef.kernels import twins
+from tests.mpi.launch import ROOT
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = [float("inf"), -float("inf"), float("nan")]
@@ -110,3 +113,32 @@ assert "make setup" in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kernels.available()  # none where they are
+
+
+def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "hvd_saef" / "kernels" / "csrc", tmp_path / "hvd_saef" / "kernels" / "csrc")
+    (tmp_path / "hvd_saef" / "kernels" / "__init__.py").touch()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    none = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    job = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | none, capture_output=True, text=True, timeout=120
+    )
+    assert job.returncode == 0, job.stderr
+    assert "hvd_saef: the C++ kernels were not built" in job.stdout
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_benchmark(tmp_path: Path) -> None:
+    if kernels.native is None:
+        pytest.skip("no kernels here")
+    options = ["--layouts", "1e4", "tiny", "--threads", "1", "--turns", "2", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *options]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert job.returncode == 0, job.stderr
+    lines = (tmp_path / "kernels.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 9
+    assert (tmp_path / "kernels.png").stat().st_size
+    job = subprocess.run([*command[:2], "--layouts", "none"], capture_output=True, text=True, timeout=60)
+    assert job.returncode == 2
+    assert "'none': a number of elements" in job.stderr
