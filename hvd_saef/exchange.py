@@ -150,9 +150,9 @@ class Exchange:
         for bucket_state in state.buckets:
             s = bucket_state.s
             if s is not None and bucket_state.sharded:
-                sizes = [(part.stop - part.start) * s.element_size() for part in bucket_state.parts]
                 mine, s = s, torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
-                self.communicator.allgather(mine.view(torch.uint8), torch.split(s.view(torch.uint8), sizes))
+                stretches = [s[part.start : part.stop].view(torch.uint8) for part in bucket_state.parts]
+                self.communicator.allgather(mine.view(torch.uint8), stretches)
             if s is not None:
                 whole |= cut_stretches(bucket_state.bucket, s, 0)
         return whole

@@ -90,7 +90,7 @@ def DistributedOptimizer(
         block_size: elements a block has at most; None: one block a tensor.
         dense_below: blocks of fewer elements travel as they are, in the same payload; their error stays 0.
         server: "sharded" cuts the server of DC between the workers, "replicated" runs it on each;
-            "auto" is sharded with more than two workers and β = 0.
+            "auto" is sharded with β = 0.
         bucket_bytes: bytes of x that travel together.
         overlap: step and send each bucket while backward computes the others' gradients. Rules out
             whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip";

@@ -42,7 +42,7 @@ class Settings:
     """Elements a block has at most. Smaller means more scales to send and a better fit. None is a tensor."""
     server: Server = "auto"
     """Where the server of DC runs: on every worker ("replicated") or cut between them ("sharded")."""
-    bucket_bytes: int = 32 * MEBIBYTE
+    bucket_bytes: int = 8 * MEBIBYTE
     """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
     overlap: bool = False
     """Step and send each bucket as soon as backward has its gradients. Nothing may change them after that."""
@@ -127,9 +127,9 @@ class Settings:
         return float(self.server_step_ahead) if self.feedback == "saef" else 0.0
 
     def sharded(self, workers: int) -> bool:
-        """Whether the server is cut between `workers` workers: fewer bytes from three workers on."""
+        """Whether the server is cut between `workers` workers: less work, and fewer bytes from three on."""
         if self.server == "auto":
-            return self.double_compression and self.beta == 0 and workers > 2
+            return self.double_compression and self.beta == 0 and workers > 1
         return self.server == "sharded"
 
     def describe(self) -> dict[str, Any]:

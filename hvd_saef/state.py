@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ class BucketState:
     s: Tensor | None
     """The server's error for `parts[mine]`; None with single-way compression."""
     parts: list[Part]
-    """The servers' shares: one for every worker if the server is sharded, else the whole bucket."""
+    """The servers' shares: part k is worker k's if the server is sharded, else there is one, the bucket."""
     mine: int
     """The part that this worker serves."""
 
@@ -77,13 +79,14 @@ class State:
         self.rounds = 0
         self.buckets: list[BucketState] = []
         self._rank, self._workers = rank, workers
+        self._loads = [0] * workers
         for bucket in layout.buckets:
             self._add(bucket)
 
     def _add(self, bucket: Bucket) -> BucketState:
         workers = self._workers
         sharded = self.settings.sharded(workers) and not bucket.dense and workers > 1
-        parts = bucket.parts(workers if sharded else 1)
+        parts = _assign(bucket.parts(workers), self._loads) if sharded else bucket.parts(1)
         mine = self._rank if sharded else 0
         served = parts[mine].stop - parts[mine].start
         s = bucket.new_flat()[:served].clone() if self.settings.double_compression else None
@@ -222,20 +225,30 @@ def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
     return stretches
 
 
-def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
-    """The pieces of memory that lie in each part, which follow one another."""
-    cut: list[list[Tensor]] = [[] for _ in parts]
-    start, number = 0, 0
-    for piece in pieces:
-        stop = start + piece.numel()
-        while number < len(parts) and parts[number].stop <= start:
-            number += 1
-        for inside, part in zip(cut[number:], parts[number:], strict=True):
-            if part.start >= stop:
+def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[list[Tensor]]:
+    """Of memory that consists of `pieces`, end to end, what lies in each part."""
+    starts = list(itertools.accumulate((piece.numel() for piece in pieces), initial=0))
+    for part in parts:
+        inside = []
+        for i in range(bisect.bisect_right(starts, part.start) - 1, len(pieces)):
+            if starts[i] >= part.stop:
                 break
-            inside.append(piece[max(0, part.start - start) : part.stop - start])
-        start = stop
-    return [[piece for piece in inside if piece.numel()] for inside in cut]
+            piece = pieces[i][max(0, part.start - starts[i]) : part.stop - starts[i]]
+            if piece.numel():
+                inside.append(piece)
+        yield inside
+
+
+def _assign(parts: list[Part], loads: list[int]) -> list[Part]:
+    """The parts in the order of the workers that serve them: the largest to who serves least so far.
+
+    `loads`, elements by worker, goes on. Blocks are not cut, so one bucket's parts may be uneven.
+    """
+    workers = sorted(range(len(parts)), key=lambda worker: loads[worker])
+    assigned = dict(zip(workers, sorted(parts, key=lambda part: part.start - part.stop), strict=True))
+    for worker, part in assigned.items():
+        loads[worker] += part.stop - part.start
+    return [assigned[worker] for worker in range(len(parts))]
 
 
 EXPORTED = ("rounds", "x", "errors", "server_errors")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import hvd_saef
 from hvd_saef import Compression
 from tests.codes import topk_bytes
 from tests.problems import SHAPES
@@ -101,19 +102,29 @@ def test_sharded(workers: int, block_size: int) -> None:
     assert sum(shares) == (total if workers > 2 else 0)
 
 
-def test_auto_is_sharded_from_three_workers_on() -> None:
-    for workers, options in (
-        (2, {}),
-        (3, {}),
-        (3, {"server_step_ahead": 0.5}),
-        (3, {"double_compression": False}),
-    ):
-        sharded = workers == 3 and not options
-        same = stats(workers, server="sharded" if sharded else "replicated", **options)
-        other = stats(workers, server="replicated", double_compression=True)
-        found = [count(numbers) for numbers in stats(workers, **options)]
+def test_auto_is_sharded_where_it_can_be() -> None:
+    for options in ({}, {"server_step_ahead": 0.5}, {"double_compression": False}):
+        same = stats(3, server="replicated" if options else "sharded", **options)
+        other = stats(3, server="replicated", double_compression=True)
+        found = [count(numbers) for numbers in stats(3, **options)]
         assert found == [count(numbers) for numbers in same]
-        assert (found == [count(numbers) for numbers in other]) is not sharded
+        assert (found == [count(numbers) for numbers in other]) is bool(options)
+
+
+def test_no_worker_serves_all_large_blocks() -> None:
+    """Each is alone in its bucket, and a bucket's parts are as uneven as can be."""
+
+    def served(rank: int) -> float:
+        parameters = [torch.nn.Parameter(torch.ones(100)) for _ in range(9)]
+        inner = torch.optim.SGD(parameters, lr=0.1)
+        optimizer = hvd_saef.DistributedOptimizer(inner, server="sharded", bucket_bytes=400)
+        for parameter in parameters:
+            parameter.grad = torch.ones(100)
+        optimizer.step()
+        pieces = optimizer.state_dict()["hvd_saef"]["server_errors"].values()
+        return float(sum(piece["values"].numel() for piece in pieces))
+
+    assert together(3, served) == [300, 300, 300]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
