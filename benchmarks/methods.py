@@ -182,6 +182,12 @@ def _power(rank: int) -> dict[str, Method]:
 METHODS: dict[str, Method] = {
     "local": Method(LOCAL, _local, _nothing),
     **_own("sign-dc", "sign DC", {}),
+    "sign-dc-overlap": Method(
+        "sign DC, overlap",
+        partial(_ours, {"overlap": True}),
+        partial(_by_plan, _PLANNED["sign DC"]),
+        kept=False,
+    ),
     **_own("sign-sc", "sign SC", {"double_compression": False}),
     **_own("topk-1", "Top-K 1 %", {"compression": hvd_saef.Compression.topk(0.01)}),
     **_own("topk-0.1", "Top-K 0.1 %", {"compression": hvd_saef.Compression.topk(0.001)}),

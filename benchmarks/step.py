@@ -153,7 +153,10 @@ class Turns:
             trainer.step()
         WORLD.Barrier()
         seconds = time.perf_counter() - start
-        wire = sent(interface) - counted - self.idle * seconds if interface else math.nan
+        gone = sent(interface) - counted
+        if method is METHODS["local"]:  # what goes out all the same, while ranks compute
+            self.idle = gone / seconds
+        wire = gone - self.idle * seconds if interface else math.nan
         everyone = WORLD.allgather((claimed(trainer) - said, wire, added))
         trainer.optimizer.zero_grad()
         claims, wires, memories = zip(*everyone, strict=True)
