@@ -59,6 +59,8 @@ class Trip:
     lane: Lane
     sent: list[Tensor] = field(default_factory=list)
     """This worker's payload of each part, in one buffer."""
+    encoded: Future[None] = field(default_factory=Future)
+    """Whether row 4 is done."""
     arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
     """For each part the payloads to apply, once the background has them."""
 
@@ -159,20 +161,22 @@ class Exchange:
 
     # -- a bucket's trip --------------------------------------------------------------------------
 
-    @torch.no_grad()
     def depart(self, state: State, bucket_state: BucketState) -> None:
-        """Row 4 of one bucket, and off into the background."""
+        """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too."""
         trip = self._prepare(bucket_state, warmup=state.rounds < self.settings.warmup_steps)
-        with self.statistics.phase("encode"):
-            if not bucket_state.plain:
-                y = bucket_state.bucket.new_flat()
-                torch._foreach_copy_(bucket_state.bucket.views(y), bucket_state.bucket.parameters)
-                algorithm.add_update(bucket_state.e, self.start_point(bucket_state), y)
-            for memory, piece in zip(trip.memories, trip.sent, strict=True):
-                trip.rows.send(memory, piece)
         submit = self.communicator.background.submit
-        trip.arrived = submit(self._average, trip, trip.wire) if trip.wire else submit(self._gather, trip)
+        if self.settings.overlap:
+            trip.encoded = submit(self._encode, trip)
+        else:
+            self._encode(trip)
+            trip.encoded.set_result(None)
+        trip.arrived = submit(self._carry, trip)
         self._under_way.append(trip)
+
+    def wait_until_encoded(self) -> None:
+        """Until nothing in the background reads the parameters any more."""
+        for trip in self._under_way:
+            trip.encoded.result()
 
     def abandon(self, state: State) -> None:
         """Send the buckets that have not left, and drop what arrives. For workers that all gave up."""
@@ -229,8 +233,25 @@ class Exchange:
         self._count(trip)
 
     @torch.no_grad()
+    def _encode(self, trip: Trip) -> None:
+        """Row 4."""
+        state = trip.state
+        with self.statistics.phase("encode"):
+            if not state.plain:
+                y = state.bucket.new_flat()
+                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
+                algorithm.add_update(state.e, self.start_point(state), y)
+            for memory, piece in zip(trip.memories, trip.sent, strict=True):
+                trip.rows.send(memory, piece)
+
+    @torch.no_grad()
+    def _carry(self, trip: Trip) -> list[list[Tensor]]:
+        """Row 5 or 5'. In the background."""
+        trip.encoded.result()  # raises what it raised
+        return self._gather(trip) if trip.wire is None else self._average(trip, trip.wire)
+
     def _average(self, trip: Trip, wire: torch.dtype) -> list[list[Tensor]]:
-        """Row 5 or 5' where the payloads' mean is itself a payload. In the background."""
+        """Row 5 or 5' where the payloads' mean is itself a payload."""
         payload = trip.sent[0]
         self.communicator.allreduce_mean(payload.view(wire), f"dense.{trip.state.bucket.index}")
         if trip.served:
@@ -238,9 +259,8 @@ class Exchange:
             trip.rows.serve([mean], 1.0, trip.served, payload)
         return [[payload]]
 
-    @torch.no_grad()
     def _gather(self, trip: Trip) -> list[list[Tensor]]:
-        """Row 5 or 5' for gathered payloads, of which a sharded server gets its part. In the background."""
+        """Row 5 or 5' for gathered payloads, of which a sharded server gets its part."""
         state, lane, communicator = trip.state, trip.lane, self.communicator
         device, workers = state.bucket.device, communicator.size
         sizes = [piece.numel() for piece in trip.sent]

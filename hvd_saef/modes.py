@@ -125,6 +125,7 @@ class Modes:
     def _to_x(self) -> None:
         if self.state is None:
             return
+        self._exchange.wait_until_encoded()
         self._reached = self.points()
         self.state.show_x()
 

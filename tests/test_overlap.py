@@ -160,6 +160,25 @@ def test_frozen_on_the_way() -> None:
         assert same(found, expected)
 
 
+def test_a_look_at_x_in_between() -> None:
+    """Evaluating between backward and step() finds x, and changes nothing."""
+
+    def work(rank: int, overlap: bool, look: bool) -> list[Tensor]:
+        training = Training(rank, overlap, local_steps=2)
+        for _ in range(6):
+            training.backward()
+            if look:
+                ours = training.optimizer.state_dict()["hvd_saef"]["x"]
+                with training.optimizer.consensus():
+                    assert same([p.detach() for p in training.model.parameters()], list(ours.values()))
+            training.optimizer.step()
+        return training.state()
+
+    plain = together(2, lambda k: work(k, overlap=False, look=False))
+    looking = together(2, lambda k: work(k, overlap=True, look=True))
+    assert all(same(a, b) for a, b in zip(looking, plain, strict=True))
+
+
 def clip(training: Training) -> None:
     """What many do between backward and step."""
     nn.utils.clip_grad_norm_(training.model.parameters(), 1e-3)
