@@ -8,13 +8,14 @@ Every method is collective: all workers call the same ones in the same order.
 from __future__ import annotations
 
 import abc
+import enum
 import importlib
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -53,34 +54,48 @@ PAUSE, PAUSE_STEP = 100e-6, 2e-6
 """Seconds between two looks at a payload under way: at most, and by how much it grows from look to look."""
 
 
+class Channel(enum.Enum):
+    """Collectives on one channel come in the same order on all workers; channels do not mind each other."""
+
+    WORDS = enum.auto()
+    """The foreground's: small words, objects, broadcasts."""
+    UP = enum.auto()
+    """Payloads on their way to the server."""
+    DOWN = enum.auto()
+    """The server's answers."""
+
+
 class Communicator(abc.ABC):
     """K workers, of which this is number `rank`. Tensors are contiguous; payloads are 1-D uint8."""
 
     rank: int
     size: int
 
-    @cached_property
-    def background(self) -> Executor:
-        """One thread that does what it is given in order: collectives, while this thread computes.
+    def background(self, channel: Channel) -> Executor:
+        """The channel's own thread, which does what it is given in order, while this one computes."""
+        if channel not in self._threads:
+            name = f"hvd_saef {channel.name} {self.rank}"
+            self._threads[channel] = ThreadPoolExecutor(1, thread_name_prefix=name)
+        return self._threads[channel]
 
-        Payloads are gathered and averaged there or here, not both at a time; all else is said here.
-        """
-        return ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef communication {self.rank}")
+    @cached_property
+    def _threads(self) -> dict[Channel, Executor]:
+        return {}
 
     def close(self) -> None:
-        """End the background thread."""
-        if "background" in vars(self):
-            self.background.shutdown()
+        """End the background threads."""
+        for thread in self._threads.values():
+            thread.shutdown()
 
     @abc.abstractmethod
-    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
         """Everyone's payload, worker k's into out[k], which is of its size."""
 
     @abc.abstractmethod
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Send piece j, of the same size on all workers, to worker j; worker k's arrives in out[k].
 
-        This worker's own piece is copied.
+        This worker's own piece is copied. Channel UP.
         """
 
     @abc.abstractmethod
@@ -105,7 +120,7 @@ class SoloCommunicator(Communicator):
 
     rank, size = 0, 1
 
-    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         _copy([payload], out)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
@@ -133,14 +148,14 @@ class MpiCommunicator(Communicator):
     def __init__(self, ranks: Sequence[int]) -> None:
         group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
         # Create_group involves the set's ranks alone; Split or Dup would need every rank.
-        self._mpi = MPI.COMM_WORLD.Create_group(group)
-        self._words = self._mpi.Dup()  # for the foreground, while payloads travel in the background
-        self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
+        own = MPI.COMM_WORLD.Create_group(group)
+        self._mpi = {channel: own.Dup() for channel in Channel}
+        self.rank, self.size = own.Get_rank(), own.Get_size()
 
-    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         longest = max(place.numel() for place in out)
         self._move(
-            lambda send, into: self._mpi.Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
+            lambda send, into: self._mpi[channel].Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
             [payload],
             out,
             longest,
@@ -149,7 +164,10 @@ class MpiCommunicator(Communicator):
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
         longest = max(piece.numel() for piece in pieces)
         self._move(
-            lambda send, into: self._mpi.Ialltoallv(_message(send), _message(into)), pieces, out, longest
+            lambda send, into: self._mpi[Channel.UP].Ialltoallv(_message(send), _message(into)),
+            pieces,
+            out,
+            longest,
         )
 
     def _move(
@@ -191,16 +209,16 @@ class MpiCommunicator(Communicator):
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
         flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
         for start in range(0, flat.size, CHUNK_BYTES):
-            self._words.Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
+            self._mpi[Channel.WORDS].Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return list(self._words.allgather(value))
+        return list(self._mpi[Channel.WORDS].allgather(value))
 
     def combine(self, word: int) -> int:  # noqa: D102
         mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
-        self._words.Allreduce(mine, all_of_them, op=MPI.BOR)
+        self._mpi[Channel.WORDS].Allreduce(mine, all_of_them, op=MPI.BOR)
         return int(all_of_them[0])
 
 
@@ -258,19 +276,21 @@ def _copy(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 class ThreadCommunicator(Communicator):
     """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
 
-    def __init__(self, payloads: Meeting, words: Meeting, rank: int) -> None:
-        self._meeting, self._words = payloads, words
-        self.rank, self.size = rank, payloads.size
+    def __init__(self, meetings: Mapping[Channel, Meeting], rank: int) -> None:
+        self._meetings = meetings
+        self.rank, self.size = rank, meetings[Channel.WORDS].size
 
-    def allgather(self, payload: Tensor, out: Sequence[Tensor]) -> None:  # noqa: D102
-        _copy(self._meeting.exchange(self.rank, "allgather", payload.clone()), out)
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
+        _copy(self._meetings[channel].exchange(self.rank, "allgather", payload.clone()), out)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        everyone = self._meeting.exchange(self.rank, "alltoall", [piece.clone() for piece in pieces])
+        everyone = self._meetings[Channel.UP].exchange(
+            self.rank, "alltoall", [piece.clone() for piece in pieces]
+        )
         _copy([theirs[self.rank] for theirs in everyone], out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        tensors = self._meeting.exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
+        tensors = self._meetings[Channel.UP].exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
         total = tensors[0].clone()
         for other in tensors[1:]:
             total += other
@@ -278,16 +298,16 @@ class ThreadCommunicator(Communicator):
             tensor.copy_(total / self.size)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        tensors = self._words.exchange(self.rank, "broadcast", tensor.detach().clone())
+        tensors = self._meetings[Channel.WORDS].exchange(self.rank, "broadcast", tensor.detach().clone())
         with torch.no_grad():
             tensor.copy_(tensors[root])
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return self._words.exchange(self.rank, "allgather_object", value)
+        return self._meetings[Channel.WORDS].exchange(self.rank, "allgather_object", value)
 
     def combine(self, word: int) -> int:  # noqa: D102
         combined = 0
-        for other in self._words.exchange(self.rank, "combine", word):
+        for other in self._meetings[Channel.WORDS].exchange(self.rank, "combine", word):
             combined |= other
         return combined
 

@@ -1,7 +1,8 @@
 """A round: each bucket's trip from the workers to the server and back. Collective.
 
-A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. The
-collectives and the server run in the background, one bucket after the other, while the next is encoded.
+A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. What
+is between encoding and decoding runs in the background: one thread takes payloads up to the server, one
+serves and takes the answers down, each one bucket after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef import algorithm
-from hvd_saef.communicator import Communicator
+from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.compression import BlockedTensor, Compression, Compressor, Fused, Memory
 from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
@@ -61,6 +62,8 @@ class Trip:
     """This worker's payload of each part, in one buffer."""
     encoded: Future[None] = field(default_factory=Future)
     """Whether row 4 is done."""
+    gathered: Future[list[Tensor]] = field(default_factory=Future)
+    """The payloads for this worker's server."""
     arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
     """For each part the payloads to apply, once the background has them."""
 
@@ -154,7 +157,7 @@ class Exchange:
             if s is not None and bucket_state.sharded:
                 mine, s = s, torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
                 stretches = [s[part.start : part.stop].view(torch.uint8) for part in bucket_state.parts]
-                self.communicator.allgather(mine.view(torch.uint8), stretches)
+                self.communicator.allgather(mine.view(torch.uint8), stretches, Channel.DOWN)
             if s is not None:
                 whole |= cut_stretches(bucket_state.bucket, s, 0)
         return whole
@@ -164,13 +167,14 @@ class Exchange:
     def depart(self, state: State, bucket_state: BucketState) -> None:
         """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too."""
         trip = self._prepare(bucket_state, warmup=state.rounds < self.settings.warmup_steps)
-        submit = self.communicator.background.submit
+        up = self.communicator.background(Channel.UP)
         if self.settings.overlap:
-            trip.encoded = submit(self._encode, trip)
+            trip.encoded = up.submit(self._encode, trip)
         else:
             self._encode(trip)
             trip.encoded.set_result(None)
-        trip.arrived = submit(self._carry, trip)
+        trip.gathered = up.submit(self._gather, trip)
+        trip.arrived = self.communicator.background(Channel.DOWN).submit(self._answer, trip)
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:
@@ -245,38 +249,35 @@ class Exchange:
                 trip.rows.send(memory, piece)
 
     @torch.no_grad()
-    def _carry(self, trip: Trip) -> list[list[Tensor]]:
-        """Row 5 or 5'. In the background."""
+    def _gather(self, trip: Trip) -> list[Tensor]:
+        """The payloads that this worker's server needs, or their mean where that is itself a payload."""
         trip.encoded.result()  # raises what it raised
-        return self._gather(trip) if trip.wire is None else self._average(trip, trip.wire)
-
-    def _average(self, trip: Trip, wire: torch.dtype) -> list[list[Tensor]]:
-        """Row 5 or 5' where the payloads' mean is itself a payload."""
-        payload = trip.sent[0]
-        self.communicator.allreduce_mean(payload.view(wire), f"dense.{trip.state.bucket.index}")
-        if trip.served:
-            mean, payload = payload, trip.lane.pieces("answer", [payload.numel()], payload.device)[0]
-            trip.rows.serve([mean], 1.0, trip.served, payload)
-        return [[payload]]
-
-    def _gather(self, trip: Trip) -> list[list[Tensor]]:
-        """Row 5 or 5' for gathered payloads, of which a sharded server gets its part."""
-        state, lane, communicator = trip.state, trip.lane, self.communicator
-        device, workers = state.bucket.device, communicator.size
-        sizes = [piece.numel() for piece in trip.sent]
-        payloads = lane.pieces("incoming", workers * [sizes[state.mine]], device)
+        state, communicator = trip.state, self.communicator
+        if trip.wire is not None:
+            name = f"dense.{state.bucket.index}"
+            communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
+            return trip.sent
+        size = trip.sent[state.mine].numel()
+        payloads = trip.lane.pieces("incoming", communicator.size * [size], state.bucket.device)
         if state.sharded:
             communicator.alltoall(trip.sent, payloads)
         else:
-            communicator.allgather(trip.sent[0], payloads)
+            communicator.allgather(trip.sent[0], payloads, Channel.UP)
+        return payloads
+
+    @torch.no_grad()
+    def _answer(self, trip: Trip) -> list[list[Tensor]]:
+        """Row 5', and the answers for each part; or what was gathered, with single-way compression."""
+        payloads = trip.gathered.result()
         if trip.served is None:
             return [payloads]
-        (answer,) = lane.pieces("answer", [sizes[state.mine]], device)
-        trip.rows.serve(payloads, 1 / workers, trip.served, answer)
-        if not state.sharded:
+        state, device = trip.state, trip.state.bucket.device
+        (answer,) = trip.lane.pieces("answer", [trip.sent[state.mine].numel()], device)
+        trip.rows.serve(payloads, 1 / len(payloads), trip.served, answer)
+        if len(trip.sent) == 1:
             return [[answer]]
-        answers = lane.pieces("answers", sizes, device)
-        communicator.allgather(answer, answers)
+        answers = trip.lane.pieces("answers", [piece.numel() for piece in trip.sent], device)
+        self.communicator.allgather(answer, answers, Channel.DOWN)
         return [[answer] for answer in answers]
 
     def _count(self, trip: Trip) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from hvd_saef.communicator import Meeting, ThreadCommunicator, set_thread_communicator
+from hvd_saef.communicator import Channel, Meeting, ThreadCommunicator, set_thread_communicator
 
 T = TypeVar("T")
 
@@ -24,12 +24,12 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
         raise TypeError(f"workers={workers!r}: a whole number >= 1 is allowed.")
     if workers < 1:
         raise ValueError(f"workers={workers!r}: a whole number >= 1 is allowed.")
-    payloads, words = Meeting(workers), Meeting(workers)
+    meetings = {channel: Meeting(workers) for channel in Channel}
     results: dict[int, T] = {}
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
-        communicator = ThreadCommunicator(payloads, words, rank)
+        communicator = ThreadCommunicator(meetings, rank)
         set_thread_communicator(communicator)
         try:
             results[rank] = fn(rank)
@@ -37,8 +37,8 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
             failures.append(failure)  # before leave(): those who fail because of it come later
         finally:
             set_thread_communicator(None)
-            payloads.leave(rank)
-            words.leave(rank)
+            for meeting in meetings.values():
+                meeting.leave(rank)
             communicator.close()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"worker {rank}") for rank in range(workers)]

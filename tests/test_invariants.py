@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import Compression, run_workers
-from hvd_saef.communicator import ThreadCommunicator
+from hvd_saef.communicator import Channel, ThreadCommunicator
 from hvd_saef.compression import BlockedTensor, NoneCompressor, SignCompressor
 from tests.oracle import Array, Setup, mean, run
 from tests.problems import curved_valley, run_library, same_bits, schedule, start_point, worst
@@ -283,11 +283,13 @@ def test_means_in_an_order_of_ones_own_are_noticed(monkeypatch: pytest.MonkeyPat
     """Every worker adds up from its own rank on: equal but for the rounding."""
     gather = ThreadCommunicator.allgather
 
-    def from_own_rank_on(self: ThreadCommunicator, payload: Tensor, out: list[Tensor]) -> None:
-        gather(self, payload, out[self.rank :] + out[: self.rank])
+    def from_own_rank_on(
+        self: ThreadCommunicator, payload: Tensor, out: list[Tensor], channel: Channel
+    ) -> None:
+        gather(self, payload, out[self.rank :] + out[: self.rank], channel)
 
     def mean_that_depends_on_rank(self: ThreadCommunicator, tensor: Tensor, name: str) -> None:
-        tensors = self._meeting.exchange(self.rank, name, tensor.clone())
+        tensors = self._meetings[Channel.UP].exchange(self.rank, name, tensor.clone())
         tensor.copy_(sum(tensors[self.rank :] + tensors[: self.rank]) / self.size)
 
     dense = dataclasses.replace(SIGN, compressor="none")

@@ -165,9 +165,9 @@ def test_a_look_at_x_in_between() -> None:
 
     def work(rank: int, overlap: bool, look: bool) -> list[Tensor]:
         training = Training(rank, overlap, local_steps=2)
-        for _ in range(6):
+        for step in range(6):
             training.backward()
-            if look:
+            if look and step:
                 ours = training.optimizer.state_dict()["hvd_saef"]["x"]
                 with training.optimizer.consensus():
                     assert same([p.detach() for p in training.model.parameters()], list(ours.values()))
