@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 CSRC = Path("hvd_saef/kernels/csrc")
 FLAGS = [
     "-O3",
+    "-g0",
     "-fopenmp",
     "-ffp-contract=off",  # a fused multiply-add rounds once; the twins round twice
     "-fno-math-errno",

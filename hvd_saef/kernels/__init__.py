@@ -14,6 +14,7 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -34,7 +35,8 @@ try:
     from hvd_saef.kernels import _native as native
 except ImportError as error:
     native = None  # type: ignore[assignment]
-    _reason = str(error)
+    if _REQUESTED != "twins":
+        _reason = str(error) if find_spec("hvd_saef.kernels._native") else "they were not built"
 
 
 def available() -> bool:
