@@ -8,11 +8,11 @@ serves and takes the answers down, each one bucket after the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,25 @@ from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ALIGNMENT = 64
 """Bytes: what any dtype and a line of the cache want."""
+BOTH_WAYS = (Channel.UP, Channel.DOWN)
 LANES = 3
 """Buckets under way at a time: one encoded, one on the wire, one decoded."""
+
+
+class Here(Executor):
+    """Does what it is given at once, in this thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+HERE = Here()
 
 
 class Lane:
@@ -165,16 +180,16 @@ class Exchange:
     # -- a bucket's trip --------------------------------------------------------------------------
 
     def depart(self, state: State, bucket_state: BucketState) -> None:
-        """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too."""
+        """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too.
+
+        A bucket that is the only one has nothing to be overlapped with, and threads cost time.
+        """
         trip = self._prepare(bucket_state, warmup=state.rounds < self.settings.warmup_steps)
-        up = self.communicator.background(Channel.UP)
-        if self.settings.overlap:
-            trip.encoded = up.submit(self._encode, trip)
-        else:
-            self._encode(trip)
-            trip.encoded.set_result(None)
+        overlap, alone = self.settings.overlap, len(state.buckets) == 1
+        up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
+        trip.encoded = (up if overlap else HERE).submit(self._encode, trip)
         trip.gathered = up.submit(self._gather, trip)
-        trip.arrived = self.communicator.background(Channel.DOWN).submit(self._answer, trip)
+        trip.arrived = down.submit(self._answer, trip)
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:

@@ -149,7 +149,7 @@ def auxiliary(run: Run) -> list[Tensor]:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_flush_completes_the_round(steps: int) -> None:
     def fn(rank: int) -> tuple[list[Tensor], dict[str, bytes]]:
-        run = Run(rank, dtype=torch.float64, local_steps=3).step(3)
+        run = Run(rank, server="replicated", dtype=torch.float64, local_steps=3).step(3)
         before, sent = everything(run), run.optimizer.stats()["payload_bytes_sent"]
         run.optimizer.flush()  # at the round's start
         assert everything(run) == before

@@ -16,7 +16,7 @@ from tests.mpi.launch import ENVIRONMENT, ROOT
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("matplotlib", reason="needs the extra [examples]")
 
-METHODS = 15
+METHODS = 16
 SHORT = ["--model", "tiny", "--steps", "1", "--rounds"]
 
 
