@@ -100,8 +100,6 @@ class Bench:
             )
             for (row, kernel), (_, twin) in pairs:
                 yield f"{name} {row}", kernel, twin
-        finite = partial(kernels.all_finite, [self.x])
-        yield "all_finite", finite, finite
         magnitudes, kept = self.x.abs(), math.ceil(0.01 * self.blocks.numel)
         yield "torch.topk of 1 %", partial(torch.topk, magnitudes, kept, sorted=False), None
 

@@ -3,6 +3,7 @@
 Each loop is there twice: as a kernel in C++ (`csrc`, built into `_native` by setup.py), which makes one
 pass over memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the
 same bits on any device. `native` is the kernels' module, or None: then all is done by the twins, slower.
+Only :func:`all_finite` has no kernel: torch does it as fast as memory can be read.
 
 The environment variable HVD_SAEF_KERNELS=twins sets the kernels aside. Where they were not built, or do
 not load, the first use warns once and says how to build them.
@@ -13,18 +14,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hvd_saef.kernels import twins
-from hvd_saef.kernels.twins import l1_norms, pack_signs, top_k, unpack_signs
+from hvd_saef.kernels.twins import all_finite, l1_norms, pack_signs, top_k, unpack_signs
 
 _REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 if _REQUESTED not in ("", "twins"):
     raise ValueError(f"HVD_SAEF_KERNELS={_REQUESTED!r}: 'twins' is allowed, or nothing.")
 
@@ -50,17 +48,6 @@ def native_for(flat: Tensor) -> ModuleType | None:
     """The kernels, if this memory is for them: float32 or float64 on the CPU."""
     usable = flat.is_cpu and flat.dtype in (torch.float32, torch.float64) and available()
     return native if usable else None
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices."""
-    tensors = [tensor.detach() for tensor in tensors]
-    if not available():
-        return twins.all_finite(tensors)
-    ours = [t for t in tensors if t.is_cpu and t.layout is torch.strided and t.dtype in _DTYPES]
-    if len(ours) == len(tensors):
-        return native.all_finite(ours)
-    return native.all_finite(ours) and twins.all_finite([t for t in tensors if not any(t is o for o in ours)])
 
 
 @functools.cache

@@ -16,9 +16,6 @@ def instruction_sets() -> list[str]:
 def set_instruction_set(name: str) -> str:
     """For tests: use this one from now on. Returns the one used so far."""
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is infinite or NaN. Strided CPU tensors of float16, bfloat16, float32 or float64."""
-
 def topk_encode(
     delta: Tensor,
     runs: Tensor,

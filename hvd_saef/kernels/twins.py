@@ -67,8 +67,11 @@ def top_k(rows: Tensor, k: int) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again."""
-    sums = [tensor.sum().float() for tensor in tensors]
+    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices.
+
+    One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again.
+    """
+    sums = [tensor.detach().sum().float() for tensor in tensors]
     if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
         return True
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
