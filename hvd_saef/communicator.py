@@ -153,21 +153,17 @@ class MpiCommunicator(Communicator):
         self.rank, self.size = own.Get_rank(), own.Get_size()
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        longest = max(place.numel() for place in out)
         self._move(
             lambda send, into: self._mpi[channel].Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
             [payload],
             out,
-            longest,
         )
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        longest = max(piece.numel() for piece in pieces)
         self._move(
             lambda send, into: self._mpi[Channel.UP].Ialltoallv(_message(send), _message(into)),
             pieces,
             out,
-            longest,
         )
 
     def _move(
@@ -175,9 +171,10 @@ class MpiCommunicator(Communicator):
         start: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
         pieces: Sequence[Tensor],
         out: Sequence[Tensor],
-        longest: int,
     ) -> None:
-        """In as many calls as the `longest` piece of any worker asks for: as many on all of them."""
+        """In as many calls as the longest piece of any worker asks for: as many on all of them."""
+        # What goes out or what comes in says all workers' sizes, and the other is among these.
+        longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         if longest <= most and out[0].device.type == "cpu":
             self._wait(start(pieces, out))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvd_saef import algorithm
 from hvd_saef.communicator import Channel, Communicator
-from hvd_saef.compression import BlockedTensor, Compression, Compressor, Fused, Memory
+from hvd_saef.compression import BlockedTensor, Compression, Fused, Memory
 from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
@@ -65,7 +65,8 @@ class Trip:
     """One bucket's payloads on their way."""
 
     state: BucketState
-    compressor: Compressor
+    plain: bool
+    """Whether the parameters are plain memory that a pass can go through; else they are copied."""
     rows: Fused
     memories: list[Memory]
     wire: torch.dtype | None
@@ -120,12 +121,10 @@ class Exchange:
     @torch.no_grad()
     def complete_round(self, state: State) -> None:
         """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
-        gone = [trip.state for trip in self._under_way]
-        for bucket_state in self.order(state):
-            if not any(bucket_state is other for other in gone):
-                if not self._idle:
-                    self._land(state)
-                self.depart(state, bucket_state)
+        for bucket_state in self._waiting(state):
+            if not self._idle:
+                self._land(state)
+            self.depart(state, bucket_state)
         while self._under_way:
             self._land(state)
         due = [bucket_state for bucket_state in state.buckets if self._averages_next(state, bucket_state)]
@@ -137,6 +136,11 @@ class Exchange:
     def order(state: State) -> list[BucketState]:
         """The buckets in the order in which all workers send them: as backward gets to them."""
         return [bucket_state for bucket_state in reversed(state.buckets) if bucket_state.bucket.numel]
+
+    def _waiting(self, state: State) -> list[BucketState]:
+        """Those of them that have not left."""
+        gone = {id(trip.state) for trip in self._under_way}
+        return [bucket_state for bucket_state in self.order(state) if id(bucket_state) not in gone]
 
     def _averages_next(self, state: State, bucket_state: BucketState) -> bool:
         """Whether the bucket's next round begins with row 1."""
@@ -199,10 +203,8 @@ class Exchange:
 
     def abandon(self, state: State) -> None:
         """Send the buckets that have not left, and drop what arrives. For workers that all gave up."""
-        gone = [trip.state for trip in self._under_way]
-        for bucket_state in self.order(state):
-            if not any(bucket_state is other for other in gone):
-                self.depart(state, bucket_state)
+        for bucket_state in self._waiting(state):
+            self.depart(state, bucket_state)
         while self._under_way:
             trip = self._under_way.popleft()
             trip.arrived.result()
@@ -216,14 +218,15 @@ class Exchange:
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         lane = self._idle.pop() if self._idle else Lane()
+        points = state.points()
         served = None
         if state.s is not None and not warmup:
             served = BlockedTensor(state.s, parts[state.mine].blocks)
         return Trip(
             state=state,
-            compressor=compressor,
+            plain=bool(points),
             rows=rows or algorithm.PlainRows(compressor),
-            memories=state.memories(parts, settings.alpha, settings.beta),
+            memories=state.memories(parts, points, settings.alpha, settings.beta),
             wire=wire,
             served=served,
             lane=lane,
@@ -246,7 +249,7 @@ class Exchange:
                 state.e.zero_()
                 if state.s is not None:
                     state.s.zero_()
-            if shows and not state.plain:
+            if shows and not trip.plain:
                 state.show(self.start_point(state))
         self._idle.append(trip.lane)
         self._count(trip)
@@ -256,7 +259,7 @@ class Exchange:
         """Row 4."""
         state = trip.state
         with self.statistics.phase("encode"):
-            if not state.plain:
+            if not trip.plain:
                 y = state.bucket.new_flat()
                 torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
                 algorithm.add_update(state.e, self.start_point(state), y)

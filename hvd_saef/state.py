@@ -44,15 +44,17 @@ class BucketState:
         if self.bucket.parameters:
             torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
 
-    @property
-    def plain(self) -> bool:
-        """Whether the parameters are plain memory of x's dtype, which a pass can go through."""
-        return all(p.dtype == self.bucket.dtype and is_dense(p) for p in self.bucket.parameters)
+    def points(self) -> list[Tensor]:
+        """The parameters' own memory, 1-D, end to end; none if it is not plain memory of x's dtype."""
+        parameters = self.bucket.parameters
+        if not all(p.dtype == self.bucket.dtype and is_dense(p) for p in parameters):
+            return []
+        return [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
 
-    def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
+    def memories(
+        self, parts: Sequence[Part], points: Sequence[Tensor], alpha: float, beta: float
+    ) -> list[Memory]:
         """The memory of parts of the bucket, in their order, for a pass over each."""
-        parameters = self.bucket.parameters if self.plain else []
-        points = [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
         memories = []
         for part, pieces in zip(parts, _cut(points, parts), strict=True):
             stretch = slice(part.start, part.stop)
