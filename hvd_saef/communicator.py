@@ -1,7 +1,7 @@
 """What workers say to each other: gathers of bytes, means of tensors, small objects.
 
 Three ways to say it, one interface: MPI and Horovod (`MpiCommunicator`), threads of one process
-(`ThreadCommunicator`), and nobody to talk to (`SoloCommunicator`, for ranks outside a process set).
+(`hvd_saef.threads`), and nobody to talk to (`SoloCommunicator`, for ranks outside a process set).
 Every method is collective: all workers call the same ones in the same order.
 """
 
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from hvd_saef.errors import SaefError
 
 
 def _import(name: str) -> Any:
@@ -121,10 +119,10 @@ class SoloCommunicator(Communicator):
     rank, size = 0, 1
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        _copy([payload], out)
+        copy_pieces([payload], out)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        _copy(pieces, out)
+        copy_pieces(pieces, out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         pass
@@ -188,7 +186,7 @@ class MpiCommunicator(Communicator):
                 [place.numel() for place in coming],
             )
             self._wait(start(leaving, landed))
-            _copy(landed, coming)
+            copy_pieces(landed, coming)
 
     @staticmethod
     def _wait(request: Any) -> None:
@@ -226,94 +224,17 @@ def _message(views: Sequence[Tensor]) -> Any:
     return [buffer.numpy(), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
 
 
-class Meeting:
-    """Where the threads of a simulation meet: everyone brings something, everyone sees everything."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._changed = threading.Condition()
-        self._brought: dict[int, tuple[str, Any]] = {}
-        self._seen: list[tuple[str, Any]] = []
-        self._meetings = 0
-        self._left: int | None = None
-
-    def exchange(self, rank: int, operation: str, value: Any) -> list[Any]:
-        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else."""
-        with self._changed:
-            number = self._meetings
-            self._brought[rank] = (operation, value)
-            if len(self._brought) == self.size:
-                self._seen = [self._brought[k] for k in range(self.size)]
-                self._brought = {}
-                self._meetings += 1
-                self._changed.notify_all()
-            else:
-                self._changed.wait_for(lambda: self._meetings != number or self._left is not None)
-            if self._meetings == number:
-                raise SaefError(
-                    f"worker {self._left} has ended, and worker {rank} waits for it in {operation}."
-                )
-            operations = [name for name, _ in self._seen]
-            if len(set(operations)) > 1:
-                raise SaefError(f"workers called different collectives at the same time: {operations}.")
-            return [brought for _, brought in self._seen]
-
-    def leave(self, rank: int) -> None:
-        """Say that worker `rank` will not come again."""
-        with self._changed:
-            self._left = rank if self._left is None else self._left
-            self._changed.notify_all()
-
-
-def _copy(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def copy_pieces(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy each piece to its place."""
     for place, piece in zip(out, pieces, strict=True):
         place.copy_(piece)
-
-
-class ThreadCommunicator(Communicator):
-    """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
-
-    def __init__(self, meetings: Mapping[Channel, Meeting], rank: int) -> None:
-        self._meetings = meetings
-        self.rank, self.size = rank, meetings[Channel.WORDS].size
-
-    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        _copy(self._meetings[channel].exchange(self.rank, "allgather", payload.clone()), out)
-
-    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        everyone = self._meetings[Channel.UP].exchange(
-            self.rank, "alltoall", [piece.clone() for piece in pieces]
-        )
-        _copy([theirs[self.rank] for theirs in everyone], out)
-
-    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        tensors = self._meetings[Channel.UP].exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
-        total = tensors[0].clone()
-        for other in tensors[1:]:
-            total += other
-        with torch.no_grad():
-            tensor.copy_(total / self.size)
-
-    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        tensors = self._meetings[Channel.WORDS].exchange(self.rank, "broadcast", tensor.detach().clone())
-        with torch.no_grad():
-            tensor.copy_(tensors[root])
-
-    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return self._meetings[Channel.WORDS].exchange(self.rank, "allgather_object", value)
-
-    def combine(self, word: int) -> int:  # noqa: D102
-        combined = 0
-        for other in self._meetings[Channel.WORDS].exchange(self.rank, "combine", word):
-            combined |= other
-        return combined
 
 
 _here = threading.local()
 _of_process_sets: dict[tuple[int, ...], MpiCommunicator] = {}
 
 
-def set_thread_communicator(communicator: ThreadCommunicator | None) -> None:
+def set_thread_communicator(communicator: Communicator | None) -> None:
     """Make `communicator` the one that this thread's optimizers find."""
     _here.communicator = communicator
 
@@ -344,7 +265,7 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
     Raises RuntimeError if there is no Horovod on MPI to talk through, ValueError for a process set
     that Horovod does not know.
     """
-    own: ThreadCommunicator | None = getattr(_here, "communicator", None)
+    own: Communicator | None = getattr(_here, "communicator", None)
     if own is not None:
         if process_set is not None and process_set is not (hvd and hvd.global_process_set):
             raise ValueError(f"process_set={process_set}: a simulation has the global process set only.")

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from hvd_saef.communicator import Channel, Meeting, ThreadCommunicator, set_thread_communicator
+from hvd_saef.communicator import Channel, set_thread_communicator
+from hvd_saef.threads import Meeting, ThreadCommunicator
 
 T = TypeVar("T")
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import Compression, run_workers
-from hvd_saef.communicator import Channel, ThreadCommunicator
+from hvd_saef.communicator import Channel
 from hvd_saef.compression import BlockedTensor, NoneCompressor, SignCompressor
+from hvd_saef.threads import ThreadCommunicator
 from tests.oracle import Array, Setup, mean, run
 from tests.problems import curved_valley, run_library, same_bits, schedule, start_point, worst
 from tests.rounds import Round, moves, watch

@@ -1,0 +1,91 @@
+"""Workers that are threads of one process, for :func:`hvd_saef.simulation.run_workers`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.communicator import Channel, Communicator, copy_pieces
+from hvd_saef.errors import SaefError
+
+
+class Meeting:
+    """Where the threads of a simulation meet: everyone brings something, everyone sees everything."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._changed = threading.Condition()
+        self._brought: dict[int, tuple[str, Any]] = {}
+        self._seen: list[tuple[str, Any]] = []
+        self._meetings = 0
+        self._left: int | None = None
+
+    def exchange(self, rank: int, operation: str, value: Any) -> list[Any]:
+        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else."""
+        with self._changed:
+            number = self._meetings
+            self._brought[rank] = (operation, value)
+            if len(self._brought) == self.size:
+                self._seen = [self._brought[k] for k in range(self.size)]
+                self._brought = {}
+                self._meetings += 1
+                self._changed.notify_all()
+            else:
+                self._changed.wait_for(lambda: self._meetings != number or self._left is not None)
+            if self._meetings == number:
+                raise SaefError(
+                    f"worker {self._left} has ended, and worker {rank} waits for it in {operation}."
+                )
+            operations = [name for name, _ in self._seen]
+            if len(set(operations)) > 1:
+                raise SaefError(f"workers called different collectives at the same time: {operations}.")
+            return [brought for _, brought in self._seen]
+
+    def leave(self, rank: int) -> None:
+        """Say that worker `rank` will not come again."""
+        with self._changed:
+            self._left = rank if self._left is None else self._left
+            self._changed.notify_all()
+
+
+class ThreadCommunicator(Communicator):
+    """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
+
+    def __init__(self, meetings: Mapping[Channel, Meeting], rank: int) -> None:
+        self._meetings = meetings
+        self.rank, self.size = rank, meetings[Channel.WORDS].size
+
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
+        copy_pieces(self._meetings[channel].exchange(self.rank, "allgather", payload.clone()), out)
+
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        everyone = self._meetings[Channel.UP].exchange(
+            self.rank, "alltoall", [piece.clone() for piece in pieces]
+        )
+        copy_pieces([theirs[self.rank] for theirs in everyone], out)
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        tensors = self._meetings[Channel.UP].exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
+        total = tensors[0].clone()
+        for other in tensors[1:]:
+            total += other
+        with torch.no_grad():
+            tensor.copy_(total / self.size)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        tensors = self._meetings[Channel.WORDS].exchange(self.rank, "broadcast", tensor.detach().clone())
+        with torch.no_grad():
+            tensor.copy_(tensors[root])
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return self._meetings[Channel.WORDS].exchange(self.rank, "allgather_object", value)
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        combined = 0
+        for other in self._meetings[Channel.WORDS].exchange(self.rank, "combine", word):
+            combined |= other
+        return combined
