@@ -15,6 +15,7 @@ from hvd_saef.errors import (
     ConsensusError,
     NonFiniteUpdateError,
     SaefError,
+    StalledExchangeError,
     WorkerError,
 )
 from hvd_saef.optimizer import DistributedOptimizer
@@ -31,6 +32,7 @@ __all__ = [
     "DistributedOptimizer",
     "NonFiniteUpdateError",
     "SaefError",
+    "StalledExchangeError",
     "WorkerError",
     "common_steps",
     "load_checkpoint",

@@ -11,19 +11,21 @@ import abc
 import enum
 import importlib
 import os
+import pickle
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hvd_saef.watch import Patience, Watch, say_goodbye_at_exit, start
 
 
 def _import(name: str) -> Any:
@@ -48,8 +50,6 @@ if hvd and hvd.is_initialized():  # pragma: no cover - the tests import us first
 
 CHUNK_BYTES = 1 << 30
 """The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
-PAUSE, PAUSE_STEP = 100e-6, 2e-6
-"""Seconds between two looks at a payload under way: at most, and by how much it grows from look to look."""
 
 
 class Channel(enum.Enum):
@@ -61,6 +61,8 @@ class Channel(enum.Enum):
     """Payloads on their way to the server."""
     DOWN = enum.auto()
     """The server's answers."""
+    MEANS = enum.auto()
+    """Horovod's allreduces."""
 
 
 class Communicator(abc.ABC):
@@ -78,6 +80,11 @@ class Communicator(abc.ABC):
 
     @cached_property
     def _threads(self) -> dict[Channel, Executor]:
+        return {}
+
+    @cached_property
+    def doing(self) -> dict[Channel, str]:
+        """The round (and bucket) that a channel's calls are for, for messages about who does not arrive."""
         return {}
 
     def close(self) -> None:
@@ -144,14 +151,23 @@ class MpiCommunicator(Communicator):
     """Horovod's, of these ranks."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        group = MPI.COMM_WORLD.Get_group().Incl(list(ranks))
-        # Create_group involves the set's ranks alone; Split or Dup would need every rank.
-        own = MPI.COMM_WORLD.Create_group(group)
-        self._mpi = {channel: own.Dup() for channel in Channel}
+        world, patience = MPI.COMM_WORLD, Patience.of_environment()
+
+        def create() -> tuple[Any, dict[Channel, Any]]:
+            # Create_group involves the set's ranks alone; Split or Dup would need every rank.
+            own = world.Create_group(world.Get_group().Incl(list(ranks)))
+            return own, {channel: own.Dup() for channel in Channel if channel is not Channel.MEANS}
+
+        created = start(create)
+        _arrivals(patience).wait(created.done, f"creation {ranks}", "hvd_saef.DistributedOptimizer", ranks)
+        own, self._mpi = created.result()
         self.rank, self.size = own.Get_rank(), own.Get_size()
+        self._watch = Watch(own, patience)
+        say_goodbye_at_exit(self._watch, MPI.Is_finalized)
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         self._move(
+            channel,
             lambda send, into: self._mpi[channel].Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
             [payload],
             out,
@@ -159,6 +175,7 @@ class MpiCommunicator(Communicator):
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
         self._move(
+            Channel.UP,
             lambda send, into: self._mpi[Channel.UP].Ialltoallv(_message(send), _message(into)),
             pieces,
             out,
@@ -166,16 +183,18 @@ class MpiCommunicator(Communicator):
 
     def _move(
         self,
+        channel: Channel,
         start: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
         pieces: Sequence[Tensor],
         out: Sequence[Tensor],
     ) -> None:
         """In as many calls as the longest piece of any worker asks for: as many on all of them."""
+        operation = "payloads to the server" if channel is Channel.UP else "the server's answers"
         # What goes out or what comes in says all workers' sizes, and the other is among these.
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         if longest <= most and out[0].device.type == "cpu":
-            self._wait(start(pieces, out))
+            self._wait(channel, start(pieces, out), operation)
             return
         for first in range(0, longest, most):
             going = [piece[first : first + most].cpu() for piece in pieces]
@@ -185,36 +204,61 @@ class MpiCommunicator(Communicator):
                 torch.empty(sum(place.numel() for place in coming), dtype=torch.uint8),
                 [place.numel() for place in coming],
             )
-            self._wait(start(leaving, landed))
+            self._wait(channel, start(leaving, landed), operation)
             copy_pieces(landed, coming)
 
-    @staticmethod
-    def _wait(request: Any) -> None:
-        """Until the request is done: look a few times at once, then leave the core to others between."""
-        pause = 0.0
-        while not request.Test():
-            time.sleep(pause)
-            pause = min(pause + PAUSE_STEP, PAUSE)
+    def _wait(self, channel: Channel, request: Any, operation: str) -> None:
+        """Until the request is done, which holds the memory that it works on."""
+        self._watch.wait(
+            request.Test, channel.name, f"{operation}, {self.doing.get(channel, 'at the start')}"
+        )
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
         # how tensors are fused decides how sums round.
-        hvd.allreduce_(tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self.process_set)
+        handle = hvd.allreduce_async_(
+            tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self.process_set
+        )
+        what = f"the mean of {name}, {self.doing.get(Channel.WORDS, 'at the start')}"
+        self._watch.wait(lambda: hvd.poll(handle), Channel.MEANS.name, what)
+        hvd.synchronize(handle)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
         flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
-        for start in range(0, flat.size, CHUNK_BYTES):
-            self._mpi[Channel.WORDS].Bcast([flat[start : start + CHUNK_BYTES], MPI.BYTE], root=root)
+        for first in range(0, flat.size, CHUNK_BYTES):
+            chunk = [flat[first : first + CHUNK_BYTES], MPI.BYTE]
+            self._wait(Channel.WORDS, self._mpi[Channel.WORDS].Ibcast(chunk, root=root), "a broadcast")
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return list(self._mpi[Channel.WORDS].allgather(value))
+        words = self._mpi[Channel.WORDS]
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self._wait(
+            Channel.WORDS, words.Iallgather(np.array([mine.size], np.int64), sizes), "a gather of objects"
+        )
+        together = np.empty(sizes.sum(), np.uint8)
+        places = (sizes.tolist(), (np.cumsum(sizes) - sizes).tolist())
+        self._wait(
+            Channel.WORDS,
+            words.Iallgatherv([mine, MPI.BYTE], [together, places, MPI.BYTE]),
+            "a gather of objects",
+        )
+        return [pickle.loads(piece.tobytes()) for piece in np.split(together, np.cumsum(sizes)[:-1])]
 
     def combine(self, word: int) -> int:  # noqa: D102
         mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
-        self._mpi[Channel.WORDS].Allreduce(mine, all_of_them, op=MPI.BOR)
+        request = self._mpi[Channel.WORDS].Iallreduce(mine, all_of_them, op=MPI.BOR)
+        self._wait(Channel.WORDS, request, "the agreement of all ranks")
+        self._watch.tidy()
         return int(all_of_them[0])
+
+
+@cache
+def _arrivals(patience: Patience) -> Watch:
+    """The watch over the creation of communicators, when the world's is the only one there is."""
+    return Watch(MPI.COMM_WORLD, patience)
 
 
 def _message(views: Sequence[Tensor]) -> Any:
@@ -246,10 +290,12 @@ def _abort_on_exceptions() -> None:
     """
     if os.environ.get("HVD_SAEF_NO_ABORT") == "1":
         return
-    earlier = sys.excepthook
+    earlier, pid = sys.excepthook, os.getpid()
 
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         earlier(kind, error, traceback)
+        if os.getpid() != pid:  # a process that was forked from this rank
+            return
         print(f"hvd_saef: rank {MPI.COMM_WORLD.Get_rank()} failed and ends the job.", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

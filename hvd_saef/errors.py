@@ -1,7 +1,8 @@
 """What can go wrong while workers train together.
 
-Every error here is raised on all workers in the same step, with x, the errors and the optimizer's
-state as they were before it. Wrong arguments are ValueError and TypeError, raised where they are given.
+Every error here but StalledExchangeError is raised on all workers in the same step, with x, the errors and
+the optimizer's state as they were before it. Wrong arguments are ValueError and TypeError, raised where
+they are given.
 """
 
 
@@ -23,6 +24,13 @@ class ConsensusError(SaefError):
 
 class WorkerError(SaefError):
     """Another worker raised an exception; names its rank and repeats its message."""
+
+
+class StalledExchangeError(SaefError):
+    """A rank did not arrive where others wait; names it, and what for. Raised on those who wait alone.
+
+    The communicator cannot be used after it. If nobody catches it, MPI ends the job.
+    """
 
 
 class CheckpointError(SaefError):

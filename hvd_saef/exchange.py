@@ -74,6 +74,8 @@ class Trip:
     served: BlockedTensor | None
     """The s that this worker serves (DC)."""
     lane: Lane
+    what: str
+    """Its bucket and round, for messages."""
     sent: list[Tensor] = field(default_factory=list)
     """This worker's payload of each part, in one buffer."""
     encoded: Future[None] = field(default_factory=Future)
@@ -188,7 +190,7 @@ class Exchange:
 
         A bucket that is the only one has nothing to be overlapped with, and threads cost time.
         """
-        trip = self._prepare(bucket_state, warmup=state.rounds < self.settings.warmup_steps)
+        trip = self._prepare(bucket_state, state.rounds)
         overlap, alone = self.settings.overlap, len(state.buckets) == 1
         up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
         trip.encoded = (up if overlap else HERE).submit(self._encode, trip)
@@ -210,8 +212,9 @@ class Exchange:
             trip.arrived.result()
             self._idle.append(trip.lane)
 
-    def _prepare(self, state: BucketState, warmup: bool) -> Trip:
+    def _prepare(self, state: BucketState, rounds: int) -> Trip:
         bucket, settings = state.bucket, self.settings
+        warmup = rounds < settings.warmup_steps
         compressor = Compression.none if warmup else bucket.compressor
         rows = compressor.fused if bucket.device.type == "cpu" else None
         wire = compressor.wire_dtype(bucket.dtype)
@@ -230,6 +233,7 @@ class Exchange:
             wire=wire,
             served=served,
             lane=lane,
+            what=f"bucket {bucket.index}, round {rounds + 1}",
             sent=lane.pieces("sent", sizes, bucket.device),
         )
 
@@ -271,6 +275,7 @@ class Exchange:
         """The payloads that this worker's server needs, or their mean where that is itself a payload."""
         trip.encoded.result()  # raises what it raised
         state, communicator = trip.state, self.communicator
+        communicator.doing[Channel.UP] = trip.what
         if trip.wire is not None:
             name = f"dense.{state.bucket.index}"
             communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
@@ -294,6 +299,7 @@ class Exchange:
         trip.rows.serve(payloads, 1 / len(payloads), trip.served, answer)
         if len(trip.sent) == 1:
             return [[answer]]
+        self.communicator.doing[Channel.DOWN] = trip.what
         answers = trip.lane.pieces("answers", [piece.numel() for piece in trip.sent], device)
         self.communicator.allgather(answer, answers, Channel.DOWN)
         return [[answer] for answer in answers]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.agreement import Word, agree, check_consensus, raise_failure
-from hvd_saef.communicator import Communicator
+from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
 from hvd_saef.gradients import average_gradients, prepare_sparse, takes_sparse_only, values
@@ -172,6 +172,7 @@ class Session:
             word |= Word.ANCHOR
         if self.overlap and self.overlap.under_way:
             word |= Word.UNDER_WAY
+        self.communicator.doing[Channel.WORDS] = f"round {self.origin.rounds + 1}"
         with self.statistics.phase("agreement"):
             combined = agree(self.communicator, word, failure)
             try:

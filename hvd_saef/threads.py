@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hvd_saef.communicator import Channel, Communicator, copy_pieces
-from hvd_saef.errors import SaefError
+from hvd_saef.errors import SaefError, StalledExchangeError
+from hvd_saef.watch import LOOK, Patience, Stall
 
 
 class Meeting:
@@ -23,9 +25,14 @@ class Meeting:
         self._seen: list[tuple[str, Any]] = []
         self._meetings = 0
         self._left: int | None = None
+        self._patience = Patience.of_environment()
+        self._stalled: StalledExchangeError | None = None
 
-    def exchange(self, rank: int, operation: str, value: Any) -> list[Any]:
-        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else."""
+    def exchange(self, rank: int, operation: str, value: Any, doing: str = "at the start") -> list[Any]:
+        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else.
+
+        Raises StalledExchangeError if somebody does not come for too long.
+        """
         with self._changed:
             number = self._meetings
             self._brought[rank] = (operation, value)
@@ -35,7 +42,9 @@ class Meeting:
                 self._meetings += 1
                 self._changed.notify_all()
             else:
-                self._changed.wait_for(lambda: self._meetings != number or self._left is not None)
+                self._wait(number, rank, f"{operation}, {doing}")
+            if self._stalled is not None:  # one for all who wait
+                raise self._stalled
             if self._meetings == number:
                 raise SaefError(
                     f"worker {self._left} has ended, and worker {rank} waits for it in {operation}."
@@ -44,6 +53,28 @@ class Meeting:
             if len(set(operations)) > 1:
                 raise SaefError(f"workers called different collectives at the same time: {operations}.")
             return [brought for _, brought in self._seen]
+
+    def _wait(self, number: int, rank: int, what: str) -> None:
+        """Until meeting `number` has been, or will never be."""
+
+        def over() -> bool:
+            return self._meetings != number or self._left is not None or self._stalled is not None
+
+        start, patience = time.monotonic(), self._patience
+        if self._changed.wait_for(over, min(threading.TIMEOUT_MAX, patience.warning, patience.abort)):
+            return
+        stall = Stall(patience, rank, what)
+        while not over():
+            missing = [worker for worker in range(self.size) if worker not in self._brought]
+            try:
+                stall.look(time.monotonic() - start, missing, speaks=rank == min(self._brought))
+            except StalledExchangeError as error:
+                self._stalled = error
+                self._changed.notify_all()
+                return
+            self._changed.wait_for(over, LOOK)
+        if self._meetings != number:
+            stall.over(time.monotonic() - start)
 
     def leave(self, rank: int) -> None:
         """Say that worker `rank` will not come again."""
@@ -59,17 +90,19 @@ class ThreadCommunicator(Communicator):
         self._meetings = meetings
         self.rank, self.size = rank, meetings[Channel.WORDS].size
 
+    def _meet(self, channel: Channel, operation: str, value: Any) -> list[Any]:
+        doing = self.doing.get(channel, "at the start")
+        return self._meetings[channel].exchange(self.rank, operation, value, doing)
+
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        copy_pieces(self._meetings[channel].exchange(self.rank, "allgather", payload.clone()), out)
+        copy_pieces(self._meet(channel, "allgather", payload.clone()), out)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        everyone = self._meetings[Channel.UP].exchange(
-            self.rank, "alltoall", [piece.clone() for piece in pieces]
-        )
+        everyone = self._meet(Channel.UP, "alltoall", [piece.clone() for piece in pieces])
         copy_pieces([theirs[self.rank] for theirs in everyone], out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        tensors = self._meetings[Channel.UP].exchange(self.rank, f"allreduce {name}", tensor.detach().clone())
+        tensors = self._meet(Channel.UP, f"allreduce {name}", tensor.detach().clone())
         total = tensors[0].clone()
         for other in tensors[1:]:
             total += other
@@ -77,15 +110,15 @@ class ThreadCommunicator(Communicator):
             tensor.copy_(total / self.size)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        tensors = self._meetings[Channel.WORDS].exchange(self.rank, "broadcast", tensor.detach().clone())
+        tensors = self._meet(Channel.WORDS, "broadcast", tensor.detach().clone())
         with torch.no_grad():
             tensor.copy_(tensors[root])
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        return self._meetings[Channel.WORDS].exchange(self.rank, "allgather_object", value)
+        return self._meet(Channel.WORDS, "allgather_object", value)
 
     def combine(self, word: int) -> int:  # noqa: D102
         combined = 0
-        for other in self._meetings[Channel.WORDS].exchange(self.rank, "combine", word):
+        for other in self._meet(Channel.WORDS, "combine", word):
             combined |= other
         return combined

@@ -1,0 +1,267 @@
+"""The watch over every wait for other workers: who has not come, for what, and when to give up.
+
+Nothing is sent, and no thread is kept, for waits of less than half a second. A rank that waits longer tells
+the others, by a small message each, which call of which channel it has come to; a rank that ends tells
+them, too. So those who wait know of each other, and who has told nothing has not arrived: it is stopped,
+busy with something else, or cannot be reached.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hvd_saef.errors import StalledExchangeError
+
+T = TypeVar("T")
+CALM = 0.5
+"""Seconds that a wait may last before anything is said or sent."""
+LOOK = 0.1
+"""Seconds between two looks for messages, in longer waits."""
+PAUSE, PAUSE_STEP = 100e-6, 2e-6
+"""Seconds between two looks at what is waited for: at most, and by how much it grows from look to look."""
+TAG = 23279
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise ValueError(f"{name}={text!r}: a number of seconds is allowed, or 0 for never.")
+    return value or math.inf
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait before a warning, and before giving up, in seconds."""
+
+    warning: float
+    abort: float
+
+    @classmethod
+    def of_environment(cls) -> Patience:
+        """HVD_SAEF_STALL_WARNING_S (60) and HVD_SAEF_STALL_ABORT_S (never); 0 is never.
+
+        Raises ValueError for anything but a number of seconds.
+        """
+        return cls(_seconds("HVD_SAEF_STALL_WARNING_S", 60.0), _seconds("HVD_SAEF_STALL_ABORT_S", math.inf))
+
+    @property
+    def calm(self) -> float:
+        """Seconds before anything happens."""
+        return min(CALM, self.warning / 2, self.abort / 2)
+
+
+class Stall:
+    """One long wait: warns when it is time (then after twice as long), and raises when it is too long."""
+
+    def __init__(self, patience: Patience, rank: int, what: str) -> None:
+        self._patience, self._rank, self._what = patience, rank, what
+        self._next = patience.warning
+        self._spoke = False
+
+    def look(
+        self, waited: float, missing: Sequence[int], others: Sequence[str] = (), speaks: bool = True
+    ) -> None:
+        """After `waited` seconds, `missing` have not arrived; `others` says what some do instead.
+
+        Raises StalledExchangeError after `patience.abort`. Warns, if it is this rank that `speaks`.
+        """
+        if waited >= self._patience.abort:
+            raise StalledExchangeError(
+                f"{self._describe(waited, missing, others)} HVD_SAEF_STALL_ABORT_S={self._patience.abort:g} "
+                "ends the job now."
+            )
+        if waited >= self._next:
+            self._next = 2 * waited
+            self._spoke = self._spoke or speaks
+            if speaks:
+                hint = "" if self._patience.abort < math.inf else " HVD_SAEF_STALL_ABORT_S ends such jobs."
+                warnings.warn(self._describe(waited, missing, others) + hint, RuntimeWarning, stacklevel=4)
+
+    def over(self, waited: float) -> None:
+        """What was waited for came after all."""
+        if self._spoke:
+            warnings.warn(
+                f"rank {self._rank} goes on with {self._what} after {waited:.0f} s.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def ended(self, ranks: Sequence[int]) -> StalledExchangeError:
+        """The error for ranks that will never come."""
+        return StalledExchangeError(
+            f"{_ranks(ranks)} ended before {self._what}, for which rank {self._rank} waits. Every rank must "
+            "take the same number of steps: see hvd_saef.common_steps."
+        )
+
+    def _describe(self, waited: float, missing: Sequence[int], others: Sequence[str]) -> str:
+        if missing:
+            why = f"{_ranks(missing)} did not arrive: stopped, busy with something else, or cut off."
+        else:
+            why = "all ranks arrived, so the network is slow or cut."
+        return " ".join([f"rank {self._rank} has waited {waited:.1f} s in {self._what}: {why}", *others])
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+@dataclass
+class Call:
+    """Where a rank is on one channel: its how-manieth call there, and what that is."""
+
+    number: int
+    what: str
+
+
+@dataclass
+class Roll:
+    """What is known of the others during one wait."""
+
+    arrived: set[int]
+    others: list[str] = field(default_factory=list)
+    """What some of them take the call for, in words."""
+    ended: list[int] = field(default_factory=list)
+    """Who has ended before it."""
+
+
+class Watch:
+    """The waits of one rank for the others of an mpi4py communicator, which is the watch's own.
+
+    Threads may wait at the same time, each on a channel of its own. Local: no method is collective.
+    """
+
+    def __init__(self, mpi: Any, patience: Patience) -> None:
+        self._mpi = mpi
+        self.rank, self.size = int(mpi.Get_rank()), int(mpi.Get_size())
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._calls: dict[str, Call] = {}
+        self._heard: dict[int, dict[str, Call]] = {}
+        self._ended: dict[int, dict[str, int]] = {}
+        self._under_way: list[Any] = []
+        self._broken: StalledExchangeError | None = None
+
+    def wait(
+        self, done: Callable[[], bool], channel: str, what: str, ranks: Sequence[int] | None = None
+    ) -> None:
+        """Until `done()`: look a few times at once, then leave the core to others between.
+
+        `ranks` (all) wait on a channel in the same order. Raises StalledExchangeError, now and ever after,
+        if one of them has ended or patience has.
+        """
+        if self._broken is not None:
+            raise self._broken
+        call = Call(self._calls[channel].number + 1 if channel in self._calls else 1, what)
+        self._calls[channel] = call
+        pause, start = 0.0, time.monotonic()
+        while not done():
+            time.sleep(pause)
+            pause = min(pause + PAUSE_STEP, PAUSE)
+            if time.monotonic() - start > self._patience.calm:
+                self._wait_long(done, channel, start, range(self.size) if ranks is None else ranks)
+                return
+
+    def tidy(self) -> None:
+        """Take in what others said. To be called now and then: who is always last never waits."""
+        if self._mpi.Iprobe(tag=TAG):
+            self._listen()
+
+    def say_goodbye(self) -> None:
+        """Tell the others that this rank ends."""
+        numbers = {channel: call.number for channel, call in self._calls.items()}
+        self._tell((self.rank, None, numbers), range(self.size))
+
+    def _wait_long(self, done: Callable[[], bool], channel: str, start: float, ranks: Sequence[int]) -> None:
+        call = self._calls[channel]
+        stall = Stall(self._patience, self.rank, call.what)
+        self._tell((self.rank, channel, call), ranks)
+        look = 0.0
+        while not done():
+            time.sleep(PAUSE)
+            waited = time.monotonic() - start
+            if waited < look:
+                continue
+            look = waited + min(LOOK, self._patience.calm)
+            self._listen()
+            try:
+                roll = self._roll(channel, call)
+                if roll.ended:
+                    raise stall.ended(roll.ended)
+                missing = [rank for rank in ranks if rank not in roll.arrived]
+                stall.look(waited, missing, roll.others, speaks=self.rank == min(roll.arrived))
+            except StalledExchangeError as error:
+                self._broken = error
+                raise
+        stall.over(time.monotonic() - start)
+
+    def _roll(self, channel: str, call: Call) -> Roll:
+        roll = Roll({self.rank})
+        with self._lock:
+            for rank, calls in sorted(self._heard.items()):
+                theirs = calls.get(channel)
+                if theirs is not None and theirs.number >= call.number:
+                    roll.arrived.add(rank)
+                    if theirs.number == call.number and theirs.what != call.what:
+                        roll.others.append(f"Rank {rank} waits in {theirs.what} instead.")
+            for rank, numbers in sorted(self._ended.items()):
+                if numbers.get(channel, 0) < call.number:
+                    roll.ended.append(rank)
+        return roll
+
+    def _tell(self, message: Any, ranks: Sequence[int]) -> None:
+        with self._lock:
+            self._under_way = [request for request in self._under_way if not request.Test()]
+            for rank in ranks:
+                if rank != self.rank:
+                    self._under_way.append(self._mpi.isend(message, dest=rank, tag=TAG))
+
+    def _listen(self) -> None:
+        with self._lock:
+            while (message := self._mpi.improbe(tag=TAG)) is not None:
+                rank, channel, told = message.recv()
+                if channel is None:
+                    self._ended[rank] = told
+                else:
+                    self._heard.setdefault(rank, {})[channel] = told
+
+
+def say_goodbye_at_exit(watch: Watch, finalized: Callable[[], bool]) -> None:
+    """Let `watch` tell the others when this process ends in order; not a process forked from it."""
+    reference, pid = weakref.ref(watch), os.getpid()
+
+    def goodbye() -> None:
+        alive = reference()
+        if alive is not None and os.getpid() == pid and not finalized():
+            with contextlib.suppress(Exception):  # it is only a kindness
+                alive.say_goodbye()
+
+    atexit.register(goodbye)
+
+
+def start(do: Callable[[], T]) -> Future[T]:
+    """Do it in a thread that the process does not wait for when it ends."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(do())
+        except BaseException as failure:
+            future.set_exception(failure)
+
+    threading.Thread(target=work, daemon=True, name="hvd_saef setup").start()
+    return future

@@ -1,0 +1,86 @@
+"""Ranks that are killed, stopped, hang, or end early, in real jobs: the others are told, and end or go on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mpi.launch import ENVIRONMENT, ROOT
+
+pytest.importorskip("mpi4py", reason="needs mpi4py")
+pytest.importorskip("horovod.torch", reason="needs Horovod")
+
+PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
+
+
+def job(fault: str, ranks: int, folder: Path, **environment: str) -> tuple[int, str, float]:
+    """Exit code, all that was said, and the seconds from the fault to the end."""
+    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr, time.time() - float((folder / "fault").read_text())
+
+
+def ends(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("end-*"))]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_those_who_wait_name_the_missing_rank_and_end_the_job(ranks: int, tmp_path: Path) -> None:
+    code, said, seconds = job("sigstop", ranks, tmp_path, **PATIENCE)
+    assert code != 0
+    assert 2.5 < seconds < 20
+    assert f"rank {ranks - 1} did not arrive" in said
+    assert "the agreement of all ranks, round 4" in said
+    assert set(re.findall(r"RuntimeWarning: rank (\d)", said)) == {"0"}  # one speaks for all who wait
+    assert "StalledExchangeError: rank 0 has waited 3" in said
+    assert "ends the job" in said
+    assert ends(tmp_path) == []
+
+
+def test_a_pause_costs_nothing_but_time(tmp_path: Path) -> None:
+    """Warned of, then gone on with: to the bit where a job without it comes to."""
+    ranks = 2
+    (tmp_path / "pause").mkdir()
+    (tmp_path / "none").mkdir()
+    code, said, _ = job("pause", ranks, tmp_path / "pause", HVD_SAEF_STALL_WARNING_S="1")
+    assert code == 0, said
+    assert f"rank {ranks - 1} did not arrive" in said
+    assert "rank 0 goes on with the agreement of all ranks, round 4 after" in said
+    code, said, _ = job("none", ranks, tmp_path / "none", HVD_SAEF_STALL_WARNING_S="1")
+    assert code == 0, said
+    assert "arrive" not in said
+    assert ends(tmp_path / "pause") == ends(tmp_path / "none")
+    assert len(ends(tmp_path / "none")) == ranks
+    assert len(set(ends(tmp_path / "none"))) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_ends_early_is_told_at_once(ranks: int, tmp_path: Path) -> None:
+    """By default, without any setting: it will never come."""
+    code, said, seconds = job("early-end", ranks, tmp_path)
+    assert code != 0
+    assert seconds < 15
+    assert f"rank {ranks - 1} ended before the agreement of all ranks, round 4" in said
+    assert "common_steps" in said
+
+
+def test_a_rank_that_never_wraps(tmp_path: Path) -> None:
+    code, said, _ = job("never-wraps", 2, tmp_path, **PATIENCE)
+    assert code != 0
+    assert "rank 1 did not arrive" in said
+    assert "in hvd_saef.DistributedOptimizer" in said
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_dies_takes_the_job_along(ranks: int, tmp_path: Path) -> None:
+    code, said, seconds = job("sigkill", ranks, tmp_path)
+    assert code != 0
+    assert seconds < 20
+    assert "signal 9" in said
