@@ -50,12 +50,12 @@ def test_a_thread_that_never_arrives(workers: int) -> None:
 
 
 def test_a_thread_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HVD_SAEF_STALL_WARNING_S", "0.2")
+    monkeypatch.setenv("HVD_SAEF_STALL_WARNING_S", "1")
 
     def fn(rank: int, late: bool) -> dict[str, bytes]:
         run = Run(rank).step(2)
         if rank == 1 and late:
-            time.sleep(0.5)
+            time.sleep(1.5)
         return everything(run.step(2))
 
     with warnings.catch_warnings(record=True) as seen:
