@@ -109,10 +109,11 @@ class Bench:
         for payload in payloads:
             delta = BlockedTensor(torch.randn(self.blocks.numel), self.blocks)
             compressor.encode(delta, payload)
+        weights = WORKERS * [1 / WORKERS]
         sent, served = torch.empty_like(payloads[0]), BlockedTensor(self.s, self.blocks)
         yield "send", partial(rows.send, self.memory, sent)
-        yield "serve", partial(rows.serve, payloads, 1 / WORKERS, served, torch.empty_like(sent))
-        yield "receive", partial(rows.receive, self.memory, sent, payloads, 1 / WORKERS)
+        yield "serve", partial(rows.serve, payloads, weights, served, torch.empty_like(sent))
+        yield "receive", partial(rows.receive, self.memory, sent, payloads, weights)
 
 
 def seconds(work: Work) -> float:

@@ -53,19 +53,23 @@ class PlainRows:
             add_update(memory.e, b, torch.cat(list(memory.points)))
         self._compressor.encode(BlockedTensor(memory.e, memory.blocks), payload)
 
-    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
-        """Row 5': D = s + Σ weight·C(Δ_k), in rank order; write u = C(D) into `answer`; s ← D - u."""
-        for payload in payloads:
+    def serve(
+        self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
+    ) -> None:
+        """Row 5': D = s + Σ weight_k·C(Δ_k), in rank order; write u = C(D) into `answer`; s ← D - u."""
+        for payload, weight in zip(payloads, weights, strict=True):
             self._compressor.decode_add(payload, s, weight)
         self._compressor.encode(s, answer)
 
-    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
-        """Row 6: x ← x - u, where u = Σ weight·C(...), in rank order; and row 2 of the next round.
+    def receive(
+        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
+        """Row 6: x ← x - u, where u = Σ weight_k·C(...), in rank order; and row 2 of the next round.
 
         The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
         """
         x = BlockedTensor(memory.x, memory.blocks)
-        for payload in payloads:
+        for payload, weight in zip(payloads, weights, strict=True):
             self._compressor.decode_add(payload, x, -weight)
         if memory.points:
             b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)

@@ -66,10 +66,31 @@ class Channel(enum.Enum):
 
 
 class Communicator(abc.ABC):
-    """K workers, of which this is number `rank`. Tensors are contiguous; payloads are 1-D uint8."""
+    """What the ranks of K workers have to talk through. Tensors are contiguous; payloads are 1-D uint8.
+
+    A worker is one rank, unless a subclass says otherwise. Payloads and means are those of workers;
+    words, objects and broadcasts go from every rank to every other, since any of them may fail.
+    """
 
     rank: int
+    """This rank's number among all that take part."""
     size: int
+    """The number of these."""
+
+    @property
+    def worker(self) -> int:
+        """The number of the worker that this rank is, or is part of."""
+        return self.rank
+
+    @property
+    def workers(self) -> int:
+        """K."""
+        return self.size
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """What each worker's payload counts in a mean over workers: K numbers with the sum 1."""
+        return self.workers * [1 / self.workers]
 
     def background(self, channel: Channel) -> Executor:
         """The channel's own thread, which does what it is given in order, while this one computes."""
@@ -109,15 +130,15 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """Replace a tensor by worker `root`'s, to the bit."""
+        """Replace a tensor by rank `root`'s, to the bit."""
 
     @abc.abstractmethod
     def allgather_object(self, value: Any) -> list[Any]:
-        """Everyone's small picklable object, in rank order."""
+        """Every rank's small picklable object, in rank order."""
 
     @abc.abstractmethod
     def combine(self, word: int) -> int:
-        """The bitwise or of everyone's word (up to 63 bits)."""
+        """The bitwise or of every rank's word (up to 63 bits)."""
 
 
 class SoloCommunicator(Communicator):

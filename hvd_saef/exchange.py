@@ -162,7 +162,7 @@ class Exchange:
             for bucket_state in buckets:
                 e = wire = bucket_state.e
                 if wire_dtype is not None:
-                    most = torch.finfo(wire_dtype).max / self.communicator.size  # the sum must fit, too
+                    most = torch.finfo(wire_dtype).max / self.communicator.workers  # the sum must fit, too
                     wire = e.clamp(-most, most).to(wire_dtype)
                     e.sub_(wire)
                 self.communicator.allreduce_mean(wire, f"error.{bucket_state.bucket.index}")
@@ -216,7 +216,8 @@ class Exchange:
         bucket, settings = state.bucket, self.settings
         warmup = rounds < settings.warmup_steps
         compressor = Compression.none if warmup else bucket.compressor
-        rows = compressor.fused if bucket.device.type == "cpu" else None
+        alike = len(set(self.communicator.weights)) == 1
+        rows = compressor.fused if bucket.device.type == "cpu" and alike else None
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
@@ -244,11 +245,11 @@ class Exchange:
         shows = not self._averages_next(all_of_it, state)  # else the parameters are written once that is done
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
-        weight = 1.0 if trip.served or trip.wire else 1 / self.communicator.size
+        weights = [1.0] if trip.served or trip.wire else self.communicator.weights
         with self.statistics.phase("decode"):
             for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
                 shown = memory if shows else replace(memory, points=())
-                trip.rows.receive(shown, sent, payloads, weight)
+                trip.rows.receive(shown, sent, payloads, weights)
             if self.settings.feedback == "none":
                 state.e.zero_()
                 if state.s is not None:
@@ -281,7 +282,7 @@ class Exchange:
             communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
             return trip.sent
         size = trip.sent[state.mine].numel()
-        payloads = trip.lane.pieces("incoming", communicator.size * [size], state.bucket.device)
+        payloads = trip.lane.pieces("incoming", communicator.workers * [size], state.bucket.device)
         if state.sharded:
             communicator.alltoall(trip.sent, payloads)
         else:
@@ -296,7 +297,8 @@ class Exchange:
             return [payloads]
         state, device = trip.state, trip.state.bucket.device
         (answer,) = trip.lane.pieces("answer", [trip.sent[state.mine].numel()], device)
-        trip.rows.serve(payloads, 1 / len(payloads), trip.served, answer)
+        weights = [1.0] if trip.wire else self.communicator.weights  # what was averaged is one payload
+        trip.rows.serve(payloads, weights, trip.served, answer)
         if len(trip.sent) == 1:
             return [[answer]]
         self.communicator.doing[Channel.DOWN] = trip.what
@@ -305,7 +307,7 @@ class Exchange:
         return [[answer] for answer in answers]
 
     def _count(self, trip: Trip) -> None:
-        statistics, others = self.statistics, self.communicator.size - 1
+        statistics, others = self.statistics, self.communicator.workers - 1
         sizes = [piece.numel() for piece in trip.sent]
         total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
         if trip.wire:
@@ -319,4 +321,4 @@ class Exchange:
         statistics.ring_allreduce_bytes += self._ring(4 * trip.state.bucket.numel)
 
     def _ring(self, size: int) -> int:
-        return ring_bytes(self.communicator.size, size)
+        return ring_bytes(self.communicator.workers, size)

@@ -39,7 +39,7 @@ def average_gradients(
 
     Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
     """
-    alone = communicator.size == 1
+    alone = communicator.workers == 1
     for bucket in layout.buckets:
         flat = bucket.new_flat()
         gradients, views = [], []
@@ -63,5 +63,5 @@ def average_gradients(
             for slot in bucket.slots:
                 if slot.parameter.grad is not None:  # by rows, as an Embedding's is
                     slot.parameter.grad = slot.parameter.grad.to_sparse(min(1, slot.parameter.dim()))
-        statistics.dense_bytes_sent += ring_bytes(communicator.size, wire.nbytes)
-        statistics.ring_allreduce_bytes += ring_bytes(communicator.size, 4 * bucket.numel)
+        statistics.dense_bytes_sent += ring_bytes(communicator.workers, wire.nbytes)
+        statistics.ring_allreduce_bytes += ring_bytes(communicator.workers, 4 * bucket.numel)

@@ -123,7 +123,7 @@ class Origin:
             self._communicator.broadcast(slot.parameter, root)
 
     def _new_state(self, kept: Layout) -> State:
-        return State(kept, self._settings, self._communicator.rank, self._communicator.size)
+        return State(kept, self._settings, self._communicator.worker, self._communicator.workers)
 
     def _take_parameters(self, kept: Layout) -> None:
         state = self._modes.state or self._new_state(kept)
@@ -241,8 +241,8 @@ class Origin:
         communicator = self._communicator
         exported: dict[str, Any] = {
             "version": VERSION,
-            "rank": communicator.rank,
-            "workers": communicator.size,
+            "rank": communicator.worker,
+            "workers": communicator.workers,
         }
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done
@@ -275,7 +275,7 @@ class Origin:
         State.check(saved, kept)
         if saved["reached"] is not None:
             check_shapes("the training point", saved["reached"], kept)
-        workers = self._communicator.size
+        workers = self._communicator.workers
         if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
             raise misfit(
                 f"it was saved by {saved['workers']} workers and is loaded by {workers}, which drops errors; "
@@ -295,7 +295,7 @@ class Origin:
         self._serves = state.restore(saved)
         self._loaded_server_errors = saved["server_errors"]
         self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
-        self._own = self.consolidated or saved["rank"] == self._communicator.rank
+        self._own = self.consolidated or saved["rank"] == self._communicator.worker
         reached = saved["reached"]
         self._points = None if reached is None else [reached[slot.name] for slot in kept.slots]
         self._modes.local_steps_done = int(saved["local_steps_done"])

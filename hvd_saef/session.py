@@ -69,7 +69,7 @@ class Session:
         return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
 
     def _warn_of_large_block(self, layout: Layout) -> None:
-        workers = self.communicator.size
+        workers = self.communicator.workers
         if not self.settings.sharded(workers) or self.communicator.rank != 0:
             return
         share, name = layout.largest_share()

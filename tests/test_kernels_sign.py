@@ -265,12 +265,12 @@ def test_fused_rows_are_the_plain_rows(sizes: list[int], double: bool) -> None:
             memories = [Memory(blocks, x[k], e[k], s, [y[k]], 1.0, 0.3) for k in range(workers)]
             for k, memory in enumerate(memories):
                 rows.send(memory, payloads[k])
-            arrived, weight = list(payloads), 1 / workers
+            arrived, weights = list(payloads), workers * [1 / workers]
             if double:
-                rows.serve(arrived, weight, BlockedTensor(s, blocks), answer)
-                arrived, weight = [answer], 1.0
+                rows.serve(arrived, weights, BlockedTensor(s, blocks), answer)
+                arrived, weights = [answer], [1.0]
             for k, memory in enumerate(memories):
-                rows.receive(memory, payloads[k], arrived, weight)
+                rows.receive(memory, payloads[k], arrived, weights)
         return [x, e, s, y, payloads]
 
     fused = Compression.sign.fused

@@ -184,9 +184,9 @@ def a_round(rows: Any, compressor: TopKCompressor, m: Memory, shown: bool) -> li
     )
     rows.send(m, sent)
     PlainRows(compressor).send(Memory(m.blocks, m.x, m.x.roll(1), None, (), 0.0, 0.0), other)
-    rows.serve([sent, other, sent], 1 / 3, server, answer)
+    rows.serve([sent, other, sent], 3 * [1 / 3], server, answer)
     left = [m.e.clone()]
-    rows.receive(m, sent, [answer, other], 0.7)
+    rows.receive(m, sent, [answer, other], [0.7, 0.7])
     return [sent, answer, *left, server.flat, m.x, m.e, *m.points]
 
 

@@ -31,7 +31,8 @@ def check_dense_below(dense_below: object) -> None:
 class Fused(Protocol):
     """The rows of Algorithm 1 around C, each in one pass over memory: same bits as the plain ones.
 
-    Where a Memory has no points, `send` finds Δ in e already and `receive` writes no points.
+    Where a Memory has no points, `send` finds Δ in e already and `receive` writes no points. The weights
+    of one call are all the same number: where workers count differently, the plain rows are taken.
     """
 
     def send(self, memory: Memory, payload: Tensor) -> None:
@@ -40,11 +41,15 @@ class Fused(Protocol):
         The last may be left to :meth:`receive`, which always follows.
         """
 
-    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
-        """Row 5': D = s + Σ weight·C(Δ_k), in rank order; write u = C(D) into `answer`, and s ← D - u."""
+    def serve(
+        self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
+    ) -> None:
+        """Row 5': D = s + Σ weight_k·C(Δ_k), in rank order; write u = C(D) into `answer`, and s ← D - u."""
 
-    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
-        """Rows 6 and 2: x ← x - Σ weight·C(...), in rank order; points ← x - α·e - β·s.
+    def receive(
+        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
+        """Rows 6 and 2: x ← x - Σ weight_k·C(...), in rank order; points ← x - α·e - β·s.
 
         `sent` is what :meth:`send` wrote.
         """

@@ -124,16 +124,22 @@ class _FusedSign:
         else:
             kernels.native.sign_encode(m.e, runs, payload)
 
-    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
+    def serve(
+        self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
+    ) -> None:
         """See :meth:`Fused.serve`."""
         runs = self.compressor._table(s.blocks)
-        kernels.native.sign_encode(s.flat, runs, answer, payloads=payloads, weight=weight)
+        kernels.native.sign_encode(s.flat, runs, answer, payloads=payloads, weight=weights[0])
         kernels.native.sign_settle(s.flat, runs, answer)
 
-    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
+    def receive(
+        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
         """See :meth:`Fused.receive`."""
         m, runs = memory, self.compressor._table(memory.blocks)
-        kernels.native.sign_decode(m.x, runs, payloads, -weight, m.e, sent, m.s, m.alpha, m.beta, m.points)
+        kernels.native.sign_decode(
+            m.x, runs, payloads, -weights[0], m.e, sent, m.s, m.alpha, m.beta, m.points
+        )
 
 
 def _octets(bits: int) -> int:

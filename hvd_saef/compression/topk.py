@@ -171,15 +171,19 @@ class _FusedTopK:
         else:
             kernels.native.topk_encode(m.e, *given)
 
-    def serve(self, payloads: Sequence[Tensor], weight: float, s: BlockedTensor, answer: Tensor) -> None:
+    def serve(
+        self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
+    ) -> None:
         """See :meth:`Fused.serve`."""
         given = self.compressor._given(s.blocks, answer)
-        kernels.native.topk_encode(s.flat, *given, payloads=payloads, weight=weight)
+        kernels.native.topk_encode(s.flat, *given, payloads=payloads, weight=weights[0])
 
-    def receive(self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weight: float) -> None:
+    def receive(
+        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+    ) -> None:
         """See :meth:`Fused.receive`."""
         m, given = memory, self.compressor._given(memory.blocks, payloads)
-        kernels.native.topk_decode(m.x, *given, -weight, m.e, m.s, m.alpha, m.beta, m.points)
+        kernels.native.topk_decode(m.x, *given, -weights[0], m.e, m.s, m.alpha, m.beta, m.points)
 
 
 def _pages(size: int) -> int:
