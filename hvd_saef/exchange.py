@@ -170,15 +170,21 @@ class Exchange:
                     e.add_(wire)
                 self.statistics.averaging_bytes_sent += self._ring(wire.nbytes)
 
+    def whole_server_error(self, bucket_state: BucketState) -> Tensor | None:
+        """A bucket's s, flat, from the parts that the workers serve; None with single-way compression."""
+        s = bucket_state.s
+        if s is None or not bucket_state.sharded:
+            return s
+        whole = torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
+        stretches = [whole[part.start : part.stop].view(torch.uint8) for part in bucket_state.parts]
+        self.communicator.allgather(s.view(torch.uint8), stretches, Channel.DOWN)
+        return whole
+
     def whole_server_errors(self, state: State) -> dict[str, Any]:
-        """All of s, by parameter, on every worker, from the parts that they serve."""
+        """All of s, by parameter, on every worker."""
         whole: dict[str, Any] = {}
         for bucket_state in state.buckets:
-            s = bucket_state.s
-            if s is not None and bucket_state.sharded:
-                mine, s = s, torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
-                stretches = [s[part.start : part.stop].view(torch.uint8) for part in bucket_state.parts]
-                self.communicator.allgather(mine.view(torch.uint8), stretches, Channel.DOWN)
+            s = self.whole_server_error(bucket_state)
             if s is not None:
                 whole |= cut_stretches(bucket_state.bucket, s, 0)
         return whole

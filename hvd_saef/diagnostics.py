@@ -1,0 +1,202 @@
+"""What compression does to training, measured while it goes on: gradient mismatch, errors, C's quality.
+
+    monitor = hvd_saef.diagnostics.Monitor(optimizer, every=50, csv="mismatch.csv")
+
+and train as before. Squared Euclidean norms, without the paper's L² and σ², as in its Figure 3.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef import algorithm
+from hvd_saef.compression import BlockedTensor, Compression
+from hvd_saef.session import Session
+from hvd_saef.state import BucketState
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One round's numbers, the same on all workers: means over the workers k, sums over all parameters."""
+
+    round: float
+    """t, rounds completed before this one."""
+    mismatch_exact: float
+    """Mean of ‖x̃ - b_k‖² = ‖(1-β)·s + ē - α·e_k‖²: how far from x̃ the gradients are taken."""
+    mismatch_bound_ef: float
+    """The paper's bound for EF (Eq. 9), ‖s‖² + mean ‖e_k‖², whatever the feedback. Exact <= 2 bounds."""
+    mismatch_bound_saef: float
+    """For SAEF (Eq. 10), ‖s‖² + mean ‖e_k - ē‖²; right after an averaging it is ‖s‖² (Eq. 11)."""
+    server_error: float
+    """‖s‖²."""
+    error: float
+    """Mean of ‖e_k‖²."""
+    mean_error: float
+    """‖ē‖²; with `error_variance` below it, Proposition 1 says that stepping ahead pays."""
+    error_variance: float
+    """Mean of ‖e_k - ē‖²."""
+    update: float
+    """Mean of ‖b_k - y_k‖², the local updates, to compare errors with."""
+    delta: float
+    """C's δ (Eq. 14) on what workers send, the mean of 1 - ‖Δ_k - C(Δ_k)‖² / ‖Δ_k‖²."""
+
+    @property
+    def step_ahead_pays(self) -> bool:
+        """Proposition 1's condition: Var(e_k) <= ‖E e_k‖²."""
+        return self.error_variance <= self.mean_error
+
+
+NUMBERS = [field.name for field in fields(Measurement)]
+
+
+class Monitor:
+    """Measures every `every`-th round of a `hvd_saef.DistributedOptimizer`, within its step().
+
+    Collective: every worker makes one, with the same `every`. A measurement costs one allreduce of the
+    errors (4 bytes a float32 parameter by ring, as an error averaging), an allgather of s where the
+    server is sharded, an encoding and a few passes over memory; stats() does not count its bytes.
+    Nothing that it reads is changed: training gives the same bits with and without it.
+
+    `csv` is a file that rank 0 writes anew, a row a measurement; `tensorboard` a
+    `torch.utils.tensorboard.SummaryWriter` (or anything with its add_scalar), used on rank 0.
+    Raises ValueError with overlap=True, whose steps have no moment between local step and exchange,
+    and where gradients are averaged uncompressed, so that there is nothing to measure.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        every: int,
+        csv: str | os.PathLike[str] | None = None,
+        tensorboard: Any = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}: a whole number of rounds >= 1 is allowed.")
+        self._session: Session = optimizer._saef
+        if self._session.settings.overlap:
+            raise ValueError("overlap=True cannot be measured: wrap the optimizer with overlap=False.")
+        if self._session.averages_gradients:
+            raise ValueError("gradients are averaged uncompressed: there are no errors to measure.")
+        self._every, self._tensorboard = every, tensorboard
+        self._since: list[Measurement] = []
+        self._csv = Path(csv) if csv is not None and self._session.communicator.rank == 0 else None
+        if self._csv:
+            _append(self._csv, "w", NUMBERS)
+        self._hook = optimizer.register_step_post_hook(self._after_local_step)
+
+    def close(self) -> None:
+        """Measure no more. Collective, as making one is."""
+        self._hook.remove()
+
+    def means(self) -> dict[str, float]:
+        """The means of what was measured since the last call, by name; {} if nothing was. Local."""
+        taken, self._since = self._since, []
+        columns = zip(*map(astuple, taken), strict=True)
+        return {name: sum(column) / len(taken) for name, column in zip(NUMBERS, columns, strict=False)}
+
+    def _after_local_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        session = self._session
+        modes, state = session.modes, session.modes.state
+        if not optimizer._in_step or state is None or state.rounds % self._every:
+            return
+        if modes.local_steps_done != session.settings.local_steps - 1:
+            return
+        measurement = measure(session)
+        self._since.append(measurement)
+        if session.communicator.rank == 0:
+            if self._csv:
+                _append(self._csv, "a", astuple(measurement))
+            if self._tensorboard is not None:
+                for name, value in asdict(measurement).items():
+                    if name != "round":
+                        self._tensorboard.add_scalar(f"hvd_saef/{name}", value, int(measurement.round))
+
+
+@torch.no_grad()
+def measure(session: Session) -> Measurement:
+    """The numbers of the round under way, between its last local step and its exchange. Collective."""
+    state, settings, communicator = session.modes.state, session.settings, session.communicator
+    if state is None:
+        raise RuntimeError("nothing to measure before the first step.")
+    totals = dict.fromkeys((*NUMBERS, "sent", "lost"), 0.0)
+    for bucket_state in session.exchange.order(state):
+        e, s, mean = _errors(session, bucket_state)
+        off = mean - e
+        mismatch = mean - settings.alpha * e + (1 - settings.beta) * s
+        change, residual = _compressed(session, bucket_state, warmup=state.rounds < settings.warmup_steps)
+        totals["mismatch_exact"] += _squared(mismatch)
+        totals["server_error"] += _squared(s)
+        totals["error"] += _squared(e)
+        totals["mean_error"] += _squared(mean)
+        totals["error_variance"] += _squared(off)
+        totals["update"] += _squared(change)
+        totals["sent"] += _squared(change.add_(e))
+        totals["lost"] += _squared(residual)
+    totals["delta"] = 1 - totals.pop("lost") / sent if (sent := totals.pop("sent")) else 1.0
+    everyone = communicator.allgather_object(totals)
+    means = {name: sum(k[name] for k in everyone) / len(everyone) for name in NUMBERS}
+    means["mismatch_bound_ef"] = means["server_error"] + means["error"]
+    means["mismatch_bound_saef"] = means["server_error"] + means["error_variance"]
+    return Measurement(**means | {"round": float(state.rounds)})
+
+
+def _errors(session: Session, bucket_state: BucketState) -> tuple[Tensor, Tensor, Tensor]:
+    """This worker's e, the whole of s (0 with single-way compression), and ē, the mean of all e."""
+    mean = bucket_state.e.clone()
+    session.communicator.allreduce_mean(mean, f"diagnostics.{bucket_state.bucket.index}")
+    s = session.exchange.whole_server_error(bucket_state)
+    return bucket_state.e, torch.zeros_like(mean) if s is None else s, mean
+
+
+def _compressed(session: Session, bucket_state: BucketState, warmup: bool) -> tuple[Tensor, Tensor]:
+    """B - y, and Δ - C(Δ) as row 4 will have it."""
+    bucket = bucket_state.bucket
+    y, change = bucket.new_flat(), session.exchange.start_point(bucket_state)
+    if bucket.parameters:
+        torch._foreach_copy_(bucket.views(y), bucket.parameters)
+    residual = bucket_state.e.clone()
+    algorithm.add_update(residual, change, y)
+    compressor = Compression.none if warmup else bucket.compressor
+    (whole,) = bucket.parts(1)
+    payload = torch.empty(compressor.payload_bytes(whole.blocks), dtype=torch.uint8, device=bucket.device)
+    compressor.encode(BlockedTensor(residual, whole.blocks), payload)
+    return change, residual
+
+
+@contextmanager
+def auxiliary_point(optimizer: Any) -> Iterator[None]:
+    """`with auxiliary_point(optimizer):` the parameters are x̃ = x - (s + ē); afterwards where they were.
+
+    The paper's auxiliary point, to evaluate at. Collective at its beginning: one allreduce of the
+    errors, and an allgather of s where the server is sharded.
+    """
+    session: Session = optimizer._saef
+    with optimizer.consensus():
+        state = session.modes.state
+        if state is not None:
+            for bucket_state in session.exchange.order(state):
+                _, s, mean = _errors(session, bucket_state)
+                bucket_state.show(bucket_state.x - (s + mean))
+        try:
+            yield
+        finally:
+            if state is not None:
+                state.show_x()
+
+
+def _squared(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+def _append(path: Path, mode: str, row: Any) -> None:
+    with open(path, mode, newline="") as file:
+        csv.writer(file).writerow(row)
