@@ -127,8 +127,8 @@ def _source(path: Path | None) -> data.Data:
     return data.library_source(context=128, windows=3200)
 
 
-def _decoder(classes: int) -> nn.Module:
-    return Decoder(classes, context=128, width=192, layers=4, heads=6)
+def _decoder(width: int, classes: int) -> nn.Module:
+    return Decoder(classes, context=128, width=width, layers=4, heads=width // 32)
 
 
 SIGN_MOMENTUM = ("SGDM", "EF-SignSGDM-DC", "SAEF-SignSGDM-DC")
@@ -155,7 +155,7 @@ RESNET8_EIGHT = replace(RESNET8, name="resnet8-8", workers=8)
 DECODER = Task(
     "decoder",
     _source,
-    _decoder,
+    partial(_decoder, 128),
     epochs=6,
     batch=32,
     rate=8e-3,
@@ -164,6 +164,7 @@ DECODER = Task(
     weight_decay=0.1,
     evaluated=128,
 )
+LARGER_DECODER = replace(DECODER, name="decoder-3M", network=partial(_decoder, 256))
 DIGITS = Task("digits", _mnist, digits_network, epochs=3, rate=0.05, cuts=(2,), evaluated=1000)
 
 ADAM = (
@@ -218,6 +219,7 @@ PRESETS = {
                 Group(DECODER, ADAM, 2),
             ),
         ),
+        Preset("transformer", "a decoder of 3.3 M parameters, AdamW", (Group(LARGER_DECODER, ADAM, 3),)),
         Preset(
             "digits",
             "a minute, to see whether everything runs: MNIST",
