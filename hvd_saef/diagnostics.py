@@ -141,7 +141,7 @@ def measure(session: Session) -> Measurement:
         totals["update"] += _squared(change)
         totals["sent"] += _squared(change.add_(e))
         totals["lost"] += _squared(residual)
-    totals["delta"] = 1 - totals.pop("lost") / sent if (sent := totals.pop("sent")) else 1.0
+    totals["delta"] = 1 - totals["lost"] / totals["sent"] if totals["sent"] else 1.0
     everyone = communicator.allgather_object(totals)
     means = {name: sum(k[name] for k in everyone) / len(everyone) for name in NUMBERS}
     means["mismatch_bound_ef"] = means["server_error"] + means["error"]
@@ -174,10 +174,10 @@ def _compressed(session: Session, bucket_state: BucketState, warmup: bool) -> tu
 
 @contextmanager
 def auxiliary_point(optimizer: Any) -> Iterator[None]:
-    """`with auxiliary_point(optimizer):` the parameters are x̃ = x - (s + ē); afterwards where they were.
+    """Within `with`, the parameters are the paper's auxiliary point x̃ = x - (s + ē), to evaluate there.
 
-    The paper's auxiliary point, to evaluate at. Collective at its beginning: one allreduce of the
-    errors, and an allgather of s where the server is sharded.
+    Afterwards they are where they were. Collective at its beginning: one allreduce of the errors, and
+    an allgather of s where the server is sharded.
     """
     session: Session = optimizer._saef
     with optimizer.consensus():

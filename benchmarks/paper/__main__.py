@@ -1,4 +1,7 @@
-"""Runs the paper's experiments: python -m benchmarks.paper run small --data cifar10_subset.npz
+"""Runs the paper's experiments.
+
+    python -m benchmarks.paper list
+    python -m benchmarks.paper run small --data cifar10_subset.npz --at-once 2
 
 A preset is a list of runs, each of which trains one task by one method from one seed and writes one CSV,
 a row an epoch. Finished runs are skipped, interrupted ones go on from their last epoch. The K workers are
@@ -22,7 +25,8 @@ from tqdm import tqdm
 
 import hvd_saef
 from benchmarks.paper.presets import PRESETS, Piece
-from benchmarks.paper.training import finished, load, run
+from benchmarks.paper.rows import read
+from benchmarks.paper.training import load, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,24 +95,15 @@ def run_apart(args: argparse.Namespace, piece: Piece, cores: SimpleQueue[int]) -
     """One run in a process of its own on a core of its own; its log is beside its CSV."""
     core = cores.get()
     command = [sys.executable, "-m", "benchmarks.paper", "run", *args.presets, "--out", str(args.out)]
-    command += [
-        "--core",
-        str(core),
-        "--seeds",
-        str(piece.seed),
-        "--methods",
-        piece.method.name,
-        "--tasks",
-        piece.task.name,
-    ]
+    command += ["--tasks", piece.task.name, "--methods", piece.method.name, "--seeds", str(piece.seed)]
+    command += ["--core", str(core)]
     for option, value in (("--data", args.data), ("--tensorboard", args.tensorboard)):
         command += [option, str(value)] if value else []
     log = piece.file(args.out).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as stream:
-        code = subprocess.call(
-            command, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.call(command, stdout=stream, stderr=stream, env=environment)
     cores.put(core)
     if code == 0:
         log.unlink()
@@ -133,7 +128,7 @@ def main() -> int:
 
         hvd.init()
         rank = hvd.rank()
-    missing = [piece for piece in wanted(args) if not finished(piece, args.out)]
+    missing = [piece for piece in wanted(args) if len(read(piece.file(args.out))) < piece.task.epochs]
     if args.at_once == 1:
         for piece in missing:
             run_here(args, piece, visible=rank == 0)

@@ -10,21 +10,21 @@ import io
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Split(Dataset[Batch], ABC):
+class Split(ABC):
     """A training or test set. `classes` is the number of values a target can have."""
 
     classes: int
@@ -43,8 +43,8 @@ class Split(Dataset[Batch], ABC):
     def batch(self, indices: Sequence[int], generator: torch.Generator | None) -> Batch:
         """Inputs and targets; augmented with what `generator` draws if there is one."""
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """For torch's DataLoader: a batch at a time."""
+    def draw(self, indices: list[int]) -> Batch:
+        """Inputs and targets, augmented as :meth:`augment` said."""
         if self._drawn is None:
             return self.batch(indices, None)
         generator = torch.Generator().manual_seed(zlib.crc32(repr((*self._drawn, indices)).encode()))
@@ -189,8 +189,8 @@ def cifar(folder: Path, classes: int) -> Data:
     for name in (*train, test):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is not there. Get https://www.cs.toronto.edu/~kriz/{archive}, unpack it, and "
-                f"name the folder that holds {test}."
+                f"{folder / name} is not there. Get https://www.cs.toronto.edu/~kriz/{archive}, unpack it, "
+                f"and name the folder that holds {test}."
             )
     parts = [_binary(folder / name, labels) for name in train]
     images, truth = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -198,7 +198,7 @@ def cifar(folder: Path, classes: int) -> Data:
 
 
 def _binary(path: Path, labels: int) -> Batch:
-    """Records of `labels` bytes, the last of them the (fine) class, and 3072 of pixels, channel by channel."""
+    """Records of `labels` bytes, the last of them the (fine) class, and 3072 of pixels by channel."""
     content = np.fromfile(path, np.uint8)
     size = labels + 3072
     if content.size == 0 or content.size % size:
@@ -208,7 +208,11 @@ def _binary(path: Path, labels: int) -> Batch:
 
 
 def jpegs(path: Path) -> Data:
-    """A subset of CIFAR-10 as JPEGs in an .npz: `train_jpeg`, `train_offset`, `train_label`, the same for test."""
+    """A subset of CIFAR-10 as JPEGs in an .npz.
+
+    Image i of the training set is bytes train_offset[i] to train_offset[i + 1] of `train_jpeg`, its
+    class `train_label[i]`; the same for the test set.
+    """
     from PIL import Image
 
     with np.load(path) as archive:
@@ -218,7 +222,7 @@ def jpegs(path: Path) -> Data:
         content, offsets = arrays[f"{split}_jpeg"], arrays[f"{split}_offset"]
         images = [
             np.array(Image.open(io.BytesIO(content[start:stop].tobytes())).convert("RGB"))
-            for start, stop in zip(offsets, offsets[1:], strict=False)
+            for start, stop in pairwise(offsets)
         ]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         return pixels, torch.from_numpy(arrays[f"{split}_label"]).long()
@@ -264,6 +268,3 @@ def library_source(context: int, windows: int) -> Data:
         Text(b"".join(path.read_bytes() for path in files if path not in set(held_out)), context, windows),
         Text(b"".join(path.read_bytes() for path in held_out), context, 256),
     )
-
-
-Load = Callable[[Path | None], Data]

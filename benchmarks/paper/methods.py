@@ -40,7 +40,7 @@ class Method:
     @property
     def feeds_back(self) -> bool:
         """Whether there are errors, and so an auxiliary point x̃ other than x."""
-        return dict(self.arguments)["feedback"] != "none"
+        return bool(dict(self.arguments)["feedback"] != "none")
 
     @property
     def local_steps(self) -> int:

@@ -44,7 +44,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, inputs, H, W] → [N, 4·width, H/stride, W/stride]."""
-        return functional.relu(self.shortcut(images) + self.body(images))
+        changed: Tensor = self.body(images)
+        return functional.relu(self.shortcut(images) + changed)
 
 
 def resnet_cifar(depth: int, classes: int) -> nn.Module:
@@ -107,7 +108,8 @@ class DecoderLayer(nn.Module):
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         tokens = tokens + self.mixed(seen.transpose(1, 2).reshape(n, length, width))
-        return tokens + self.mlp(self.mlp_norm(tokens))
+        changed: Tensor = self.mlp(self.mlp_norm(tokens))
+        return tokens + changed
 
 
 class Decoder(nn.Module):

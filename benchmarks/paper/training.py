@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import csv
-import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,52 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 import hvd_saef
 from benchmarks.paper.data import Batch, Data, Split
 from benchmarks.paper.presets import Piece, Task
+from benchmarks.paper.rows import Row, write
 from hvd_saef.communicator import Communicator, find_communicator
-from hvd_saef.diagnostics import NUMBERS, Monitor, auxiliary_point
+from hvd_saef.diagnostics import Monitor, auxiliary_point
 
 EVALUATED_AT_ONCE = 250
 CALIBRATION_BATCHES = 8
+BATCHES_AHEAD = 2
 _building = threading.Lock()
-
-
-@dataclass
-class Row:
-    """A run after an epoch; None where a number does not exist. No times: a row is the same on any machine."""
-
-    task: str
-    method: str
-    seed: int
-    epoch: int
-    training_loss: float
-    """At x, as the two numbers below."""
-    test_loss: float
-    test_accuracy: float
-    auxiliary_training_loss: float | None
-    """At x̃, as the two numbers below."""
-    auxiliary_test_loss: float | None
-    auxiliary_test_accuracy: float | None
-    bytes_sent: float
-    """By a worker since the start, the mean over workers."""
-    float32_bytes: float
-    """What a float32 ring allreduce would have sent by now."""
-    mismatch_exact: float | None = None
-    """This and what follows: the means over the epoch of `hvd_saef.diagnostics.Measurement`."""
-    mismatch_bound_ef: float | None = None
-    mismatch_bound_saef: float | None = None
-    server_error: float | None = None
-    error: float | None = None
-    mean_error: float | None = None
-    error_variance: float | None = None
-    update: float | None = None
-    delta: float | None = None
-
-
-MEASURED = [name for name in NUMBERS if name != "round"]
 
 
 @lru_cache(maxsize=1)
@@ -88,21 +54,23 @@ class Run:
         self.monitor = Monitor(self.optimizer, self.task.diagnose_every) if piece.method.feeds_back else None
         self.training = copy.copy(data.train)  # augmented; evaluation's is not
         self.steps = len(data.train) // self.task.batch
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def resume(self, checkpoint: Path) -> None:
         """Load the last epoch's checkpoint, if there is one. Collective."""
         if any(self.workers.allgather_object((checkpoint / "manifest.json").exists())):
-            self.rows = hvd_saef.load_checkpoint(checkpoint, self.model, self.optimizer)["rows"]
+            saved = hvd_saef.load_checkpoint(checkpoint, self.model, self.optimizer)["rows"]
+            self.rows = [Row(**row) for row in saved]
 
-    def epochs(self, checkpoint: Path, after_step: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    def epochs(self, checkpoint: Path, after_step: Callable[[], None]) -> Iterator[Row]:
         """Train what is missing: a row for each epoch, saved before it is given. Collective."""
         for epoch in range(len(self.rows), self.task.epochs):
             before = self._bytes()
             self._train(epoch, after_step)
             self.optimizer.flush()
             self.rows.append(self._row(epoch + 1, before))
-            hvd_saef.save_checkpoint(checkpoint, self.model, self.optimizer, rows=self.rows)
+            rows = [asdict(row) for row in self.rows]
+            hvd_saef.save_checkpoint(checkpoint, self.model, self.optimizer, rows=rows)
             yield self.rows[-1]
 
     def _train(self, epoch: int, after_step: Callable[[], None]) -> None:
@@ -117,39 +85,35 @@ class Run:
             self.optimizer.step()
             after_step()
 
-    def _batches(self, epoch: int) -> DataLoader[Batch]:
-        """This worker's share of each batch; the batches are the same for all methods."""
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        """This worker's share of each batch; the batches are the same for all methods.
+
+        A thread prepares some ahead: decoding runs outside of Python's lock, and MPI does not like forks.
+        """
         share, rank = self.task.batch // self.workers.size, self.workers.rank
         generator = torch.Generator().manual_seed(1_000_003 * self.piece.seed + epoch)
         order = torch.randperm(len(self.training), generator=generator).tolist()
         starts = range(rank * share, self.steps * self.task.batch, self.task.batch)
         lists = [order[start : start + share] for start in starts]
-        return DataLoader(
-            self.training, batch_sampler=lists, collate_fn=_as_it_is, num_workers=self.task.loaders
-        )
+        with ThreadPoolExecutor(1) as ahead:
+            coming: deque[Future[Batch]] = deque()
+            for indices in lists:
+                coming.append(ahead.submit(self.training.draw, indices))
+                if len(coming) > BATCHES_AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
-    def _row(self, epoch: int, before: dict[str, float]) -> dict[str, Any]:
-        at_x = self._evaluate(epoch)
-        auxiliary: tuple[float | None, ...] = (None, None, None)
-        if self.piece.method.feeds_back:
+    def _row(self, epoch: int, before: dict[str, float]) -> Row:
+        numbers: dict[str, Any] = self._evaluate()
+        if self.monitor:
             with auxiliary_point(self.optimizer):
-                auxiliary = self._evaluate(epoch)
-        counted = {
-            name: value - before[name] + (self.rows[-1][name] if self.rows else 0.0)
-            for name, value in self._bytes().items()
-        }
-        measured = self.monitor.means() if self.monitor else {}
-        row = Row(
-            self.task.name,
-            self.piece.method.name,
-            self.piece.seed,
-            epoch,
-            *at_x,
-            *auxiliary,
-            **counted,
-            **{name: measured[name] for name in MEASURED if measured},
-        )
-        return asdict(row)
+                numbers |= {f"auxiliary_{name}": value for name, value in self._evaluate().items()}
+            numbers |= self.monitor.means()
+            numbers.pop("round", None)
+        for name, value in self._bytes().items():  # as counted since the optimizer was made
+            numbers[name] = value - before[name] + (getattr(self.rows[-1], name) if self.rows else 0.0)
+        return Row(self.task.name, self.piece.method.name, self.piece.seed, epoch, **numbers)
 
     def _bytes(self) -> dict[str, float]:
         stats = self.optimizer.stats()
@@ -161,7 +125,7 @@ class Run:
         }
 
     @torch.no_grad()
-    def _evaluate(self, epoch: int) -> tuple[float, float, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Training loss, test loss and test accuracy where the parameters are."""
         first = range(self.workers.rank, len(self.data.train), self.workers.size)
         calibration = [list(first[i : i + 32]) for i in range(0, 32 * CALIBRATION_BATCHES, 32)]
@@ -171,7 +135,7 @@ class Run:
         self.model.eval()
         training_loss, _ = self._measure(self.data.train, self.task.evaluated)
         test_loss, accuracy = self._measure(self.data.test, None)
-        return training_loss, test_loss, accuracy
+        return {"training_loss": training_loss, "test_loss": test_loss, "test_accuracy": accuracy}
 
     def _measure(self, split: Split, most: int | None) -> tuple[float, float]:
         """Mean loss and accuracy over the first `most` examples, each worker taking its share."""
@@ -220,9 +184,9 @@ def run(
     for row in training.epochs(checkpoint, after_step if first else _nothing):
         if first:
             write(file, training.rows)
-            for name, value in row.items():
+            for name, value in asdict(row).items():
                 if scalars and isinstance(value, float):
-                    scalars.add_scalar(name, value, row["epoch"])
+                    scalars.add_scalar(name, value, row.epoch)
     if scalars:
         scalars.close()
     training.workers.allgather_object(None)  # everyone is done with the checkpoint
@@ -230,31 +194,10 @@ def run(
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def finished(piece: Piece, folder: Path) -> bool:
-    """Whether its CSV has all epochs."""
-    file = piece.file(folder)
-    return file.exists() and len(file.read_text().splitlines()) == 1 + piece.task.epochs
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The CSV of `rows`, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, file)
-
-
 def _writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)  # type: ignore[no-untyped-call]
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+    return SummaryWriter(folder)
 
 
 def _nothing() -> None:

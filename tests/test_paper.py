@@ -1,0 +1,280 @@
+"""The paper's experiments: names, schedules, data in original formats, runs that are killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hvd_saef
+from benchmarks.paper import data
+from benchmarks.paper.methods import parse
+from benchmarks.paper.networks import resnet50, resnet_cifar
+from benchmarks.paper.presets import CIFAR100, DECODER, IMAGENET, PRESETS, Piece
+from benchmarks.paper.rows import Row, read, write
+from benchmarks.paper.training import Run, load
+from tests.workers import together
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    assert dict(parse("SGDM").arguments) == {
+        "feedback": "none",
+        "compression": hvd_saef.Compression.none,
+    }
+    assert dict(parse("EF-SignSGDM-DC").arguments) == {
+        "feedback": "ef",
+        "double_compression": True,
+        "compression": hvd_saef.Compression.sign,
+    }
+    method = parse("SAEF-SGD-SC-TopK0.5% p=16 H=4 rate=2")
+    assert (method.optimizer, method.rate, method.local_steps, method.feeds_back) == ("SGD", 2.0, 4, True)
+    assert dict(method.arguments) == {
+        "feedback": "saef",
+        "double_compression": False,
+        "compression": hvd_saef.Compression.topk(0.005),
+        "averaging_period": 16,
+        "local_steps": 4,
+    }
+    assert dict(parse("SAEF-SignAdamW-DC beta=1").arguments)["server_step_ahead"] == 1.0
+    assert dict(parse("Local-AdamW").arguments) == {
+        "feedback": "ef",
+        "compression": hvd_saef.Compression.none,
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Sign",
+        "SAEF-SGDM",
+        "SAEF-SGDM-DC",
+        "SignSGDM",
+        "SGDM-DC",
+        "EF-SignSGDM-DC-TopK1%",
+        "Local-SignSGDM-DC",
+        "SGDM q=1",
+        "sgdm",
+    ],
+)
+def test_wrong_names(name: str) -> None:
+    with pytest.raises(ValueError, match="method '"):
+        parse(name)
+
+
+def test_presets() -> None:
+    """Every name is one, no two runs share a file, and the paper's schedules are as it says."""
+    for preset in PRESETS.values():
+        pieces = list(preset.pieces())
+        files = {piece.file(Path("out")) for piece in pieces}
+        assert len(files) == len(set(pieces)) == len(pieces)
+        assert all(piece.task.batch % piece.task.workers == 0 for piece in pieces)
+    assert (CIFAR100.epochs, CIFAR100.cuts, CIFAR100.batch, CIFAR100.rate) == (200, (100, 150), 128, 0.1)
+    assert (IMAGENET.epochs, IMAGENET.cuts, IMAGENET.batch) == (90, (30, 60), 256)
+    assert sum(p.numel() for p in resnet50(1000).parameters()) == 25_557_032
+    assert sum(p.numel() for p in resnet_cifar(56, 100).parameters()) == pytest.approx(0.86e6, rel=0.01)
+
+
+def test_schedules() -> None:
+    assert [CIFAR100.factor(epoch * 10, 10) for epoch in (0, 99, 100, 149, 150)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
+    factors = [DECODER.factor(step, 100) for step in range(600)]
+    assert factors[0] == pytest.approx(1 / 50)
+    assert max(factors) == factors[50] == 1
+    assert factors[50:] == sorted(factors[50:], reverse=True)
+    assert 0 < factors[-1] < 1e-4
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def write_cifar100(folder: Path, train: int = 256, test: int = 40) -> None:
+    """Random images in the original binary format: coarse label, fine label, 3072 pixels."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train.bin", train), ("test.bin", test)):
+        records = generator.integers(0, 256, (count, 3074), np.uint8)
+        records[:, 0] %= 20
+        records[:, 1] %= 100
+        (folder / name).write_bytes(records.tobytes())
+
+
+def test_cifar_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Get https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar"):
+        data.cifar(tmp_path, 100)
+    write_cifar100(tmp_path)
+    sets = data.cifar(tmp_path, 100)
+    content = np.fromfile(tmp_path / "test.bin", np.uint8).reshape(-1, 3074)
+    images, labels = sets.test.batch([3, 5], None)
+    assert labels.tolist() == content[[3, 5], 1].tolist()  # the fine one
+    assert isinstance(sets.test, data.Images)
+    pixels = (images * sets.test.deviation + sets.test.mean) * 255
+    expected = torch.tensor(content[[3, 5], 2:].reshape(2, 3, 32, 32), dtype=torch.float32)
+    torch.testing.assert_close(pixels, expected, atol=1e-3, rtol=0)
+    whole, _ = sets.train.batch(range(256), None)
+    assert whole.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (whole.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    (tmp_path / "test.bin").write_bytes(b"x" * 3000)
+    with pytest.raises(ValueError, match=r"test.bin has 3000 bytes"):
+        data.cifar(tmp_path, 100)
+
+
+def test_cifar10_labels(tmp_path: Path) -> None:
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        (tmp_path / name).write_bytes(bytes([7, *([1] * 3072)]))
+    sets = data.cifar(tmp_path, 10)
+    assert len(sets.train) == 5
+    assert sets.train.batch([4], None)[1].tolist() == [7]
+
+
+def test_augmentation() -> None:
+    """Every image is a crop of itself padded, mirrored or not; the same again for the same seed and epoch."""
+    images = torch.randint(1, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    split = data.Images(images, torch.arange(6), 6, torch.zeros(3), torch.full((3,), 1 / 255))
+    split.augment(0, 3)
+    drawn, labels = split.draw([1, 4, 1, 2])
+    assert labels.tolist() == [1, 4, 1, 2]
+    for image, number in zip(drawn, labels, strict=True):
+        padded = torch.nn.functional.pad(images[number].float(), [4] * 4)
+        crops = [
+            padded[:, y : y + 32, x : x + 32].flip(turned)
+            for y in range(9)
+            for x in range(9)
+            for turned in ((), (2,))
+        ]
+        assert any(torch.allclose(image, crop) for crop in crops)
+    assert torch.equal(split.draw([1, 4, 1, 2])[0], drawn)
+    split.augment(0, 4)
+    assert not torch.equal(split.draw([1, 4, 1, 2])[0], drawn)
+
+
+def test_source_text() -> None:
+    sets = data.library_source(context=16, windows=50)
+    inputs, targets = sets.train.batch([0, 49], torch.Generator().manual_seed(0))
+    assert inputs.shape == targets.shape == (2, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert b"import" in bytes(sets.train.bytes.numpy())  # type: ignore[attr-defined]
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def train(piece: Piece, path: Path, checkpoint: Path, epochs: int) -> list[Row]:
+    """Rows after so many more epochs, on the piece's own workers, from the checkpoint if there is one."""
+
+    def work(rank: int) -> list[Row]:
+        run = Run(piece, load(piece.task.load, path))
+        run.resume(checkpoint)
+        coming = run.epochs(checkpoint, lambda: None)
+        for _ in range(epochs):
+            next(coming)
+        return run.rows
+
+    everyone = together(piece.task.workers, work)
+    assert all(rows == everyone[0] for rows in everyone)
+    return everyone[0]
+
+
+def test_cifar100_preset(tmp_path: Path) -> None:
+    """ResNet-56 on data in the original format: two steps an epoch, a checkpoint, and on."""
+    write_cifar100(tmp_path)
+    piece = Piece(CIFAR100, parse("SAEF-SignSGDM-DC p=16"), 0)
+    assert piece in list(PRESETS["cifar100"].pieces())
+    first = train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    rows = train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    assert [row.epoch for row in rows] == [1, 2]
+    assert rows[0] == first[0]
+    assert rows[1].bytes_sent == pytest.approx(2 * rows[0].bytes_sent)
+    assert rows == train(piece, tmp_path, tmp_path / "uninterrupted", 2)
+
+
+def test_imagenet_preset(tmp_path: Path) -> None:
+    """ResNet-50 on a folder of images, with a small batch."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (60 + 7 * i, 80, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
+    task = next(PRESETS["imagenet"].pieces()).task
+    piece = Piece(replace(task, batch=8), parse("SAEF-SignSGDM-DC"), 0)
+    first = train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    rows = train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    assert rows[0] == first[0]
+    assert [row.epoch for row in rows] == [1, 2]
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        data.image_folder(tmp_path / "train")
+
+
+def test_wrong_number_of_workers() -> None:
+    piece = next(PRESETS["digits"].pieces())
+    with pytest.raises(ValueError, match="4 workers are wanted, 2 run"):
+        together(2, lambda rank: Run(piece, data.mnist()))
+
+
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
+    rows = [Row("t", "SGDM", 0, 1, 0.1, 0.2, 1 / 3, bytes_sent=1e9, float32_bytes=2.0), Row("t", "m", 1, 2)]
+    write(tmp_path / "a.csv", rows)
+    assert str(read(tmp_path / "a.csv")) == str(rows)
+    assert read(tmp_path / "b.csv") == []
+
+
+COMMAND = [sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "run", "digits", "--seeds", "1"]
+COMMAND += ["--methods", "SAEF-SignSGDM-DC", "--out"]
+CSV = Path("digits", "SAEF-SignSGDM-DC-seed1.csv")
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """Killed at random moments, it ends with the same CSV, and nothing else, as undisturbed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*COMMAND, str(folder)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    undisturbed = start(tmp_path / "a")
+    assert undisturbed.wait(120) == 0
+    kills = 0
+    for _ in range(20):
+        process = start(tmp_path / "b")
+        while not (tmp_path / "b" / CSV).exists() and process.poll() is None:
+            time.sleep(0.01)
+        try:
+            code = process.wait(3 * random.random() if kills < 4 else 120)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert code == 0
+        break
+    assert len(read(tmp_path / "a" / CSV)) == 3
+    assert (tmp_path / "a" / CSV).read_bytes() == (tmp_path / "b" / CSV).read_bytes()
+    assert [path.name for path in (tmp_path / "b" / "digits").iterdir()] == [CSV.name]
+
+
+def test_finished_runs_are_skipped(tmp_path: Path) -> None:
+    """A finished CSV is left alone; `--at-once` trains what is missing."""
+    piece = Piece(next(PRESETS["digits"].pieces()).task, parse("SGDM"), 0)
+    rows = [Row("digits", "SGDM", 0, epoch) for epoch in range(1, piece.task.epochs + 1)]
+    write(piece.file(tmp_path), rows)
+    before = piece.file(tmp_path).stat().st_mtime_ns
+    command = [*COMMAND[:-5], "--methods", "SGDM", "EF-SignSGDM-DC", "--seeds", "0", "--at-once", "2"]
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=120)
+    assert piece.file(tmp_path).stat().st_mtime_ns == before
+    assert len(read(tmp_path / "digits" / "EF-SignSGDM-DC-seed0.csv")) == 3
+    assert sorted(path.suffix for path in (tmp_path / "digits").iterdir()) == [".csv", ".csv"]
