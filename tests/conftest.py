@@ -9,8 +9,23 @@ import pytest
 
 from hvd_saef import kernels
 
-BOTH = {"test_compression", "test_compressor", "test_oracle", "test_simulation", "test_precision"}
-"""Files of tests about the arithmetic's bits: they run with the kernels and on the twins."""
+BOTH = {
+    f"test_{name}"
+    for name in (
+        "averaging",
+        "checkpoint",
+        "compression",
+        "compressor",
+        "invariants",
+        "modes",
+        "oracle",
+        "overlap",
+        "precision",
+        "resume",
+        "simulation",
+    )
+}
+"""Files of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Runs tests/mpi/checks.py under mpirun with 1 to 4 ranks, and quick jobs under horovodrun."""
+"""Runs tests/mpi/checks.py by mpirun with 1 to 4 ranks, once on the twins, and quick jobs by horovodrun."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.mpi.checks import CHECKS
 
 
 @cache
-def report(ranks: int) -> dict[str, list[str]]:
+def report(ranks: int, arithmetic: str) -> dict[str, list[str]]:
     """What failed in a job of `ranks` ranks, check by check; run once a process."""
     output = Path(mkdtemp()) / "report.json"
     command = [
@@ -37,16 +37,19 @@ def report(ranks: int) -> dict[str, list[str]]:
         "tests.mpi.checks",
         str(output),
     ]
-    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    environment = ENVIRONMENT | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     found: dict[str, list[str]] = json.loads(output.read_text())
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("ranks", "arithmetic"), [*((ranks, "kernels") for ranks in (1, 2, 3, 4)), (2, "twins")]
+)
 @pytest.mark.parametrize("name", CHECKS)
-def test_check(name: str, ranks: int) -> None:
-    assert report(ranks)[name] == []
+def test_check(name: str, ranks: int, arithmetic: str) -> None:
+    assert report(ranks, arithmetic)[name] == []
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
