@@ -44,11 +44,11 @@ class Memory:
     parameters: list[Tensor]
     constants: list[Tensor]
     momentum: list[Tensor]
-    passes: int = 1
-    """What a backward costs, in passes over the parameters."""
+    rows: int = 0
+    """Of the batch that backward multiplies for each parameter."""
 
     @classmethod
-    def of(cls, shapes: Sequence[Shape], seed: int, passes: int) -> Memory:
+    def of(cls, shapes: Sequence[Shape], seed: int, rows: int) -> Memory:
         """Memory for these shapes; `seed` makes the loss's constants, one for each rank."""
         own = torch.Generator().manual_seed(seed)
         constants = [torch.randn(shape, generator=own) for shape in shapes]
@@ -56,7 +56,7 @@ class Memory:
             [torch.empty(shape) for shape in shapes],
             constants,
             [torch.zeros(shape) for shape in shapes],
-            passes,
+            rows,
         )
 
     def reset(self) -> None:
@@ -70,7 +70,7 @@ class Memory:
         self, wrap: Callable[[StandIn, torch.optim.Optimizer], tuple[torch.nn.Module, Any]]
     ) -> Trainer:
         """A model over this memory, with momentum SGD, wrapped by `wrap`."""
-        model = StandIn(self.parameters, self.constants, self.passes)
+        model = StandIn(self.parameters, self.constants, self.rows)
         wrapped, optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9))
         for parameter, momentum in zip(model.parameters(), self.momentum, strict=True):
             optimizer.state[parameter]["momentum_buffer"] = momentum

@@ -1,4 +1,7 @@
-"""Models in the shapes of real ones whose backward costs one pass: what is left of a step is the exchange."""
+"""Models in the shapes of real ones whose backward costs one pass: what is left of a step is the exchange.
+
+With `rows`, backward costs what a real one costs as well: a product of matrices for each parameter.
+"""
 
 from __future__ import annotations
 
@@ -50,22 +53,22 @@ SHAPES: dict[str, Callable[[], list[Shape]]] = {
 
 
 class Inner(torch.autograd.Function):
-    """<parameter, constant>, of which only the backward is computed: `passes` passes over the parameter."""
+    """<parameter, constant>, of which only the backward is computed."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, constant: Tensor, passes: int) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, constant: Tensor, batch: Tensor) -> Tensor:
         """A zero: the forward costs nothing."""
-        ctx.save_for_backward(constant)
-        ctx.passes = passes
+        ctx.save_for_backward(constant, batch)
         return parameter.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The constant, times what comes from above."""
-        (constant,) = ctx.saved_tensors
-        for _ in range(ctx.passes):
-            product = constant * gradients[0]
-        return product, None, None
+        """The constant, times what comes from above; and the work of a weight gradient for the batch's rows."""
+        constant, batch = ctx.saved_tensors
+        matrix = constant.flatten(1) if constant.dim() > 1 else constant[None]
+        if len(batch):  # outputs' gradients, transposed, times inputs: what the product holds does not matter
+            torch.mm(batch[:, : matrix.shape[0]].T, batch[:, : matrix.shape[1]])
+        return constant * gradients[0], None, None
 
 
 class StandIn(nn.Module):
@@ -74,16 +77,17 @@ class StandIn(nn.Module):
     Gradients become complete one parameter after the other, the last first, as a real model's do.
     """
 
-    def __init__(self, memory: list[Tensor], constants: list[Tensor], passes: int = 1) -> None:
+    def __init__(self, memory: list[Tensor], constants: list[Tensor], rows: int = 0) -> None:
         super().__init__()
         self.parts = nn.ParameterList(nn.Parameter(tensor.detach()) for tensor in memory)
         self.constants = constants
-        self.passes = passes
+        widest = max(max(len(tensor), tensor[0].numel()) for tensor in memory)
+        self.batch = torch.ones(rows, widest)
 
     def forward(self) -> Tensor:
         """The loss."""
         parts = [
-            Inner.apply(parameter, constant, self.passes)
+            Inner.apply(parameter, constant, self.batch)
             for parameter, constant in zip(self.parts, self.constants, strict=True)
         ]
         return torch.stack(parts).sum()

@@ -3,8 +3,8 @@
     launch/horovodrun.sh -np 2 python benchmarks/step.py
     mpirun -np 2 python benchmarks/step.py --model transformer --methods local sign-dc hvd
 
-Backward costs one pass over the parameters, the optimizer is momentum SGD: what is left is the exchange. In
-each round every method has a turn of some steps, so that what else the machine does hits all alike. Results
+Backward costs one pass over the parameters (with --rows the products of matrices of a real one as well), the
+optimizer is momentum SGD: what is left is the exchange. In each round every method has a turn of some steps, so that what else the machine does hits all alike. Results
 are medians over rounds. One thread a rank. `benchmarks/cluster.py` runs this between hosts with slow links.
 """
 
@@ -102,7 +102,7 @@ class Turns:
     def __init__(self, args: argparse.Namespace, shapes: list[Shape]) -> None:
         self.args = args
         self.shapes = shapes
-        self.memory = Memory.of(shapes, hvd.rank() + 1, args.passes)
+        self.memory = Memory.of(shapes, hvd.rank() + 1, args.rows)
         self.kept: dict[Method, Trainer] = {}
         self.steps: dict[Method, int] = {}
         self.idle = 0.0
@@ -187,7 +187,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each method")
     parser.add_argument("--steps", type=int, default=8, help="of a turn, at most (but whole periods)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, about: fewer steps if slow")
-    parser.add_argument("--passes", type=int, default=1, help="over the parameters in a backward: its cost")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="of the batch that backward multiplies: its cost besides one pass"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "step" / "step.csv", help="the CSV; table and plot beside"
     )

@@ -70,7 +70,7 @@ def test_shapes(model: str, tensors: int, elements: int) -> None:
 def test_the_stand_ins_gradients_come_one_by_one() -> None:
     shapes = SHAPES["tiny"]()
     constants = [torch.randn(shape) for shape in shapes]
-    model = StandIn([torch.randn(shape) for shape in shapes], constants, passes=2)
+    model = StandIn([torch.randn(shape) for shape in shapes], constants, rows=2)
     order: list[int] = []
     for number, parameter in enumerate(model.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p, number=number: order.append(number))
