@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.mpi.launch import ENVIRONMENT, ROOT
@@ -28,33 +29,34 @@ CANNOT_PASS = {
     "test_no_named_parameters": APART,
     "test_sparse_embeddings": APART,
     "test_force_allreduce": "constructs an optimizer of newer torches in a way it does not take",
+    "test_synchronize_step_warning": "warns of gradients averaged twice; compressed training averages none",
     "test_optimizer_no_named_parameters": "reads a private attribute of Horovod's class",
 }
 
 
-def fetch(source: str, folder: Path) -> Path:
-    """Clone Horovod, put our optimizer into its tests, and return their file."""
-    clone = [
-        "git",
-        "-c",
-        "advice.detachedHead=false",
-        "clone",
-        "-q",
-        "--depth",
-        "1",
-        "-b",
-        TAG,
-        source,
-        str(folder),
-    ]
-    subprocess.run(clone, check=True, env=ENVIRONMENT | {"GIT_LFS_SKIP_SMUDGE": "1"})
-    file = folder / FILE
+def clone(source: str, folder: Path) -> None:
+    """Horovod's repository at the tag."""
+    command = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth", "1", "-b", TAG]
+    subprocess.run(
+        [*command, source, str(folder)], check=True, env=ENVIRONMENT | {"GIT_LFS_SKIP_SMUDGE": "1"}
+    )
+
+
+def put_ours(file: Path, changes: Sequence[tuple[str, str]]) -> None:
+    """Change what a script of Horovod's says, each change at least once."""
     text = file.read_text()
-    for theirs, ours in OURS:
+    for theirs, ours in changes:
         if theirs not in text:
-            raise SystemExit(f"{FILE} does not hold {theirs!r}: it is not Horovod's at {TAG}.")
+            raise SystemExit(f"{file} does not hold {theirs!r}: it is not Horovod's at {TAG}.")
         text = text.replace(theirs, ours)
     file.write_text(text)
+
+
+def fetch(source: str, folder: Path) -> Path:
+    """Clone Horovod, put our optimizer into its tests, and return their file."""
+    clone(source, folder)
+    file = folder / FILE
+    put_ours(file, OURS)
     (file.parent / "mock.py").write_text("from unittest.mock import *\n")  # Python has it
     return file
 
