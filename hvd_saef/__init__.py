@@ -19,6 +19,7 @@ from hvd_saef.errors import (
     WorkerError,
 )
 from hvd_saef.optimizer import DistributedOptimizer
+from hvd_saef.preemption import GracefulStop
 from hvd_saef.simulation import run_workers
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigurationMismatchError",
     "ConsensusError",
     "DistributedOptimizer",
+    "GracefulStop",
     "NonFiniteUpdateError",
     "SaefError",
     "StalledExchangeError",

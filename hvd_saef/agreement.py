@@ -32,6 +32,8 @@ class Word(enum.IntFlag):
     """A gradient here holds a NaN or an infinity."""
     UNDER_WAY = 16
     """With overlap=True: updates of this round are on the wire already."""
+    STOP = 32
+    """A signal came here: let us stop after this step."""
 
 
 def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:

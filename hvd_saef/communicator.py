@@ -113,6 +113,10 @@ class Communicator(abc.ABC):
         for thread in self._threads.values():
             thread.shutdown()
 
+    def finish(self) -> None:
+        """Wait for all workers: the last thing that they do together before they leave."""
+        self.combine(0)
+
     @abc.abstractmethod
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
         """Everyone's payload, worker k's into out[k], which is of its size."""
@@ -274,6 +278,17 @@ class MpiCommunicator(Communicator):
         self._wait(Channel.WORDS, request, "the agreement of all ranks")
         self._watch.tidy()
         return int(all_of_them[0])
+
+    def finish(self) -> None:
+        """Where these are all ranks, also end Horovod and MPI: once it is ended, `python -m mpi4py` takes
+        an exit code for what it is, and not for a failure on which to abort the job.
+        """
+        if MPI.Is_finalized():  # by another optimizer's
+            return
+        super().finish()
+        if self.size == MPI.COMM_WORLD.Get_size():
+            hvd.shutdown()
+            MPI.Finalize()
 
 
 @cache

@@ -48,6 +48,10 @@ class Session:
         self._skip_synchronize = self._synchronized = False
         self.origin = Origin(communicator, settings, self.modes)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
+        self.wants_to_stop = False
+        """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
+        self.stop_agreed = False
+        """Some worker's word said so: all workers know it since the same step."""
 
     # -- what there is ------------------------------------------------------------------------------
 
@@ -172,9 +176,12 @@ class Session:
             word |= Word.ANCHOR
         if self.overlap and self.overlap.under_way:
             word |= Word.UNDER_WAY
+        if self.wants_to_stop:
+            word |= Word.STOP
         self.communicator.doing[Channel.WORDS] = f"round {self.origin.rounds + 1}"
         with self.statistics.phase("agreement"):
             combined = agree(self.communicator, word, failure)
+            self.stop_agreed |= Word.STOP in combined
             try:
                 self._decide(combined, failure)
             except Exception:
