@@ -3,7 +3,8 @@
     with Hosts(4, "1gbit") as hosts:
         hosts.run(hosts.mpirun(["python", "train.py"]), timeout=600)
 
-Host k is a namespace with the address 10.77.0.(k+1) on its eth0, a host name hk and a TMPDIR of its own.
+Host k is a namespace with the address 10.77.0.(k+1) on its eth0, a host name hk, by which the others find it,
+and a TMPDIR of its own.
 Each eth0 ends in a bridge in one more namespace, so nothing of this is seen in the machine's own network.
 Both ends of each link hold the rate (tc-tbf). Needs root, iproute2 and util-linux; `why_not()` says what is
 missing.
@@ -34,6 +35,8 @@ NETWORK = "10.77.0"
 INTERFACE = "eth0"
 LATENCY = "50ms"
 """The longest that tbf lets a packet wait before it drops it."""
+ETC = Path("/etc/netns")
+"""Files in a folder of the namespace's name stand for those in /etc, inside."""
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -86,6 +89,7 @@ def _remove(name: str) -> None:
                     os.kill(pid, end)
             time.sleep(0.1)
     subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    shutil.rmtree(ETC / name, ignore_errors=True)
 
 
 def _processes(name: str) -> list[int]:
@@ -162,9 +166,15 @@ class Hosts:
                 _do("ip", "-n", namespace, "link", "set", name, "up")
             self._limit(inside, INTERFACE)
             self._limit(switch, port)
+            (ETC / inside).mkdir(parents=True)
+            (ETC / inside / "hosts").write_text(self._known_hosts())
             (self.folder / host).mkdir()
         self.agent.write_text(self._agent_script())
         self.agent.chmod(0o755)
+
+    def _known_hosts(self) -> str:
+        pairs = zip(self.addresses, self.names, strict=True)
+        return "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for address, name in pairs)
 
     def _limit(self, namespace: str, interface: str) -> None:
         if self.rate == "unlimited":

@@ -169,7 +169,7 @@ if [ -e "$venv/lib/libmpi.so" ]; then
 fi
 say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
-pip install -q --no-build-isolation --config-settings editable_mode=compat -e "$root[dev]"
+pip install -q --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
 "$venv/bin/python" -c 'import hvd_saef, horovod.torch' || die "the environment in $venv does not import hvd_saef"
 echo "$stamp" >"$venv/.hvd_saef"
 say "ready: $venv"

@@ -2,19 +2,29 @@
 # horovodrun with what it needs to start on Open MPI 4 and 5, as root or not, with more ranks than cores.
 #
 #   launch/horovodrun.sh -np 4 python train.py
+#   HOSTS=node1:4,node2:4 INTERFACE=ib0 launch/horovodrun.sh python train.py
 #
 # All arguments are horovodrun's. Horovod 0.28.1 passes its binding options in the form of Open MPI 4,
 # which Open MPI 5 takes for the name of a program; --binding-args says the same in a form both know.
+# Other hosts are reached by ssh without a password, and must see the checkout under the same path.
 set -euo pipefail
 
+# --- settings, also from the environment; MODULES and VENV: see environment.sh --------------------------
+HOSTS=${HOSTS:-}           # name:slots,name:slots (a slot is a rank); empty: this machine, or horovodrun's -H
+INTERFACE=${INTERFACE:-}   # the network interface that all hosts have in common; empty: horovodrun finds it
+# ---------------------------------------------------------------------------------------------------------
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# An environment that is active already goes first, then the one of this checkout.
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ]; then PATH=$root/.venv/bin:$PATH; fi
+# shellcheck source=launch/environment.sh
+. "$root/launch/environment.sh"
 command -v horovodrun >/dev/null || { echo "horovodrun.sh: no horovodrun: run launch/bootstrap.sh first" >&2; exit 1; }
 
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-# Ranks that wait give way to ranks that compute, and each rank computes with one thread unless told otherwise.
-export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+options=(--binding-args="--bind-to none --map-by slot")
+if [ -n "$HOSTS" ]; then
+  # A rank for each slot, unless -np comes later and says otherwise.
+  ranks=$(tr ',' '\n' <<<"$HOSTS" | awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum }')
+  options+=(-np "$ranks" -H "$HOSTS")
+fi
+if [ -n "$INTERFACE" ]; then options+=(--network-interface "$INTERFACE"); fi
 
-exec horovodrun --binding-args="--bind-to none --map-by slot" "$@"
+exec horovodrun "${options[@]}" "$@"

@@ -1,0 +1,21 @@
+"""A job in which rank 1 fails while the others wait for it: `raise` an exception, or `die` by SIGKILL."""
+
+import os
+import signal
+import sys
+
+import horovod.torch as hvd
+import torch
+
+import hvd_saef
+
+hvd.init()
+parameter = torch.nn.Parameter(torch.zeros(5))
+optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
+for step in range(1000):
+    if (hvd.rank(), step) == (1, 3):
+        if sys.argv[1] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("this rank's disk is gone")
+    parameter.grad = torch.ones(5)
+    optimizer.step()
