@@ -3,7 +3,9 @@ NP ?= 4
 ARGS ?=
 export PYTHON
 
-.PHONY: setup train test lint format clean
+SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
+
+.PHONY: setup train test test-cluster lint format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -11,13 +13,18 @@ setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 train: setup  ## the quick start on NP ranks: make train NP=4 ARGS="--epochs 6"
 	launch/horovodrun.sh -np $(NP) python benchmarks/quickstart.py $(ARGS)
 
-test: setup  ## all tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup tests
+test: setup  ## all tests but those of test-cluster
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup --ignore=tests/cluster tests
 
-lint: setup  ## ruff and mypy
+test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster
+
+lint: setup  ## ruff, mypy, shellcheck and hadolint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck -x $(SCRIPTS)
+	.venv/bin/hadolint Dockerfile.gpu
 
 format: setup  ## let ruff rewrite what it can
 	.venv/bin/ruff check --fix .

@@ -5,7 +5,7 @@
 
 On SIGUSR1 or SIGTERM to any rank, all ranks save after the same step and exit with code 75; started again,
 the job goes on from there. It ends with the same parameters, to the bit, as one that was never stopped, and
-prints their hash. What a script needs for that: everything that the next step depends on is in the checkpoint.
+prints their hash. What a script needs for that: all that the next step depends on is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def hash_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    hashes = set(hvd.allgather_object(digest.hexdigest()))
+    hashes: set[str] = set(hvd.allgather_object(digest.hexdigest()))
     if len(hashes) > 1:
         raise RuntimeError(f"x differs between ranks: {sorted(hashes)}")
     return hashes.pop()

@@ -280,8 +280,9 @@ class MpiCommunicator(Communicator):
         return int(all_of_them[0])
 
     def finish(self) -> None:
-        """Where these are all ranks, also end Horovod and MPI: once it is ended, `python -m mpi4py` takes
-        an exit code for what it is, and not for a failure on which to abort the job.
+        """Wait for all workers; where these are all ranks, also end Horovod and MPI.
+
+        Once MPI is ended, `python -m mpi4py` does not take an exit code for a failure to abort the job on.
         """
         if MPI.Is_finalized():  # by another optimizer's
             return

@@ -14,6 +14,7 @@ parameter = torch.nn.Parameter(torch.zeros(5))
 optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
 for step in range(1000):
     if (hvd.rank(), step) == (1, 3):
+        print("fails now", flush=True)
         if sys.argv[1] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError("this rank's disk is gone")

@@ -168,7 +168,11 @@ class Slurm:
 
     def _variables(self) -> dict[str, str]:
         return {
-            **{name: value for name, value in ENVIRONMENT.items() if not name.startswith(("SLURM_", "PRTE_", "OMPI_MCA_rmaps"))},
+            **{
+                name: value
+                for name, value in ENVIRONMENT.items()
+                if not name.startswith(("SLURM_", "PRTE_", "OMPI_MCA_rmaps"))
+            },
             "SLURM_CONF": f"{self.folder}/h0/slurm.conf",
             "TMPDIR": f"{self.hosts.folder}/h0",
         }
@@ -190,11 +194,15 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", str(number), check=True)))
 
     def let_run(self, number: int) -> None:
-        """Start a job that was queued again at once: SLURM makes it wait for two minutes."""
+        """Start a job that was queued again within seconds; SLURM by itself makes it wait for two minutes.
+
+        Part of that wait is needed: a node takes no job that it was told to end in the same second.
+        """
         deadline = time.monotonic() + 30
-        while self.job(number)["JobState"] not in ("PENDING", "RUNNING") and time.monotonic() < deadline:
+        while self.job(number)["JobState"] != "PENDING" and time.monotonic() < deadline:
             time.sleep(0.2)
-        self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+        time.sleep(2.5)
+        self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", check=True)
 
     def wait(self, number: int, timeout: float = 120) -> Mapping[str, str]:
         """The same, once the job has ended. Raises TimeoutError, after cancelling it."""
@@ -205,4 +213,3 @@ class Slurm:
                 raise TimeoutError(f"job {number} is {job['JobState']} after {timeout} s")
             time.sleep(0.2)
         return job
-
