@@ -194,7 +194,13 @@ class Hosts:
             for host, address in zip(self.names, self.addresses, strict=True)
         )
         return f"""#!/bin/sh
-while case $1 in -*) true ;; *) false ;; esac; do shift; done
+while :; do
+  case $1 in
+    -o|-p|-i|-l) shift 2 ;;
+    -*) shift ;;
+    *) break ;;
+  esac
+done
 case ${{1#*@}} in
 {cases}
   *) echo "no such host: $1" >&2; exit 255 ;;

@@ -2,11 +2,12 @@
 # Makes an environment in which hvd_saef runs: torch, an MPI, mpi4py and Horovod built
 # against it, and hvd_saef itself. Safe to run again: it does only what is missing.
 #
-#   launch/bootstrap.sh [--cuda] [--venv DIR]
+#   launch/bootstrap.sh [--cuda] [--venv DIR] [--dependencies]
 #
 #   --cuda      build Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL); needs CUDA and NCCL.
 #               UNTRIED: no GPU was at hand.
 #   --venv DIR  where the environment goes (default: .venv in this checkout)
+#   --dependencies  all but hvd_saef itself: a container's layer that changes seldom; needs this file only
 #
 # Environment:
 #   PYTHON      interpreter to start from (default: python3). If it has torch already,
@@ -25,6 +26,7 @@ TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 cuda=no
+dependencies=no
 
 die() { echo "bootstrap: $*" >&2; exit 1; }
 say() { echo "bootstrap: $*" >&2; }
@@ -33,8 +35,9 @@ while [ $# -gt 0 ]; do
   case $1 in
     --cuda) cuda=yes ;;
     --venv) [ $# -ge 2 ] || die "--venv needs a folder"; venv=$2; shift ;;
-    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) die "unknown option $1 (allowed: --cuda, --venv DIR)" ;;
+    --dependencies) dependencies=yes ;;
+    -h|--help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) die "unknown option $1 (allowed: --cuda, --venv DIR, --dependencies)" ;;
   esac
   shift
 done
@@ -150,8 +153,9 @@ build_horovod() {
 }
 
 check_tools
-stamp=$(stamp_of)
-if [ "$(cat "$venv/.hvd_saef" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+stamp=
+if [ "$dependencies" = no ]; then stamp=$(stamp_of); fi
+if [ -n "$stamp" ] && [ "$(cat "$venv/.hvd_saef" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 make_venv
 PATH=$venv/bin:$PATH
@@ -167,6 +171,7 @@ if [ -e "$venv/lib/libmpi.so" ]; then
   relocate "$site/mpi4py" ../../..
   relocate "$site/horovod/torch" ../../../../..
 fi
+if [ "$dependencies" = yes ]; then say "ready for hvd_saef: $venv"; exit 0; fi
 say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
 pip install -q --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"

@@ -23,8 +23,10 @@ STEPS = 9
 
 
 def training(**options: Any) -> tuple[nn.Module, Any]:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.3, 0.3, generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return model, hvd_saef.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), model=model, **options
