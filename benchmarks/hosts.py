@@ -185,7 +185,7 @@ class Hosts:
 
     @property
     def agent(self) -> Path:
-        """A script called as ssh is: an address, and a command to run there."""
+        """A script called as ssh is: options, an address, options, and a command to run there."""
         return self.folder / "agent.sh"
 
     def _agent_script(self) -> str:
@@ -194,18 +194,18 @@ class Hosts:
             for host, address in zip(self.names, self.addresses, strict=True)
         )
         return f"""#!/bin/sh
+address=
 while :; do
   case $1 in
-    -o|-p|-i|-l) shift 2 ;;
+    -[oipl]) shift 2 ;;
     -*) shift ;;
-    *) break ;;
+    *) if [ -n "$address" ]; then break; fi; address=${{1#*@}}; shift ;;
   esac
 done
-case ${{1#*@}} in
+case $address in
 {cases}
-  *) echo "no such host: $1" >&2; exit 255 ;;
+  *) echo "no such host: $address" >&2; exit 255 ;;
 esac
-shift
 export TMPDIR="{self.folder}/$host"
 exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $*"
 """

@@ -1,4 +1,4 @@
-"""launch/mpirun.sh and launch/horovodrun.sh with a list of hosts, which are reached by ssh: a stand-in here."""
+"""mpirun.sh and horovodrun.sh of launch/, with a list of hosts that a stand-in for ssh reaches."""
 
 from __future__ import annotations
 
