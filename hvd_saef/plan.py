@@ -107,7 +107,7 @@ class Method:
     ratio: float = 1.0
     """Of Top-K."""
     double: bool = True
-    """Double-way compression, sharded from three workers on; False is single-way."""
+    """Double-way compression with a sharded server; False is single-way."""
     averaging_period: int | None = None
 
     @property
@@ -143,7 +143,7 @@ class Method:
     def bytes_sent(self, sizes: Sequence[int], workers: int) -> float:
         """Bytes that a worker sends a step, the mean over workers and steps, without protocol overhead."""
         ring = 2 * (workers - 1) / workers
-        if self.dense or (self.double and workers > 2):
+        if self.dense or self.double:
             sent = ring * self.payload(sizes)
         else:
             sent = (workers - 1) * self.payload(sizes)
@@ -163,12 +163,11 @@ class Method:
             found[self.wire.replace("fp", "float")] = size
             found["message"] = 2 * (workers - 1)
             return found
-        sharded = self.double and workers > 2
-        decoded = (2 if sharded else workers + self.double) * size
-        found[f"{self.wire}_encode"] = size * (1 + (1 / workers if sharded else self.double))
+        decoded = (2 if self.double else workers) * size  # the server's K payloads of 1/K, and the answers
+        found[f"{self.wire}_encode"] = size * (1 + self.double / workers)
         found[f"{self.wire}_decode"] = decoded * (self.ratio if self.wire == "topk" else 1)
         buckets = math.ceil(4 * size / Settings.bucket_bytes)
-        found["message"] = buckets * (workers - 1) * (2 if sharded else 1) + 2 * math.ceil(math.log2(workers))
+        found["message"] = buckets * (workers - 1) * (1 + self.double) + 2 * math.ceil(math.log2(workers))
         if self.averaging_period:
             found["float32"] = size / self.averaging_period
             found["message"] += 2 * (workers - 1) / self.averaging_period
