@@ -20,6 +20,7 @@ from hvd_saef.errors import (
 )
 from hvd_saef.optimizer import DistributedOptimizer
 from hvd_saef.preemption import GracefulStop
+from hvd_saef.process_sets import process_sets
 from hvd_saef.simulation import run_workers
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "WorkerError",
     "common_steps",
     "load_checkpoint",
+    "process_sets",
     "recalibrate_batchnorm",
     "run_workers",
     "save_checkpoint",

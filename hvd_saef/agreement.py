@@ -63,7 +63,7 @@ def check_configuration(communicator: Communicator, layout: Layout) -> None:
         values = [items.get(key, "(missing)") for items in flattened]
         if len({repr(value) for value in values}) > 1:
             raise ConfigurationMismatchError(
-                f"workers disagree on {key}: {_who_has_what(values)}. Make it the same on all of them."
+                f"workers disagree on {key}: {who_has_what(values)}. Make it the same on all of them."
             )
     raise ConfigurationMismatchError("workers disagree on the order of their parameters.")
 
@@ -71,18 +71,37 @@ def check_configuration(communicator: Communicator, layout: Layout) -> None:
 def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice: str) -> None:
     """Raise ConsensusError on all workers unless x has the same bits everywhere. Collective.
 
-    Costs a hash of x and one gather of 16 bytes a worker.
+    Costs a hash of x and one gather of 16 bytes a rank.
     """
-    digests = {name: _digest(tensor) for name, tensor in x.items()}
-    together = hashlib.blake2b("".join(digests.values()).encode(), digest_size=16).hexdigest()
+    digests, together = _digests(x)
     if len(set(communicator.allgather_object(together))) == 1:
         return
     everyone = communicator.allgather_object(digests)
     for name in digests:
         values = [theirs[name] for theirs in everyone]
         if len(set(values)) > 1:
-            raise ConsensusError(f"x differs between workers in {name!r}: {_who_has_what(values)}. {advice}")
+            raise ConsensusError(f"x differs between workers in {name!r}: {who_has_what(values)}. {advice}")
     raise ConsensusError(f"x differs between workers. {advice}")
+
+
+def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advice: str) -> None:
+    """Raise ConsensusError on all ranks unless `state` has the same bits on each worker's ranks. Collective.
+
+    Costs a hash of the state and one gather of 16 bytes a rank, where workers have several ranks.
+    """
+    if communicator.workers == communicator.size:
+        return
+    digests, together = _digests(state)
+    summary = communicator.allgather_object(together)
+    if all(len({summary[rank] for rank in group}) == 1 for group in communicator.groups):
+        return
+    everyone = communicator.allgather_object(digests)
+    for group in communicator.groups:
+        for name in {name: None for rank in group for name in everyone[rank]}:
+            values = [everyone[rank].get(name, "(missing)") for rank in group]
+            if len(set(values)) > 1:
+                who = who_has_what(values, group)
+                raise ConsensusError(f"{name} differs between the ranks of one worker: {who}. {advice}")
 
 
 def common_steps(steps: int, process_set: Any = None) -> int:
@@ -99,6 +118,12 @@ def common_steps(steps: int, process_set: Any = None) -> int:
         raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
     communicator, _ = find_communicator(process_set)
     return int(min(communicator.allgather_object(int(steps))))
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
+    """A hash of each, and one of all."""
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    return digests, hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:
@@ -122,9 +147,10 @@ def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
     return items
 
 
-def _who_has_what(values: Sequence[Any]) -> str:
+def who_has_what(values: Sequence[Any], whose: Sequence[int] | None = None) -> str:
+    """Which ranks have which value, in words; values[i] is rank whose[i]'s, or rank i's."""
     ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in zip(range(len(values)) if whose is None else whose, values, strict=True):
         ranks.setdefault(repr(value), []).append(rank)
     return ", ".join(
         f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"

@@ -15,7 +15,7 @@ import pickle
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache, cached_property
 from types import TracebackType
@@ -76,6 +76,8 @@ class Communicator(abc.ABC):
     """This rank's number among all that take part."""
     size: int
     """The number of these."""
+    ranks: Sequence[int]
+    """What the launcher calls them."""
 
     @property
     def worker(self) -> int:
@@ -91,6 +93,28 @@ class Communicator(abc.ABC):
     def weights(self) -> Sequence[float]:
         """What each worker's payload counts in a mean over workers: K numbers with the sum 1."""
         return self.workers * [1 / self.workers]
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """The ranks of each worker."""
+        return [[rank] for rank in range(self.size)]
+
+    @property
+    def node(self) -> Communicator:
+        """The ranks of this worker, among which gradients are averaged; here it is alone."""
+        return SoloCommunicator()
+
+    def passed_on(self, sizes: Iterable[int]) -> int:
+        """How much this rank sends to its worker's others of pieces of such sizes from other workers."""
+        return 0
+
+    @abc.abstractmethod
+    def part(self, ranks: Sequence[int]) -> Communicator:
+        """A communicator of these of the ranks, with this one among them. Collective over them."""
+
+    @abc.abstractmethod
+    def find_hosts(self) -> list[list[int]]:
+        """The ranks by the host that they run on. Collective."""
 
     def background(self, channel: Channel) -> Executor:
         """The channel's own thread, which does what it is given in order, while this one computes."""
@@ -108,10 +132,17 @@ class Communicator(abc.ABC):
         """The round (and bucket) that a channel's calls are for, for messages about who does not arrive."""
         return {}
 
+    @cached_property
+    def kin(self) -> dict[Any, Communicator]:
+        """Others made of this one, which end with it."""
+        return {}
+
     def close(self) -> None:
         """End the background threads."""
         for thread in self._threads.values():
             thread.shutdown()
+        for other in self.kin.values():
+            other.close()
 
     def finish(self) -> None:
         """Wait for all workers: the last thing that they do together before they leave."""
@@ -148,7 +179,13 @@ class Communicator(abc.ABC):
 class SoloCommunicator(Communicator):
     """One worker, alone."""
 
-    rank, size = 0, 1
+    rank, size, ranks = 0, 1, (0,)
+
+    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
+        return self
+
+    def find_hosts(self) -> list[list[int]]:  # noqa: D102
+        return [[0]]
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         copy_pieces([payload], out)
@@ -170,13 +207,17 @@ class SoloCommunicator(Communicator):
 
 
 class MpiCommunicator(Communicator):
-    """The ranks of a Horovod process set: payloads by mpi4py, means by Horovod's allreduce."""
+    """Some ranks: payloads by mpi4py, means by Horovod's allreduce.
+
+    `ranks` are MPI's and Horovod's; messages about who does not arrive call them by `names`.
+    """
 
     process_set: Any
     """Horovod's, of these ranks."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    def __init__(self, ranks: Sequence[int], names: Sequence[int] | None = None) -> None:
         world, patience = MPI.COMM_WORLD, Patience.of_environment()
+        self.ranks = ranks
 
         def create() -> tuple[Any, dict[Channel, Any]]:
             # Create_group involves the set's ranks alone; Split or Dup would need every rank.
@@ -187,8 +228,22 @@ class MpiCommunicator(Communicator):
         _arrivals(patience).wait(created.done, f"creation {ranks}", "hvd_saef.DistributedOptimizer", ranks)
         own, self._mpi = created.result()
         self.rank, self.size = own.Get_rank(), own.Get_size()
-        self._watch = Watch(own, patience)
+        self._watch = Watch(own, patience, names)
         say_goodbye_at_exit(self._watch, MPI.Is_finalized)
+
+    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
+        if len(ranks) == 1:
+            return SoloCommunicator()
+        key = tuple(self.ranks[rank] for rank in ranks), tuple(ranks)
+        if key not in _of_parts:
+            _of_parts[key] = MpiCommunicator(*key)
+        return _of_parts[key]
+
+    def find_hosts(self) -> list[list[int]]:  # noqa: D102
+        shares = self._mpi[Channel.WORDS].Split_type(MPI.COMM_TYPE_SHARED)
+        first = self.allgather_object(shares.bcast(self.rank))
+        shares.Free()
+        return [[rank for rank in range(self.size) if first[rank] == host] for host in sorted(set(first))]
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         self._move(
@@ -313,6 +368,7 @@ def copy_pieces(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 _here = threading.local()
 _of_process_sets: dict[tuple[int, ...], MpiCommunicator] = {}
+_of_parts: dict[tuple[tuple[int, ...], tuple[int, ...]], MpiCommunicator] = {}
 
 
 def set_thread_communicator(communicator: Communicator | None) -> None:

@@ -169,6 +169,7 @@ class Exchange:
                 if wire is not e:
                     e.add_(wire)
                 self.statistics.averaging_bytes_sent += self._ring(wire.nbytes)
+                self.statistics.node_bytes_sent += self._passed_on_of_mean(wire)
 
     def whole_server_error(self, bucket_state: BucketState) -> Tensor | None:
         """A bucket's s, flat, from the parts that the workers serve; None with single-way compression."""
@@ -318,13 +319,21 @@ class Exchange:
         total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
         if trip.wire:
             statistics.dense_bytes_sent += self._ring(total)
+            statistics.node_bytes_sent += self._passed_on_of_mean(trip.sent[0].view(trip.wire))
         elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
             statistics.payload_bytes_sent += total - own + others * own
             statistics.payload_bytes_received += others * own + total - own
+            answers = [size for k, size in enumerate(sizes) if k != trip.state.mine]
+            statistics.node_bytes_sent += self.communicator.passed_on(others * [own] + answers)
         else:
             statistics.payload_bytes_sent += others * total
             statistics.payload_bytes_received += others * total
+            statistics.node_bytes_sent += self.communicator.passed_on(others * [total])
         statistics.ring_allreduce_bytes += self._ring(4 * trip.state.bucket.numel)
+
+    def _passed_on_of_mean(self, mean: Tensor) -> int:
+        alone = self.communicator.workers == 1
+        return 0 if alone else self.communicator.passed_on([mean.numel()]) * mean.itemsize
 
     def _ring(self, size: int) -> int:
         return ring_bytes(self.communicator.workers, size)

@@ -1,4 +1,4 @@
-"""Gradients: sparse ones made ready for the local step; and their means, Horovod's own arithmetic."""
+"""Gradients: sparse ones made ready for the local step; and their means, over a node or all workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.communicator import Communicator
-from hvd_saef.layout import Layout
+from hvd_saef.layout import Bucket, Layout
 from hvd_saef.statistics import Statistics, ring_bytes
 
 
@@ -29,6 +29,62 @@ def takes_sparse_only(optimizer: torch.optim.Optimizer) -> bool:
 def values(gradient: Tensor) -> Tensor:
     """The gradient itself, or the values that a sparse one has: in its memory."""
     return gradient._values() if gradient.is_sparse else gradient
+
+
+@torch.no_grad()
+def pack(bucket: Bucket) -> Tensor:
+    """A bucket's gradients in x's dtype, zero where there is none, and for each slot whether there is one."""
+    flat = torch.empty(bucket.numel + len(bucket.slots), dtype=bucket.dtype, device=bucket.device)
+    gradients, views = [], []
+    for slot, there in zip(bucket.slots, flat[bucket.numel :], strict=True):
+        gradient = slot.parameter.grad
+        there.fill_(gradient is not None)
+        if gradient is None:
+            slot.view(flat).zero_()
+        else:
+            gradients.append(gradient.to_dense())  # itself, if it is dense
+            views.append(slot.view(flat))
+    if gradients:
+        torch._foreach_copy_(views, gradients)
+    return flat
+
+
+@torch.no_grad()
+def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
+    """The mean of several ranks' :func:`pack` into the gradients; what no rank has stays as it is."""
+    gradients, views = [], []
+    for slot, there in zip(bucket.slots, flat[bucket.numel :].tolist(), strict=True):
+        if there == 0:
+            continue
+        parameter = slot.parameter
+        if as_sparse:
+            parameter.grad = slot.view(flat).to(parameter.dtype).to_sparse(min(1, parameter.dim()))
+            continue
+        if parameter.grad is None or parameter.grad.is_sparse:
+            parameter.grad = torch.empty_like(parameter)
+        gradients.append(parameter.grad)
+        views.append(slot.view(flat))
+    if gradients:
+        torch._foreach_copy_(gradients, views)
+
+
+def average_on_node(node: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool) -> None:
+    """Replace every gradient by the mean over a worker's ranks, in full precision. Collective over them.
+
+    A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them.
+    """
+    for bucket in reversed(layout.buckets):
+        if bucket.numel:
+            with statistics.phase("node"):
+                flat = pack(bucket)
+                average_bucket(node, statistics, bucket, flat)
+                unpack(bucket, flat, as_sparse)
+
+
+def average_bucket(node: Communicator, statistics: Statistics, bucket: Bucket, flat: Tensor) -> None:
+    """The mean of what :func:`pack` gave. Collective over the node."""
+    node.allreduce_mean(flat, f"node.{bucket.index}")
+    statistics.node_bytes_sent += ring_bytes(node.size, flat.nbytes)
 
 
 @torch.no_grad()

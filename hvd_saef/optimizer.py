@@ -24,8 +24,9 @@ from hvd_saef.arguments import (
 from hvd_saef.communicator import find_communicator
 from hvd_saef.compression import Compression
 from hvd_saef.modes import ModelHooks
+from hvd_saef.nodes import Workers, find_workers, groups_of
 from hvd_saef.session import Session
-from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings
+from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
 
 
 def DistributedOptimizer(
@@ -57,6 +58,8 @@ def DistributedOptimizer(
     overlap: bool = False,
     on_nonfinite: OnNonfinite = "raise",
     check_consensus_every: int = 0,
+    worker: Workers = "rank",
+    weights: Weights = "equal",
 ) -> Any:
     """Wrap `optimizer` so that each step exchanges compressed updates with step-ahead error feedback.
 
@@ -97,7 +100,13 @@ def DistributedOptimizer(
             torch's step hooks then fire once a bucket. After an error in a step, errors and momentum are
             those of a step half taken (x is not): load a checkpoint.
         on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all.
-        check_consensus_every: rounds between two checks that x has the same bits on all workers; 0 is off.
+        check_consensus_every: rounds between two checks that x has the same bits on all workers, and a
+            worker's state on all its ranks; 0 is off.
+        worker: what a worker is. "rank", or "node": all ranks of a host, whose gradients are averaged in
+            full precision before each local step, so that e, momentum and the rest are the node's. Or a list
+            of groups of ranks, as Horovod process sets or lists of Horovod's ranks. Needs
+            `hvd.init(process_sets=hvd_saef.process_sets())`.
+        weights: "equal", for workers of the same number of ranks, or "ranks": each counts by its number.
 
     Returns:
         An instance of the wrapped optimizer's class, with the methods of :class:`SaefMethods`.
@@ -124,6 +133,8 @@ def DistributedOptimizer(
         overlap=overlap,
         on_nonfinite=on_nonfinite,
         check_consensus_every=check_consensus_every,
+        worker=groups_of(worker),
+        weights=weights,
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
     )
@@ -136,6 +147,8 @@ def DistributedOptimizer(
     if not included:  # as with Horovod, a rank outside the process set trains alone
         settings = dataclasses.replace(Settings(feedback="none"), sparse_as_dense=sparse_as_dense)
         choose = compressor_chooser(Compression.none)
+
+    communicator = find_workers(communicator, settings)
 
     wrapped = _share(optimizer)
     session = Session(optimizer, names, choose, settings, communicator)
@@ -162,7 +175,8 @@ class SaefMethods:
     def synchronize(self) -> None:
         """Horovod's recipe for clipping. The gradients seen after it are this worker's own.
 
-        Only with feedback="none" and a dense compressor does it average them, as Horovod does.
+        A worker of several ranks has their mean (collective). With feedback="none" and a dense compressor
+        it is the mean over all workers, as Horovod's.
         """
         self._saef.synchronize()
 
@@ -213,8 +227,10 @@ class SaefMethods:
 
         rounds, skipped (steps); payload_bytes_sent and _received, averaging_bytes_sent,
         dense_bytes_sent; ring_allreduce_bytes, what a float32 ring allreduce would have sent in the
-        same rounds; compression_ratio, that over all bytes sent; error_norm and server_error_norm
-        (Euclidean, of e and of the part of s that is here); seconds_<phase>.
+        same rounds; compression_ratio, that over all bytes sent. These are between workers, of all of this
+        worker's ranks together; node_bytes_sent is what this rank sent to the others of its worker.
+        error_norm and server_error_norm (Euclidean, of e and of the part of s that is here);
+        seconds_<phase>.
         """
         return self._saef.stats()
 

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from hvd_saef import kernels
-from hvd_saef.agreement import Word, agree, check_consensus, raise_failure
+from hvd_saef.agreement import Word, agree, check_consensus, check_workers, raise_failure
 from hvd_saef.communicator import Channel, Communicator
-from hvd_saef.errors import NonFiniteUpdateError
+from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
-from hvd_saef.gradients import average_gradients, prepare_sparse, takes_sparse_only, values
+from hvd_saef.gradients import (
+    average_gradients,
+    average_on_node,
+    prepare_sparse,
+    takes_sparse_only,
+    values,
+)
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin
@@ -112,14 +118,14 @@ class Session:
         if self._agree(word, failure):
             self.statistics.skipped += 1
             return loss
-        if self.averages_gradients and not self._skip_synchronize:
+        if not self._skip_synchronize and not (self.overlap and self.overlap.under_way):
             if self._synchronized:
                 warnings.warn(
                     "step() after synchronize() averages the gradients again: take it within "
                     "`with optimizer.skip_synchronize():`.",
                     stacklevel=3,
                 )
-            average_gradients(self.communicator, self.statistics, self.layout, takes_sparse_only(self.inner))
+            self._average()
         self._synchronized = False
         with self.statistics.phase("local_step"):
             if self.overlap:
@@ -163,10 +169,14 @@ class Session:
             gradient = slot.parameter.grad
             if gradient is None or not gradient.is_sparse:
                 continue
-            if self.averages_gradients and self.communicator.size > 1 and not self.settings.sparse_as_dense:
+            averaged = self.communicator.node.size > 1 or (
+                self.averages_gradients and self.communicator.size > 1
+            )
+            if averaged and not self.settings.sparse_as_dense:
                 raise TypeError(
-                    f"the gradient of {slot.name!r} is sparse, and with feedback='none' and a dense "
-                    "compressor it is dense ones that are averaged: pass sparse_as_dense=True."
+                    f"the gradient of {slot.name!r} is sparse, and where gradients are averaged (over a "
+                    "worker's ranks, or with feedback='none' and a dense compressor) they are dense: pass "
+                    "sparse_as_dense=True."
                 )
             prepare_sparse(slot.parameter, self.inner, self.settings.sparse_as_dense)
 
@@ -200,6 +210,10 @@ class Session:
                     "sent updates already: load before the forward pass."
                 )
             self.origin.settle(self.layout, self.kept)
+            self._check_worker(
+                "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, or load "
+                "the same state on all of them."
+            )
         if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
             self._raise_nonfinite()
 
@@ -244,6 +258,26 @@ class Session:
             with self.statistics.phase("agreement"):
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
+                self._check_worker(
+                    "Gradients are averaged over them, so something else changed on one: a learning rate, a "
+                    "gradient between synchronize() and step(), or memory. Load a checkpoint."
+                )
+
+    def _check_worker(self, advice: str) -> None:
+        """Raise ConsensusError on all ranks if the ranks of a worker differ in its state. Collective."""
+        state = {} if self.modes.state is None else self.modes.state.own()
+        for slot in self.layout.slots:
+            for key, value in sorted(self.inner.state.get(slot.parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    state[f"{key} of {slot.name!r}"] = value
+        for i, group in enumerate(self.inner.param_groups):
+            numbers = [float(v) for v in group.values() if isinstance(v, (int, float, Tensor))]
+            state[f"parameter group {i}"] = torch.tensor(numbers, dtype=torch.float64)
+        try:
+            check_workers(self.communicator, state, advice)
+        except ConsensusError:
+            self.origin.settled = False  # what comes next agrees anew
+            raise
 
     def _refuse_under_way(self, what: str) -> None:
         if self.overlap and self.overlap.under_way:
@@ -281,7 +315,7 @@ class Session:
 
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
-        if self.averages_gradients:
+        if self.averages_gradients or self.communicator.node.size > 1:
             failure: Exception | None = None
             try:
                 self.take_in()
@@ -289,8 +323,16 @@ class Session:
             except Exception as error:
                 failure = error
             self._agree(Word.NOTHING, failure)
-            average_gradients(self.communicator, self.statistics, self.layout, takes_sparse_only(self.inner))
+            self._average()
             self._synchronized = True
+
+    def _average(self) -> None:
+        """Average the gradients that are averaged: over the worker's ranks, over all workers. Collective."""
+        as_sparse = takes_sparse_only(self.inner)
+        if self.communicator.node.size > 1:
+            average_on_node(self.communicator.node, self.statistics, self.layout, as_sparse)
+        if self.averages_gradients:
+            average_gradients(self.communicator, self.statistics, self.layout, as_sparse)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Feedback = Literal["saef", "ef", "none"]
 Server = Literal["auto", "replicated", "sharded"]
 OnNonfinite = Literal["raise", "skip"]
+Weights = Literal["equal", "ranks"]
 
 MEBIBYTE = 1 << 20
 
@@ -50,6 +51,10 @@ class Settings:
     """A NaN or infinity in any worker's gradient: "raise" on all workers, or "skip" the step on all."""
     check_consensus_every: int = 0
     """Rounds between two checks that x has the same bits on all workers. 0 is off."""
+    worker: Literal["rank", "node"] | tuple[tuple[int, ...], ...] = "rank"
+    """What a worker is: a rank, the ranks of a host, or these groups of ranks. More ranks, fewer errors."""
+    weights: Weights = "equal"
+    """Whether workers count alike in means, or by their number of ranks."""
     backward_passes_per_step: int = 1
     """As in Horovod: backward passes whose gradients add up before a step."""
     sparse_as_dense: bool = False
@@ -59,6 +64,9 @@ class Settings:
         _choice("feedback", self.feedback, ("saef", "ef", "none"))
         _choice("server", self.server, ("auto", "replicated", "sharded"))
         _choice("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        _choice("weights", self.weights, ("equal", "ranks"))
+        if not isinstance(self.worker, tuple):
+            _choice("worker", self.worker, ("rank", "node"))
         _fraction("step_ahead", self.step_ahead)
         _fraction("server_step_ahead", self.server_step_ahead)
         _flag("double_compression", self.double_compression)

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
-from hvd_saef.communicator import Channel, set_thread_communicator
+from hvd_saef.communicator import set_thread_communicator
 from hvd_saef.errors import StalledExchangeError
-from hvd_saef.threads import Meeting, ThreadCommunicator
+from hvd_saef.threads import Meetings, ThreadCommunicator
 from hvd_saef.watch import CALM, LOOK
 
 T = TypeVar("T")
 
 
-def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
+def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[int] = 1) -> list[T]:
     """Call `fn(rank)` in `workers` threads and return what they returned, in rank order.
 
     A `hvd_saef.DistributedOptimizer` made inside `fn` finds its thread's communicator by itself: no
     MPI and no Horovod needed. Workers share the process's random state, so seed generators of your own.
 
+    With `ranks` above 1 there are as many threads for each of the `workers`, which stand for the ranks of a
+    node: optimizers made with worker="node" take them for one worker. A sequence gives each node its own
+    number. Threads are numbered node by node.
+
     Raises what the first worker to fail raised, after all have ended (but for those that others gave up
-    waiting for: see :class:`hvd_saef.StalledExchangeError`); TypeError or ValueError for a number of workers
-    that is not a whole number >= 1.
+    waiting for: see :class:`hvd_saef.StalledExchangeError`); TypeError or ValueError for numbers of workers
+    and ranks that are not whole numbers >= 1.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int):
-        raise TypeError(f"workers={workers!r}: a whole number >= 1 is allowed.")
-    if workers < 1:
-        raise ValueError(f"workers={workers!r}: a whole number >= 1 is allowed.")
-    meetings = {channel: Meeting(workers) for channel in Channel}
+    _whole("workers", workers)
+    counts = [ranks] * workers if isinstance(ranks, int) else list(ranks)
+    for count in counts:
+        _whole("ranks", count)
+    if len(counts) != workers:
+        raise ValueError(f"ranks={ranks!r}: one number, or one for each of {workers} workers, is allowed.")
+    everyone = range(sum(counts))
+    hosts = [list(everyone[first:last]) for first, last in pairwise(accumulate(counts, initial=0))]
+    meetings = Meetings()
     results: dict[int, T] = {}
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
-        communicator = ThreadCommunicator(meetings, rank)
+        communicator = ThreadCommunicator(meetings, everyone, rank, hosts)
         set_thread_communicator(communicator)
         try:
             results[rank] = fn(rank)
@@ -41,20 +50,25 @@ def run_workers(workers: int, fn: Callable[[int], T]) -> list[T]:
             failures.append(failure)  # before leave(): those who fail because of it come later
         finally:
             set_thread_communicator(None)
-            for meeting in meetings.values():
-                meeting.leave(rank)
+            meetings.leave(rank)
             communicator.close()
 
     threads = [  # daemons: one that hangs does not keep the process from ending
-        threading.Thread(target=work, args=(rank,), name=f"worker {rank}", daemon=True)
-        for rank in range(workers)
+        threading.Thread(target=work, args=(rank,), name=f"worker {rank}", daemon=True) for rank in everyone
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         while thread.is_alive() and not any(isinstance(f, StalledExchangeError) for f in failures):
             thread.join(LOOK)
-        thread.join(CALM / workers)  # those who gave up waiting end together; who hangs does not end
+        thread.join(CALM / len(threads))  # those who gave up waiting end together; who hangs does not end
     if failures:
         raise failures[0]
-    return [results[rank] for rank in range(workers)]
+    return [results[rank] for rank in everyone]
+
+
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: a whole number >= 1 is allowed.")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: a whole number >= 1 is allowed.")

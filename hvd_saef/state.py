@@ -127,6 +127,16 @@ class State:
             for slot in state.bucket.slots
         }
 
+    def own(self) -> dict[str, Tensor]:
+        """What is this worker's alone, by what to call it: views of e, and the s that is here."""
+        own = {f"the error of {name!r}": view for name, view in self.views_of("e").items()}
+        served = {
+            f"the server's error {state.bucket.index}": state.s
+            for state in self.buckets
+            if state.s is not None
+        }
+        return own | served
+
     def error_norms(self) -> tuple[float, float]:
         """Euclidean norms of this worker's e and of the s that it holds."""
         e = [state.e for state in self.buckets]

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging")
+PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging", "node")
 
 
 @dataclass
 class Statistics:
-    """Bytes that this worker sent and received, and where its time went, since it was wrapped."""
+    """Bytes that this worker sent and received, and where its time went, since it was wrapped.
+
+    All bytes but `node_bytes_sent` go between workers, and are those of all ranks of this worker together.
+    """
 
     skipped: int = 0
     payload_bytes_sent: int = 0
@@ -20,6 +23,8 @@ class Statistics:
     averaging_bytes_sent: int = 0
     dense_bytes_sent: int = 0
     ring_allreduce_bytes: int = 0
+    node_bytes_sent: int = 0
+    """By this rank to the others of its worker: gradients, and its slices of what came from other workers."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager

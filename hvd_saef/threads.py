@@ -16,10 +16,10 @@ from hvd_saef.watch import LOOK, Patience, Stall
 
 
 class Meeting:
-    """Where the threads of a simulation meet: everyone brings something, everyone sees everything."""
+    """Where some threads of a simulation meet: everyone brings something, everyone sees everything."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = ranks
         self._changed = threading.Condition()
         self._brought: dict[int, tuple[str, Any]] = {}
         self._seen: list[tuple[str, Any]] = []
@@ -36,8 +36,8 @@ class Meeting:
         with self._changed:
             number = self._meetings
             self._brought[rank] = (operation, value)
-            if len(self._brought) == self.size:
-                self._seen = [self._brought[k] for k in range(self.size)]
+            if len(self._brought) == len(self.ranks):
+                self._seen = [self._brought[rank] for rank in self.ranks]
                 self._brought = {}
                 self._meetings += 1
                 self._changed.notify_all()
@@ -65,7 +65,7 @@ class Meeting:
             return
         stall = Stall(patience, rank, what)
         while not over():
-            missing = [worker for worker in range(self.size) if worker not in self._brought]
+            missing = [other for other in self.ranks if other not in self._brought]
             try:
                 stall.look(time.monotonic() - start, missing, speaks=rank == min(self._brought))
             except StalledExchangeError as error:
@@ -83,16 +83,56 @@ class Meeting:
             self._changed.notify_all()
 
 
-class ThreadCommunicator(Communicator):
-    """One of the threads that :func:`hvd_saef.simulation.run_workers` started."""
+class Meetings:
+    """All meetings of one simulation, of whatever threads: made when the first of them comes."""
 
-    def __init__(self, meetings: Mapping[Channel, Meeting], rank: int) -> None:
-        self._meetings = meetings
-        self.rank, self.size = rank, meetings[Channel.WORDS].size
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[int, ...], dict[Channel, Meeting]] = {}
+        self._left: list[int] = []
+
+    def of(self, ranks: Sequence[int]) -> Mapping[Channel, Meeting]:
+        """The meetings of these ranks, one for each channel."""
+        with self._lock:
+            meetings = self._known.get(tuple(ranks))
+            if meetings is None:
+                meetings = self._known[tuple(ranks)] = {channel: Meeting(ranks) for channel in Channel}
+                for rank in self._left:
+                    self._leave(meetings, rank)
+            return meetings
+
+    def leave(self, rank: int) -> None:
+        """Say that `rank` will not come again, to any of its meetings."""
+        with self._lock:
+            self._left.append(rank)
+            for meetings in self._known.values():
+                self._leave(meetings, rank)
+
+    @staticmethod
+    def _leave(meetings: Mapping[Channel, Meeting], rank: int) -> None:
+        for meeting in meetings.values():
+            if rank in meeting.ranks:
+                meeting.leave(rank)
+
+
+class ThreadCommunicator(Communicator):
+    """One of the threads that :func:`hvd_saef.simulation.run_workers` started, among some of them."""
+
+    def __init__(self, meetings: Meetings, ranks: Sequence[int], own: int, hosts: list[list[int]]) -> None:
+        self.rank, self.size = list(ranks).index(own), len(ranks)
+        self.ranks, self.hosts = ranks, hosts
+        self._all_meetings, self._meetings = meetings, meetings.of(ranks)
+        self._own = own
+
+    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
+        return ThreadCommunicator(self._all_meetings, ranks, self._own, [])
+
+    def find_hosts(self) -> list[list[int]]:  # noqa: D102
+        return self.hosts
 
     def _meet(self, channel: Channel, operation: str, value: Any) -> list[Any]:
         doing = self.doing.get(channel, "at the start")
-        return self._meetings[channel].exchange(self.rank, operation, value, doing)
+        return self._meetings[channel].exchange(self._own, operation, value, doing)
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         copy_pieces(self._meet(channel, "allgather", payload.clone()), out)
@@ -102,7 +142,7 @@ class ThreadCommunicator(Communicator):
         copy_pieces([theirs[self.rank] for theirs in everyone], out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        tensors = self._meet(Channel.UP, f"allreduce {name}", tensor.detach().clone())
+        tensors = self._meet(Channel.MEANS, f"allreduce {name}", tensor.detach().clone())
         total = tensors[0].clone()
         for other in tensors[1:]:
             total += other

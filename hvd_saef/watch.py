@@ -145,9 +145,11 @@ class Watch:
     Threads may wait at the same time, each on a channel of its own. Local: no method is collective.
     """
 
-    def __init__(self, mpi: Any, patience: Patience) -> None:
+    def __init__(self, mpi: Any, patience: Patience, names: Sequence[int] | None = None) -> None:
+        """`names` are what messages call the ranks; their numbers in `mpi`, if not given."""
         self._mpi = mpi
         self.rank, self.size = int(mpi.Get_rank()), int(mpi.Get_size())
+        self._names = range(self.size) if names is None else names
         self._patience = patience
         self._lock = threading.Lock()
         self._calls: dict[str, Call] = {}
@@ -188,7 +190,7 @@ class Watch:
 
     def _wait_long(self, done: Callable[[], bool], channel: str, start: float, ranks: Sequence[int]) -> None:
         call = self._calls[channel]
-        stall = Stall(self._patience, self.rank, call.what)
+        stall = Stall(self._patience, self._names[self.rank], call.what)
         self._tell((self.rank, channel, call), ranks)
         look = 0.0
         while not done():
@@ -201,8 +203,8 @@ class Watch:
             try:
                 roll = self._roll(channel, call)
                 if roll.ended:
-                    raise stall.ended(roll.ended)
-                missing = [rank for rank in ranks if rank not in roll.arrived]
+                    raise stall.ended([self._names[rank] for rank in roll.ended])
+                missing = [self._names[rank] for rank in ranks if rank not in roll.arrived]
                 stall.look(waited, missing, roll.others, speaks=self.rank == min(roll.arrived))
             except StalledExchangeError as error:
                 self._broken = error
@@ -217,7 +219,7 @@ class Watch:
                 if theirs is not None and theirs.number >= call.number:
                     roll.arrived.add(rank)
                     if theirs.number == call.number and theirs.what != call.what:
-                        roll.others.append(f"Rank {rank} waits in {theirs.what} instead.")
+                        roll.others.append(f"Rank {self._names[rank]} waits in {theirs.what} instead.")
             for rank, numbers in sorted(self._ended.items()):
                 if numbers.get(channel, 0) < call.number:
                     roll.ended.append(rank)

@@ -239,6 +239,8 @@ def test_signature_is_horovods_then_keyword_only() -> None:
         "overlap": False,
         "on_nonfinite": "raise",
         "check_consensus_every": 0,
+        "worker": "rank",
+        "weights": "equal",
     }
 
 

@@ -62,6 +62,7 @@ def test_every_number_is_there() -> None:
         assert found["server_error_norm"] == pytest.approx(norm, rel=1e-6)
         assert norm > 0
         seconds = {name: value for name, value in found.items() if name.startswith("seconds_")}
+        assert seconds.pop("seconds_node") == found["node_bytes_sent"] == 0  # each rank is a worker
         assert len(seconds) >= 4
         assert all(value > 0 for value in seconds.values()), seconds
 

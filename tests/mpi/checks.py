@@ -384,24 +384,18 @@ def everyone_is_told_of_different_starts() -> None:
 PROCESS_SETS: list[Any] = []
 
 
-def main(output: str, names: list[str]) -> None:
+def run_checks(checks: dict[str, Check], output: str, names: list[str]) -> None:
     """Run the checks on all ranks, and write on rank 0 what failed where."""
     warnings.filterwarnings("ignore", message="parameters are stepped ahead")
     warnings.filterwarnings("ignore", message="the largest block")
     warnings.filterwarnings("ignore", message="SignCompressor was given")
     warnings.filterwarnings("ignore", message="compression=.* is Horovod's own")
     torch.set_num_threads(1)
-    hvd.init()
-    if hvd.size() >= 3:
-        ranks = [[0, 2], [r for r in range(hvd.size()) if r not in (0, 2)]]
-        PROCESS_SETS.extend(hvd.ProcessSet(members) for members in ranks)
-        hvd.shutdown()
-        hvd.init(process_sets=PROCESS_SETS)
     report: dict[str, list[str]] = {}
-    for name in names or CHECKS:
+    for name in names or checks:
         failure = None
         try:
-            CHECKS[name]()
+            checks[name]()
         except BaseException:
             failure = traceback.format_exc()
         report[name] = [
@@ -412,5 +406,16 @@ def main(output: str, names: list[str]) -> None:
             json.dump(report, file)
 
 
+def main() -> None:
+    """Start Horovod with two process sets, and run the checks."""
+    hvd.init()
+    if hvd.size() >= 3:
+        ranks = [[0, 2], [r for r in range(hvd.size()) if r not in (0, 2)]]
+        PROCESS_SETS.extend(hvd.ProcessSet(members) for members in ranks)
+        hvd.shutdown()
+        hvd.init(process_sets=PROCESS_SETS)
+    run_checks(CHECKS, sys.argv[1], sys.argv[2:])
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main()

@@ -19,11 +19,12 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 if shutil.which("mpirun", path=ENVIRONMENT["PATH"]) is None:
     pytest.skip("needs mpirun on the PATH", allow_module_level=True)
 
+from tests.mpi import nodes
 from tests.mpi.checks import CHECKS
 
 
 @cache
-def report(ranks: int, arithmetic: str) -> dict[str, list[str]]:
+def report(ranks: int, arithmetic: str = "kernels", module: str = "tests.mpi.checks") -> dict[str, list[str]]:
     """What failed in a job of `ranks` ranks, check by check; run once a process."""
     output = Path(mkdtemp()) / "report.json"
     command = [
@@ -34,7 +35,7 @@ def report(ranks: int, arithmetic: str) -> dict[str, list[str]]:
         "-m",
         "mpi4py",
         "-m",
-        "tests.mpi.checks",
+        module,
         str(output),
     ]
     environment = ENVIRONMENT | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
@@ -50,6 +51,12 @@ def report(ranks: int, arithmetic: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name: str, ranks: int, arithmetic: str) -> None:
     assert report(ranks, arithmetic)[name] == []
+
+
+@pytest.mark.parametrize("ranks", [4, 6])
+@pytest.mark.parametrize("name", nodes.CHECKS)
+def test_nodes(name: str, ranks: int) -> None:
+    assert report(ranks, module="tests.mpi.nodes")[name] == []
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
