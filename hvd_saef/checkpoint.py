@@ -1,7 +1,7 @@
-"""Checkpoints of all workers: a file a rank and a manifest, written whole or not at all.
+"""Checkpoints of all workers: a file a worker and a manifest, written whole or not at all.
 
-A checkpoint is a folder. Each rank's file holds the model at x, the optimizer with ours in it, and what
-the caller adds; `manifest.json` names the files of one complete set, with their sizes and hashes. It is
+A checkpoint is a folder. Each worker's file holds the model at x, the optimizer with ours in it, and what
+its ranks add; `manifest.json` names the files of one complete set, with their sizes and hashes. It is
 written last, and the set before it is deleted after that, so there is a whole set at any time. All ranks
 must see the folder. Files are loaded with `weights_only=True`: they run no code.
 """
@@ -9,6 +9,7 @@ must see the folder. Files are loaded with `weights_only=True`: they run no code
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -47,18 +48,22 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     rank = communicator.rank
     nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
     rounds = session.origin.rounds
-    name = f"step{rounds:08d}-{nonce}-rank{rank:05d}.pt"
+    first = communicator.groups[communicator.worker][0]
+    name = f"step{rounds:08d}-{nonce}-rank{first:05d}.pt"
+    ranks_own = _gather_on_node(communicator, model, extra)
 
-    def write() -> dict[str, Any]:
+    def write() -> dict[str, Any] | None:
+        if rank != first:
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         with optimizer.consensus():
-            contents: dict[str, Any] = {"format": FORMAT, "extra": extra}
+            contents: dict[str, Any] = {"format": FORMAT, "extra": extra, "others": ranks_own[1:]}
             contents |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
             _write(folder / name, lambda file: torch.save(contents, file))
         return {"name": name, "bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)}
 
     try:
-        files = _everyone(communicator, write)
+        files = [file for file in _everyone(communicator, write) if file is not None]
     except CheckpointError:
         (folder / name).unlink(missing_ok=True)
         raise
@@ -66,7 +71,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     def publish() -> None:
         if rank != 0:
             return
-        manifest = {"format": FORMAT, "workers": communicator.size, "rounds": rounds, "nonce": nonce}
+        manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
         manifest |= {"layout": session.layout.description, "files": files}
         _write(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         current = {file["name"] for file in files}
@@ -91,7 +96,8 @@ def load_checkpoint(
       files there are, which is what x̃ depends on; local steps since the last round are dropped;
     - "reset": x is kept, and errors, momentum and all other optimizer state start anew.
 
-    In both cases `extra` and the model's buffers are those of rank k modulo the files there are.
+    In both cases `extra` and the model's buffers are those of worker k modulo the files there are; where a
+    worker had another number of ranks, of the rank at the same place in it modulo that number.
 
     Raises CheckpointError on all ranks, naming file and reason, with model and optimizer as they were.
     """
@@ -107,7 +113,7 @@ def load_checkpoint(
     # Who reads which file is agreed on first: from here on all ranks do the same.
     damage = _everyone(communicator, lambda: _damage(folder, files[communicator.rank :: communicator.size]))
     problems = {name: reason for found in damage for name, reason in found.items()}
-    same = manifest["workers"] == communicator.size and not problems
+    same = manifest["workers"] == communicator.workers and not problems
     if not same and on_mismatch == "error":
         why = "; ".join(f"{name} {reason}" for name, reason in problems.items())
         raise CheckpointError(
@@ -119,12 +125,13 @@ def load_checkpoint(
         raise CheckpointError(f"{folder}: none of its {len(files)} files can be read ({problems}).")
 
     def read() -> dict[str, Any]:
-        own = _read(folder / whole[communicator.rank % len(whole)])
+        own = _read(folder / whole[communicator.worker % len(whole)])
+        _take_ranks_own(own, communicator.node.rank)
         if not same:
             own["optimizer"] = (
-                mean_state((_read(folder / name)["optimizer"] for name in whole), communicator.size)
+                mean_state((_read(folder / name)["optimizer"] for name in whole), communicator.workers)
                 if on_mismatch == "redistribute"
-                else without_errors(own["optimizer"], communicator.size)
+                else without_errors(own["optimizer"], communicator.workers)
             )
         _check_fit(own, model, optimizer)
         return own
@@ -148,6 +155,33 @@ def _session(optimizer: Any) -> Session:
     if not isinstance(session, Session):
         raise TypeError(f"optimizer={type(optimizer).__name__}: what hvd_saef.DistributedOptimizer returned.")
     return session
+
+
+def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[str, Any]) -> list[Any]:
+    """What each rank of this worker has of its own, if there are several: `extra` and the model's buffers.
+
+    Collective.
+
+    Raises CheckpointError on all ranks if any rank's cannot be saved.
+    """
+    if communicator.workers == communicator.size:
+        return []
+    mine = io.BytesIO()
+    own = {"extra": extra, "buffers": {name: buffer.detach() for name, buffer in model.named_buffers()}}
+    _everyone(communicator, lambda: torch.save(own, mine))
+    everyone = communicator.node.allgather_object(mine.getvalue())
+    return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in everyone]
+
+
+def _take_ranks_own(contents: dict[str, Any], place: int) -> None:
+    """Put what was the own of the rank at `place` in its worker in place of the first's."""
+    others = contents.get("others", [])
+    place %= 1 + len(others)
+    if place:
+        contents["extra"] = others[place - 1]["extra"]
+        contents["model"] |= {
+            name: buffer for name, buffer in others[place - 1]["buffers"].items() if name in contents["model"]
+        }
 
 
 def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
@@ -237,7 +271,7 @@ def _damage(folder: Path, files: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
-    return f"it was saved by {manifest['workers']} workers, and there are {communicator.size}"
+    return f"it was saved by {manifest['workers']} workers, and there are {communicator.workers}"
 
 
 def _read(path: Path) -> dict[str, Any]:

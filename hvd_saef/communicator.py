@@ -90,9 +90,15 @@ class Communicator(abc.ABC):
         return self.size
 
     @property
+    def counts(self) -> Sequence[int]:
+        """How much each worker counts in means over workers: K whole numbers."""
+        return self.workers * [1]
+
+    @cached_property
     def weights(self) -> Sequence[float]:
-        """What each worker's payload counts in a mean over workers: K numbers with the sum 1."""
-        return self.workers * [1 / self.workers]
+        """The same as numbers with the sum 1."""
+        total = sum(self.counts)
+        return [count / total for count in self.counts]
 
     @property
     def groups(self) -> Sequence[Sequence[int]]:

@@ -90,8 +90,7 @@ class NodeCommunicator(Communicator):
         self._worker = next(k for k, group in enumerate(groups) if self.rank in group)
         mine, across = groups[self._worker], lanes(groups)
         self._place, self._lanes = mine.index(self.rank), len(across)
-        counts = [len(group) if by_ranks else 1 for group in groups]
-        self._weights = [count / sum(counts) for count in counts]
+        self._counts = [len(group) if by_ranks else 1 for group in groups]
         self._node = everyone.part(mine)
         # A node may have more ranks than another: its last ones have no lane.
         self._lane = everyone.part(across[self._place]) if self._place < self._lanes else None
@@ -118,8 +117,8 @@ class NodeCommunicator(Communicator):
         return len(self._groups)
 
     @property
-    def weights(self) -> Sequence[float]:  # noqa: D102
-        return self._weights
+    def counts(self) -> Sequence[int]:  # noqa: D102
+        return self._counts
 
     @property
     def groups(self) -> Sequence[Sequence[int]]:  # noqa: D102
@@ -160,8 +159,8 @@ class NodeCommunicator(Communicator):
         if self.workers == 1:
             return
         flat = tensor.detach().reshape(-1)
-        if len(set(self._weights)) > 1:
-            flat.mul_(self._weights[self.worker] * self.workers)
+        if len(set(self._counts)) > 1:
+            flat.mul_(self.weights[self.worker] * self.workers)
         mine = self._cut(flat)
         if self._lane is not None and mine.numel():
             self._lane.allreduce_mean(mine, name)

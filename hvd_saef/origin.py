@@ -243,6 +243,7 @@ class Origin:
             "version": VERSION,
             "rank": communicator.worker,
             "workers": communicator.workers,
+            "count": communicator.counts[communicator.worker],
         }
         exported["consolidated"] = self.consolidated
         exported["local_steps_done"] = self._modes.local_steps_done

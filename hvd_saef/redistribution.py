@@ -16,16 +16,16 @@ def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]
     """Optimizer state dicts of several workers → one for each of `workers`: mean errors and moments.
 
     The server's error is put together from the stretches that the workers kept, zero where none is
-    left. Local steps since the last round are dropped. Sums run in the order given, so every worker
-    gets the same bits. `states` are read one at a time and used up.
+    left. Workers of several ranks count as they did. Local steps since the last round are dropped. Sums
+    run in the order given, so every worker gets the same bits. `states` are read one at a time and used up.
     """
-    merged = next(states)
+    merged = _counted(next(states))
     ours = merged["hvd_saef"]
     served = {name: torch.zeros_like(x).flatten() for name, x in ours.get("x", {}).items()}
     _place(ours.get("server_errors", {}), served)
-    count = 1
-    for state in states:
-        count += 1
+    count = ours.get("count", 1)
+    for state in map(_counted, states):
+        count += state["hvd_saef"].get("count", 1)
         for name, error in state["hvd_saef"].get("errors", {}).items():
             ours["errors"][name] += error
         _place(state["hvd_saef"].get("server_errors", {}), served)
@@ -45,6 +45,16 @@ def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]
     if ours.get("server_errors"):
         ours["server_errors"] = {name: {"start": 0, "values": values} for name, values in served.items()}
     return _for_everyone(merged, workers)
+
+
+def _counted(state: dict[str, Any]) -> dict[str, Any]:
+    """A worker's state dict with errors and moments times what the worker counts."""
+    count = state["hvd_saef"].get("count", 1)
+    if count != 1:
+        moments = [v for m in state["state"].values() for key, v in m.items() if _is_moment(key, v)]
+        for summand in (*state["hvd_saef"].get("errors", {}).values(), *moments):
+            summand *= count
+    return state
 
 
 def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:
