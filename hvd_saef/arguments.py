@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_saef.communicator import hvd
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.layout import ChooseCompressor
+from hvd_saef.moments import has_second_moments
 from hvd_saef.settings import Settings
 
 AVERAGE: Any = hvd.Average if hvd else None
@@ -41,6 +42,20 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
         raise ValueError(
             f"gradient_predivide_factor={predivide!r}: only 1.0 is allowed: gradients are not summed, so "
             "there is nothing to divide before or after."
+        )
+
+
+def check_second_moments(optimizer: torch.optim.Optimizer, averages_gradients: bool) -> None:
+    """Raise ValueError unless second_moment_period has a meaning for this optimizer."""
+    if not has_second_moments(optimizer):
+        raise ValueError(
+            f"second_moment_period is for Adam, AdamW, NAdam and RAdam: {type(optimizer).__name__} has no "
+            "second moments that it could mean. Leave it at None."
+        )
+    if averages_gradients:
+        raise ValueError(
+            "second_moment_period has no meaning with feedback='none' and a dense compressor, where all "
+            "gradients are means. Leave it at None."
         )
 
 

@@ -25,6 +25,7 @@ from hvd_saef.gradients import (
 )
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
+from hvd_saef.moments import SecondMoments
 from hvd_saef.origin import Origin
 from hvd_saef.overlap import Overlap
 from hvd_saef.redistribution import average_moments
@@ -54,6 +55,8 @@ class Session:
         self._skip_synchronize = self._synchronized = False
         self.origin = Origin(communicator, settings, self.modes)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
+        period = settings.second_moment_period
+        self.moments = SecondMoments(inner, period, communicator, self.statistics) if period else None
         self.wants_to_stop = False
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
         self.stop_agreed = False
@@ -130,6 +133,11 @@ class Session:
         with self.statistics.phase("local_step"):
             if self.overlap:
                 self.overlap.finish(local_step)
+            elif self.moments:
+                done, steps = self.modes.local_steps_done, self.settings.local_steps
+                self.moments.before(self.layout, self.origin.rounds, done, steps)
+                local_step()
+                self.moments.after()
             else:
                 local_step()
         self.modes.local_steps_done += 1
