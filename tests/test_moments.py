@@ -56,7 +56,7 @@ def run_plain(make: Make, steps: int, **options: Any) -> tuple[Tensor, Tensor, T
 )
 def test_adam_on_the_mean_gradient(make: Make) -> None:
     """From the second step on: at the first there is no state to prepare, so it divides by its own v."""
-    everywhere = {"feedback": "none", "compression": hvd_saef.Compression.none}
+    everywhere: dict[str, Any] = {"feedback": "none", "compression": hvd_saef.Compression.none}
     first, first_v, _ = run_plain(make, 1, second_moment_period=1, **LOCAL)
     mean_first, mean_first_v, _ = run_plain(make, 1, **everywhere)
     torch.testing.assert_close(first_v, mean_first_v)
@@ -141,7 +141,7 @@ def test_refusals() -> None:
     def work(rank: int) -> None:
         with pytest.raises(ValueError, match="SGD has no second moments"):
             Run(rank, make=sgd, second_moment_period=4)
-        everywhere = {"feedback": "none", "compression": hvd_saef.Compression.none}
+        everywhere: dict[str, Any] = {"feedback": "none", "compression": hvd_saef.Compression.none}
         with pytest.raises(ValueError, match="all gradients are means"):
             Run(rank, make=adamw, second_moment_period=4, **everywhere)
         with pytest.raises(ValueError, match="use one of the two"):

@@ -1,0 +1,221 @@
+"""Says what runs show about the paper's claims, in numbers: python -m benchmarks.paper.comparison.
+
+Means over seeds, with standard deviations where there are several; differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.paper.presets import PRESETS
+from benchmarks.paper.rows import Row, read
+
+RESULTS = Path(__file__).parent / "results" / "small"
+TASKS = {group.task.name: group.task for preset in PRESETS.values() for group in preset.groups}
+Runs = dict[tuple[str, str], dict[int, list[Row]]]
+"""By task and method: epoch -> a row a seed."""
+
+
+def load_runs(folder: Path) -> Runs:
+    """All finished runs in a folder."""
+    runs: Runs = {}
+    for path in sorted(folder.glob("*/*.csv")):
+        rows = read(path)
+        if rows and len(rows) == TASKS[rows[0].task].epochs:
+            for row in rows:
+                runs.setdefault((row.task, row.method), {}).setdefault(row.epoch, []).append(row)
+    return runs
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean over seeds."""
+    return statistics.fmean(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+Value = Callable[[Row], float | None]
+MOMENTUM = ("SGDM", "EF-SignSGDM-DC", "SAEF-SignSGDM-DC", "SAEF-SignSGDM-DC beta=1")
+SINGLE = ("EF-SignSGDM-SC", "SAEF-SignSGDM-SC")
+AVERAGED = tuple(f"{kind}-SignSGDM-DC p={p}" for kind in ("EF", "SAEF") for p in (4, 16, 64))
+PLAIN = ("SGD", "EF-SignSGD-DC", "SAEF-SignSGD-DC", "EF-SignSGD-SC", "SAEF-SignSGD-SC")
+SPARSE = ("SGDM", "EF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1% p=16")
+BUDGET = "SAEF-SGDM-DC-TopK0.5% p=128"
+
+
+def training_loss(row: Row) -> float | None:
+    """At x."""
+    return row.training_loss
+
+
+def accuracy(row: Row) -> float | None:
+    """At x, in percent."""
+    return 100 * row.test_accuracy
+
+
+def test_loss(row: Row) -> float | None:
+    """At x."""
+    return row.test_loss
+
+
+def cell(rows: Sequence[Row], value: Value, digits: int) -> str:
+    """A mean and its deviation."""
+    numbers = [number for number in map(value, rows) if number is not None]
+    if not numbers:
+        return "-"
+    spread = f" ±{deviation(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.{digits}f}{spread}"
+
+
+def table(
+    title: str, runs: Runs, task: str, methods: Sequence[str], value: Value, digits: int = 3
+) -> Iterator[str]:
+    """A method a line, an epoch a column."""
+    there = [method for method in methods if (task, method) in runs]
+    if not there:
+        return
+    epochs = sorted(runs[task, there[0]])
+    cells = {m: [cell(runs[task, m][epoch], value, digits) for epoch in epochs] for m in there}
+    width = 1 + max(len(text) for line in cells.values() for text in line)
+    yield f"{title} ({task})"
+    yield f"{'after epoch':<37}seeds" + "".join(f"{epoch:>{width}}" for epoch in epochs)
+    for method, line in cells.items():
+        seeds = len(runs[task, method][epochs[0]])
+        yield f"  {method:<35}{seeds:>5}" + "".join(f"{text:>{width}}" for text in line)
+    yield ""
+
+
+def paired(runs: Runs, task: str, ours: str, theirs: str, epoch: int, value: Value) -> list[float]:
+    """Ours minus theirs, for each seed that both have."""
+    mine, others = ({row.seed: value(row) for row in runs[task, m][epoch]} for m in (ours, theirs))
+    pairs = [(mine[seed], others[seed]) for seed in sorted(mine) if seed in others]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def against(runs: Runs, task: str, ours: str, theirs: str) -> Iterator[str]:
+    """Who has the lower training loss and the better accuracy, before the first cut and at the end."""
+    if (task, ours) not in runs or (task, theirs) not in runs:
+        return
+    last = max(runs[task, ours])
+    early = range(1, TASKS[task].cuts[0] + 1)
+    for name, value, sign, unit in (
+        ("training loss", training_loss, -1, ""),
+        ("test accuracy", accuracy, 1, " points"),
+    ):
+        before = [paired(runs, task, ours, theirs, epoch, value) for epoch in early]
+        won = sum(sign * difference > 0 for seeds in before for difference in seeds)
+        count = sum(map(len, before))
+        if not count:
+            return
+        end = paired(runs, task, ours, theirs, last, value)
+        yield (
+            f"{ours} against {theirs} ({task}), {name}: better in {won} of {count} (epoch, seed) pairs "
+            f"before the first cut, by {sign * sum(map(sum, before)) / count:+.3f}{unit} on average; "
+            f"at the end by {sign * mean(end):+.3f}{unit} (seeds: "
+            + ", ".join(f"{sign * difference:+.3f}" for difference in end)
+            + ")"
+        )
+
+
+def at_budget(runs: Runs, task: str, methods: Sequence[str], megabytes: Sequence[float]) -> Iterator[str]:
+    """The accuracy at the last epoch that a method finishes within a budget of bytes."""
+    there = [method for method in methods if (task, method) in runs]
+    if not there:
+        return
+    yield f"Test accuracy in % at x at the last epoch within so many MB sent by a worker ({task})"
+    yield f"{'':<37}MB/epoch" + "".join(f"{budget:>13}" for budget in megabytes)
+    for method in there:
+        epochs = runs[task, method]
+        line = f"  {method:<35}{epochs[1][0].bytes_sent / 1e6:>8.2f}"
+        for budget in megabytes:
+            within = [epoch for epoch, rows in epochs.items() if rows[0].bytes_sent <= budget * 1e6]
+            line += f"{cell(epochs[max(within)], accuracy, 1) if within else '-':>13}"
+        yield line
+    yield ""
+
+
+def mismatch(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
+    """Mean over the epochs before the first cut: exact and bound, relative to EF's."""
+    there = [method for method in methods if (task, method) in runs]
+    if not there:
+        return
+    yield f"Gradient mismatch, mean over the epochs before the first cut ({task}); of EF's in brackets"
+    yield f"{'':<37}{'exact':>20}{'own bound':>20}{'‖s‖²':>10}{'Var e':>10}{'‖ē‖²':>10}{'δ':>7}"
+    reference: dict[str, float] = {}
+    for method in there:
+        rows = [row for e in range(1, TASKS[task].cuts[0] + 1) for row in runs[task, method][e]]
+
+        def over(name: str, rows: Sequence[Row] = rows) -> float:
+            return mean([getattr(row, name) for row in rows])
+
+        bound = over("mismatch_bound_ef" if method.startswith("EF") else "mismatch_bound_saef")
+        numbers = {"exact": over("mismatch_exact"), "bound": bound}
+        reference = reference or numbers
+        line = f"  {method:<35}"
+        for name, number in numbers.items():
+            line += f"{f'{number:.4f} ({number / reference[name]:.2f})':>20}"
+        for name in ("server_error", "error_variance", "mean_error"):
+            line += f"{over(name):>10.4f}"
+        yield line + f"{over('delta'):>7.3f}"
+    yield ""
+
+
+def gap(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
+    """The training loss at x̃ minus that at x."""
+
+    def difference(row: Row) -> float | None:
+        at = row.auxiliary_training_loss
+        return None if at is None else at - row.training_loss
+
+    yield from table("Training loss at x̃ minus that at x", runs, task, methods, difference)
+
+
+def report(runs: Runs) -> Iterator[str]:
+    """All of it."""
+    everything = (*MOMENTUM, "SAEF-SignSGDM-DC p=16 beta=1", *SINGLE, *AVERAGED)
+    tasks = (("resnet8", everything), ("resnet8-plain", PLAIN), ("resnet8-8", (*SPARSE, BUDGET)))
+    for task, methods in tasks:
+        yield from table("Training loss at x", runs, task, methods, training_loss)
+        yield from table("Test accuracy at x, %", runs, task, methods, accuracy, digits=1)
+    for task, ours, theirs in (
+        *(("resnet8", ours, theirs) for ours in MOMENTUM[2:] for theirs in MOMENTUM[:2]),
+        ("resnet8", MOMENTUM[1], MOMENTUM[0]),
+        ("resnet8", MOMENTUM[3], MOMENTUM[2]),
+        ("resnet8", "SAEF-SignSGDM-DC p=16 beta=1", "SGDM"),
+        *(("resnet8", "SAEF-SignSGDM-SC", theirs) for theirs in ("SGDM", "EF-SignSGDM-SC")),
+        *(("resnet8", method, method.split()[0]) for method in AVERAGED),
+        *(("resnet8-plain", ours, theirs) for ours in (PLAIN[2], PLAIN[4]) for theirs in (PLAIN[0],)),
+        ("resnet8-plain", PLAIN[2], PLAIN[1]),
+        ("resnet8-plain", PLAIN[4], PLAIN[3]),
+        *(("resnet8-8", ours, theirs) for ours in SPARSE[2:] for theirs in SPARSE[:2]),
+        ("resnet8-8", BUDGET, SPARSE[2]),
+        ("resnet8-8", BUDGET, SPARSE[1]),
+    ):
+        yield from against(runs, task, ours, theirs)
+    yield ""
+    yield from at_budget(runs, "resnet8", everything, (2.5, 5, 10, 13.5, 27, 71, 141, 425))
+    yield from at_budget(runs, "resnet8-8", (*SPARSE, BUDGET), (1.5, 3, 4.5, 6, 9, 42, 494))
+    yield from mismatch(runs, "resnet8", ("EF-SignSGDM-DC", *MOMENTUM[2:], *AVERAGED, *SINGLE))
+    yield from mismatch(runs, "resnet8-8", (*SPARSE[1:], BUDGET))
+    yield from gap(runs, "resnet8", MOMENTUM[1:])
+    yield from gap(runs, "resnet8-8", SPARSE[1:])
+    adam = sorted(method for task, method in runs if task == "decoder")
+    yield from table("Validation loss at x", runs, "decoder", adam, test_loss)
+
+
+def main() -> None:
+    """Print what the CSVs say."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.comparison", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with the runs' CSVs")
+    for line in report(load_runs(parser.parse_args().runs)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
