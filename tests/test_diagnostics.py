@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,24 @@ def test_auxiliary_point(options: dict[str, Any]) -> None:
         expected = flat(state["x"]) - (server_errors(states) + mean)
         torch.testing.assert_close(there, expected, rtol=1e-13, atol=1e-15)
         assert restored
+
+
+def test_workers_of_several_ranks() -> None:
+    """Ranks of a node that see the same gradients measure what as many workers would."""
+
+    def work(rank: int, ranks: int, **options: Any) -> list[Measurement]:
+        run = Run(rank // ranks, dtype=torch.float64, **options)
+        monitor = Monitor(run.optimizer, every=1)
+        run.step(6)
+        with auxiliary_point(run.optimizer):
+            assert all(p.isfinite().all() for p in run.parameters)
+        return monitor._since
+
+    alone = hvd_saef.run_workers(2, lambda rank: work(rank, 1))
+    nodes = hvd_saef.run_workers(2, lambda rank: work(rank, 2, worker="node"), ranks=2)
+    for measured in nodes:
+        for one, other in zip(measured, alone[0], strict=True):
+            assert astuple(one) == pytest.approx(astuple(other), rel=1e-9, abs=1e-15)
 
 
 def test_before_the_first_step_it_is_where_training_starts() -> None:
