@@ -1,9 +1,10 @@
-"""The command `hvd-saef`. Its one subcommand so far is `plan`: which method would pay, by a model."""
+"""The command `hvd-saef`: `plan` says which method would pay, `doctor` whether an environment is sound."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,8 +99,23 @@ def plan(args: argparse.Namespace) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+def run_plan(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    if args.constants is None:
+        args.constants = Constants.load()
+    print(plan(args))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print the report on rank 0; the same exit code on all ranks."""
+    from hvd_saef import doctor  # starts MPI, which no other command needs
+
+    return doctor.run(as_json=args.json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="hvd-saef", description="Compressed training on Horovod and MPI.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
@@ -117,7 +133,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--constants", type=constants, help="a fit of benchmarks/scaling.py on your machines"
     )
+    command.set_defaults(run=run_plan)
+    command = commands.add_parser(
+        "doctor",
+        help="whether what is installed fits together",
+        description="Looks at torch, Horovod, MPI, kernels, cores and network, and says what to do where "
+        "something is wrong. Under mpirun or srun it compares all ranks and times the links between all "
+        "hosts. Exit code 1 if anything is a failure, else 0.",
+    )
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.set_defaults(run=run_doctor)
     args = parser.parse_args(arguments)
-    if args.constants is None:
-        args.constants = Constants.load()
-    print(plan(args))
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

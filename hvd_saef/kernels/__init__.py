@@ -37,6 +37,11 @@ except ImportError as error:
         _reason = str(error) if find_spec("hvd_saef.kernels._native") else "they were not built"
 
 
+def why_none() -> str:
+    """Why there are no kernels: "" if there are, or if HVD_SAEF_KERNELS=twins asks for none."""
+    return _reason
+
+
 def available() -> bool:
     """Whether the kernels can be used (on CPU tensors). Warns once if they cannot by accident."""
     if native is None and _reason:
@@ -70,4 +75,5 @@ __all__ = [
     "pack_signs",
     "top_k",
     "unpack_signs",
+    "why_none",
 ]

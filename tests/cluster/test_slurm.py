@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -144,3 +145,15 @@ def test_a_rank_that_fails_ends_the_job(
     assert job["JobState"] == "FAILED"
     assert job["ExitCode"] != "0:0"
     assert re.search(why, log.read_text()), log.read_text()
+
+
+def test_the_doctor(slurm: Slurm) -> None:
+    doctor = ["python", "-W", "ignore", "-m", "hvd_saef.cli", "doctor", "--json"]
+    report = json.loads(slurm.ask("srun", "--mpi=pmix", "-N2", f"-n{RANKS}", *doctor))
+    found = {finding["check"]: finding["found"] for finding in report["findings"]}
+    assert found["ranks"] == str(RANKS)
+    assert "pmix" in found["PMIx"]
+    assert [sorted(link["hosts"]) for link in report["links"]] == [["h0", "h1"]]
+    assert not [finding for finding in report["findings"] if finding["status"] == "failure"], report
+    alone = slurm.ask("srun", "--mpi=none", "-N1", "-n2", *doctor[:-1])
+    assert alone.count("2 processes were started, and MPI sees 1: each would train alone") == 2

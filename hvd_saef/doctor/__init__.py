@@ -1,0 +1,174 @@
+"""`hvd-saef doctor`: what is installed, whether it fits together, and what to do where it does not.
+
+Each check, in `software`, `mpi` and `machine`, looks at one thing and finds it ok, or has a warning or a
+failure with its fix. On several ranks, what all of them found is one line, versions are compared, and every
+link between two hosts is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvd_saef.communicator import MPI
+from hvd_saef.doctor import machine, mpi, software
+from hvd_saef.doctor.findings import Finding, failure, ok, warning
+from hvd_saef.doctor.links import Link, time_links
+
+CHECKS: Sequence[Callable[[], Any]] = (
+    software.check_python,
+    software.check_torch,
+    software.check_kernels,
+    software.check_horovod,
+    mpi.check_mpi,
+    mpi.check_same_library,
+    mpi.check_launcher,
+    mpi.check_pmix,
+    mpi.check_cuda_aware,
+    software.check_gpu,
+    machine.check_cores,
+    machine.check_name,
+    machine.check_interfaces,
+)
+SLOW = 0.5
+"""A link with less than this part of the median rate is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in the whole job."""
+
+    ranks: int
+    findings: Sequence[tuple[Finding, Sequence[int]]]
+    """Each with the ranks that found it."""
+    links: Sequence[Link]
+
+    @property
+    def verdict(self) -> str:
+        """The worst of all."""
+        found = {finding.status for finding, _ in self.findings}
+        return next(status for status in ("failure", "warning", "ok") if status in found)
+
+    def as_json(self) -> str:
+        """For programs: every finding with its ranks, every link in seconds and bits a second."""
+        findings = [asdict(finding) | {"ranks": list(ranks)} for finding, ranks in self.findings]
+        links = [asdict(link) for link in self.links]
+        everything = {"verdict": self.verdict, "ranks": self.ranks, "findings": findings, "links": links}
+        return json.dumps(everything, indent=1)
+
+    def as_text(self) -> str:
+        """For readers: a line each, the fix below it."""
+        lines = []
+        for check, likewise in self._by_check():
+            finding, ranks = likewise[0]
+            if len(likewise) > 1 and all(other.status == "ok" for other, _ in likewise):
+                more = f"and {len(likewise) - 1} more like it"
+                lines.append(f"{'ok':<8}{check}: {finding.found} (rank {_some(ranks)}), {more}")
+                continue
+            lines += self._lines(likewise)
+        lines.append(f"verdict: {self.verdict}")
+        return "\n".join(lines)
+
+    def _by_check(self) -> list[tuple[str, list[tuple[Finding, Sequence[int]]]]]:
+        checks = dict.fromkeys(finding.check for finding, _ in self.findings)
+        return [(check, [item for item in self.findings if item[0].check == check]) for check in checks]
+
+    def _lines(self, findings: Sequence[tuple[Finding, Sequence[int]]]) -> list[str]:
+        lines = []
+        for finding, ranks in findings:
+            who = "" if len(ranks) == self.ranks else f" (rank {_some(ranks)})"
+            lines.append(f"{finding.status:<8}{finding.check}: {finding.found}{who}")
+            if finding.fix:
+                lines.append(f"{'':<8}  fix: {finding.fix}")
+        return lines
+
+
+def examine() -> Report | None:
+    """Inspect this process, or all ranks of the job that it is in: the report on rank 0, else None.
+
+    Collective.
+    """
+    found, mine = inspect(), software.versions()
+    if MPI is None:
+        return Report(1, [(finding, [0]) for finding in found], [])
+    world = MPI.COMM_WORLD
+    everyone = world.gather((found, mine))
+    links = time_links(world, MPI.Get_processor_name())
+    if everyone is None:
+        return None
+    findings = merge([theirs for theirs, _ in everyone])
+    if world.Get_size() > 1:
+        everywhere = list(range(world.Get_size()))
+        findings += [(finding, everywhere) for finding in compare([theirs for _, theirs in everyone])]
+        findings.append((judge(links), everywhere))
+    return Report(world.Get_size(), findings, links)
+
+
+def run(as_json: bool = False) -> int:
+    """Print the report on rank 0, and return the exit code, 1 for a failure, on all. Collective."""
+    report = examine()
+    if report is not None:
+        print(report.as_json() if as_json else report.as_text(), flush=True)
+    code = int(report is not None and report.verdict == "failure")
+    return int(MPI.COMM_WORLD.bcast(code)) if MPI else code
+
+
+def inspect() -> list[Finding]:
+    """What all checks found on this rank. Collective over the ranks of a job, but for broken ones."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        try:
+            found = check()
+            several = [found] if isinstance(found, Finding) else list(found or ())
+        except Exception as error:
+            text = f"could not be checked: {type(error).__name__}: {error}"
+            several = [warning(name, text, "report this, please")]
+        findings += several
+    return findings
+
+
+def merge(everyone: Sequence[Sequence[Finding]]) -> list[tuple[Finding, list[int]]]:
+    """Each finding once, with the ranks that have it, in the order of the checks."""
+    ranks: dict[Finding, list[int]] = {}
+    for rank, findings in enumerate(everyone):
+        for finding in findings:
+            ranks.setdefault(finding, []).append(rank)
+    order = list(dict.fromkeys(finding.check for findings in everyone for finding in findings))
+    return sorted(ranks.items(), key=lambda item: order.index(item[0].check))
+
+
+def compare(everyone: Sequence[Mapping[str, str]]) -> list[Finding]:
+    """Whether all ranks have the same versions."""
+    findings = []
+    for what in everyone[0]:
+        who: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            who.setdefault(theirs[what], []).append(rank)
+        if len(who) > 1:
+            found = ", ".join(f"{version} on rank {_some(ranks)}" for version, ranks in who.items())
+            fix = "use one environment on all hosts: the same VENV, on a file system that all see"
+            findings.append(failure("versions", f"{what} differs: {found}", fix))
+    return findings or [ok("versions", f"the same on all {len(everyone)} ranks")]
+
+
+def judge(links: Sequence[Link]) -> Finding:
+    """Names the slowest link between two hosts."""
+    if not links:
+        return ok("links", "all ranks are on one host")
+    slowest = min(links, key=lambda link: link.bits_per_second)
+    median = statistics.median(link.bits_per_second for link in links)
+    found = f"{len(links)} pairs of hosts timed; the slowest is {slowest}"
+    if slowest.bits_per_second < SLOW * median:
+        usual = Link(slowest.hosts, 0.0, median)
+        rate = str(usual).split(" ", 1)[1].split(",")[0]
+        fix = "look at this link's cable, port and interface, or leave the host out; all wait for the slowest"
+        return warning("links", f"{found}, where the median is {rate}", fix)
+    return ok("links", found)
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

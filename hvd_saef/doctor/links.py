@@ -1,0 +1,86 @@
+"""How fast hosts exchange bytes: every pair of them once. Collective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MESSAGE = 4 << 20
+"""Bytes of the message that a link's rate is timed with."""
+PINGS, REPEATS = 20, 3
+"""Round trips of one byte, of which the mean is taken, and of a message, of which the fastest is."""
+PAUSE = 0.01
+"""Seconds between two looks of a rank that is not timed whether the others are done."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What was measured between two hosts, there and back, halved."""
+
+    hosts: tuple[str, str]
+    seconds: float
+    """That one byte takes."""
+    bits_per_second: float
+    """Of a large message."""
+
+    def __str__(self) -> str:
+        rate, unit = self.bits_per_second / 1e9, "Gbit/s"
+        if rate < 1:
+            rate, unit = rate * 1e3, "Mbit/s"
+        return f"{self.hosts[0]}–{self.hosts[1]} {rate:.3g} {unit}, {self.seconds * 1e3:.3g} ms"
+
+
+def pairings(number: int) -> Iterator[list[tuple[int, int]]]:
+    """Rounds of a tournament: each of `number` meets each other once, and nobody is twice in a round."""
+    seats = list(range(number + number % 2))  # an even number of seats; who sits opposite nobody pauses
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        facing = zip(seats[:half], reversed(seats[half:]), strict=True)
+        yield [(min(pair), max(pair)) for pair in facing if max(pair) < number]
+        seats[1:] = [seats[-1], *seats[1:-1]]
+
+
+def time_links(communicator: Any, host: str) -> list[Link]:
+    """The links between all hosts, on every rank of an mpi4py communicator. Collective.
+
+    One rank a host speaks for it; `host` is this rank's. Pairs that have no host in common are timed at the
+    same time, as they exchange in training.
+    """
+    rank = communicator.Get_rank()
+    hosts = communicator.allgather(host)
+    names = list(dict.fromkeys(hosts))
+    speakers = [hosts.index(name) for name in names]
+    links: list[Link] = []
+    for pairs in pairings(len(names)):
+        for first, second in pairs:
+            if rank in (speakers[first], speakers[second]):
+                other = speakers[second] if rank == speakers[first] else speakers[first]
+                seconds, rate = _time(communicator, other, begins=rank == speakers[first])
+                if rank == speakers[first]:
+                    links.append(Link((names[first], names[second]), seconds, rate))
+        done = communicator.Ibarrier()
+        while not done.Test():
+            time.sleep(PAUSE)
+    return [link for some in communicator.allgather(links) for link in some]
+
+
+def _time(communicator: Any, other: int, begins: bool) -> tuple[float, float]:
+    small, large = np.zeros(1, np.uint8), np.zeros(MESSAGE, np.uint8)
+
+    def there_and_back(buffer: Any) -> float:
+        start = time.perf_counter()
+        if begins:
+            communicator.Send(buffer, other)
+            communicator.Recv(buffer, other)
+        else:
+            communicator.Recv(buffer, other)
+            communicator.Send(buffer, other)
+        return time.perf_counter() - start
+
+    there_and_back(large)  # opens the connection
+    pings = sum(there_and_back(small) for _ in range(PINGS)) / PINGS
+    return pings / 2, 8 * MESSAGE / (min(there_and_back(large) for _ in range(REPEATS)) / 2)

@@ -1,0 +1,144 @@
+"""Checks of MPI: one library, several threads, and ranks that find each other."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hvd_saef.communicator import MPI
+from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, output, warning
+from hvd_saef.doctor.software import import_error
+
+
+def check_mpi() -> Iterator[Finding]:
+    """mpi4py, its library, and whether several threads may call it."""
+    if MPI is None:
+        why = import_error("mpi4py.MPI")
+        yield failure("mpi4py", f"cannot be imported: {why}", BOOTSTRAP)
+        return
+    yield ok("mpi4py", importlib.metadata.version("mpi4py"))
+    vendor, version = MPI.get_vendor()
+    yield ok(
+        "MPI library", f"{vendor} {'.'.join(map(str, version))}, {_library('mpi4py.MPI') or 'not found'}"
+    )
+    levels = {
+        MPI.THREAD_SINGLE: "SINGLE",
+        MPI.THREAD_FUNNELED: "FUNNELED",
+        MPI.THREAD_SERIALIZED: "SERIALIZED",
+    }
+    level = levels.get(MPI.Query_thread())
+    if level is None:
+        yield ok("MPI threads", "MPI_THREAD_MULTIPLE")
+    else:
+        found = f"MPI_THREAD_{level}: Horovod and hvd_saef talk through MPI from several threads"
+        fix = (
+            "leave MPI4PY_RC_THREAD_LEVEL and mpi4py.rc.threads alone, or use an MPI with MPI_THREAD_MULTIPLE"
+        )
+        yield failure("MPI threads", found, fix)
+
+
+def check_same_library() -> Finding | None:
+    """mpi4py and Horovod must be linked against one MPI."""
+    ours, theirs = _library("mpi4py.MPI"), _library("horovod.torch.mpi_lib_v2")
+    if ours is None or theirs is None:
+        return None
+    if ours != theirs:
+        found = f"mpi4py uses {ours}, Horovod {theirs}"
+        return failure("one MPI", found, "both must be built against one MPI: " + REBUILD)
+    return ok("one MPI", "mpi4py and Horovod use the same library")
+
+
+def _library(module: str) -> str | None:
+    """The MPI library that the loader finds for an extension module, by itself."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # a parent package that cannot be imported
+        spec = None
+    origin = spec.origin if spec else _extension(module)
+    if origin is None:
+        return None
+    listed = output("ldd", origin)
+    match = re.search(r"lib(?:mpi|mpich|mpi_\w+)\.so\S* => (/\S+)", listed)
+    return os.path.realpath(match[1]) if match else None
+
+
+def _extension(module: str) -> str | None:
+    """Where an extension of a package is that does not import."""
+    package, *parts = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    found = sorted(Path(spec.origin).parent.joinpath(*parts[:-1]).glob(f"{parts[-1]}.*so"))
+    return str(found[0]) if found else None
+
+
+def check_launcher() -> Iterator[Finding]:
+    """The mpirun on the PATH is of the library, and the ranks that it started found each other."""
+    if MPI is None:
+        return
+    vendor, version = MPI.get_vendor()
+    ours = f"{vendor} {'.'.join(map(str, version))}"
+    said = output("mpirun", "--version").strip()
+    match = re.search(r"\(Open MPI\) (\d+\.\d+\.\d+)", said)
+    theirs = f"Open MPI {match[1]}" if match else said.splitlines()[0] if said else ""
+    if not said:
+        yield ok("mpirun", "none on the PATH: srun starts the ranks")
+    elif (vendor == "Open MPI") != bool(match) or (match and theirs != ours):
+        found = (
+            f"{shutil.which('mpirun')} is of {theirs}, the library is {ours}: ranks would not find each other"
+        )
+        yield failure(
+            "mpirun", found, "put the mpirun of the library first on the PATH: load that module alone"
+        )
+    else:
+        yield ok("mpirun", f"{theirs}, {shutil.which('mpirun')}")
+    started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    size = MPI.COMM_WORLD.Get_size()
+    if size == 1 and started > 1:
+        found = f"{started} processes were started, and MPI sees 1: each would train alone"
+        fix = "srun --mpi=pmix (srun --mpi=list says what there is), or the mpirun of the library"
+        yield failure("ranks", found, fix)
+    else:
+        yield ok("ranks", f"{size}")
+
+
+def check_cuda_aware() -> Finding | None:
+    """Whether MPI takes memory of a GPU, and is asked to."""
+    asked = os.environ.get("HVD_SAEF_CUDA_AWARE_MPI") == "1"
+    library = _library("mpi4py.MPI")
+    if MPI is None or library is None:
+        return None
+    try:
+        aware = bool(ctypes.CDLL(library).MPIX_Query_cuda_support())
+    except (OSError, AttributeError):
+        return ok("CUDA-aware MPI", "unknown: this MPI does not say" + "; asked for" * asked)
+    if asked and not aware:
+        found = "HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not"
+        return failure(
+            "CUDA-aware MPI", found, "unset HVD_SAEF_CUDA_AWARE_MPI, or use an MPI built --with-cuda"
+        )
+    if aware and torch.cuda.is_available() and not asked:
+        fix = "set HVD_SAEF_CUDA_AWARE_MPI=1 to try it (untried on hardware)"
+        return warning("CUDA-aware MPI", "yes, but payloads go through host memory", fix)
+    return ok("CUDA-aware MPI", ("yes" if aware else "no") + (", asked for" if asked else ", not asked for"))
+
+
+def check_pmix() -> Finding:
+    """By which SLURM's srun connects ranks."""
+    listed = output("srun", "--mpi=list", both=True)
+    if "plugin types" not in listed:
+        return ok("PMIx", "no SLURM here")
+    types = re.findall(r"pmix\w*", listed)
+    if types:
+        return ok("PMIx", f"srun has {', '.join(sorted(set(types)))}")
+    return warning(
+        "PMIx", "srun has no pmix", "start by launch/slurm/mpirun.sbatch, or ask for SLURM with PMIx"
+    )

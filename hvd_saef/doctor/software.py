@@ -1,0 +1,116 @@
+"""Checks of versions, and of what was built for what. Local."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import hvd_saef
+from hvd_saef import kernels
+from hvd_saef.communicator import MPI, hvd
+from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, warning
+
+OLDEST_TORCH = (2, 13)
+
+
+def check_python() -> Finding:
+    """The interpreter and this package."""
+    version = platform.python_version()
+    return ok("hvd_saef", f"{hvd_saef.__version__} in {Path(hvd_saef.__file__).parent}, Python {version}")
+
+
+def check_torch() -> Finding:
+    """Old ones are untried."""
+    known = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if known < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return warning(
+            "torch", f"{torch.__version__}, older than what was tried", f"install torch {oldest} or newer"
+        )
+    return ok("torch", torch.__version__)
+
+
+def check_kernels() -> Finding:
+    """The loops in C++, or the twins that stand in for them."""
+    if kernels.native is not None:
+        return ok("kernels", f"compiled, for {kernels.native.instruction_sets()[-1]}")
+    if not kernels.why_none():
+        return warning("kernels", "set aside by HVD_SAEF_KERNELS=twins: slower", "unset HVD_SAEF_KERNELS")
+    return warning(
+        "kernels",
+        f"plain torch is used, slower: the compiled ones do not load ({kernels.why_none()})",
+        "`pip install --no-build-isolation -e .` in the checkout, where a C++20 compiler is",
+    )
+
+
+def check_horovod() -> Iterator[Finding]:
+    """Installed, built for this torch, and with MPI."""
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        yield failure("Horovod", "is not installed", BOOTSTRAP)
+        return
+    built_for = _built_for(Path(spec.origin).parent / "metadata.json")
+    if built_for and built_for != torch.__version__:
+        found = f"was built for torch {built_for}, and {torch.__version__} is installed"
+        yield failure("Horovod", found, REBUILD)
+    if hvd is None:
+        why = import_error("horovod.torch")
+        fix = REBUILD if "undefined symbol" in why else BOOTSTRAP
+        yield failure("Horovod", f"cannot be imported: {why}", fix)
+        return
+    if not hvd.mpi_built():
+        found = "was built without MPI, by which payloads travel"
+        yield failure("Horovod", found, "build it with HOROVOD_WITH_MPI=1: " + REBUILD)
+    elif not built_for or built_for == torch.__version__:
+        parts = ["MPI"] + ["NCCL"] * bool(hvd.nccl_built()) + ["Gloo"] * bool(hvd.gloo_built())
+        version = importlib.metadata.version("horovod")
+        yield ok("Horovod", f"{version} for torch {built_for or 'unknown'}, built with {', '.join(parts)}")
+
+
+def _built_for(metadata: Path) -> str:
+    try:
+        return str(json.loads(metadata.read_text()).get("pytorch", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def import_error(module: str) -> str:
+    """Why a module does not import."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "it was not importable when hvd_saef was imported"
+
+
+def check_gpu() -> Finding:
+    """With GPUs, Horovod should average by NCCL."""
+    if not torch.cuda.is_available():
+        return ok("GPU", "none seen by torch")
+    count = torch.cuda.device_count()
+    if hvd is not None and not hvd.nccl_built():
+        return warning("GPU", f"{count}, but Horovod was built without NCCL", "launch/bootstrap.sh --cuda")
+    return ok("GPU", f"{count}, {torch.cuda.get_device_name(0)}, NCCL in Horovod")
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all ranks."""
+    found = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "hvd_saef": hvd_saef.__version__,
+    }
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    found |= {name: installed.get(name, "not installed") for name in ("horovod", "mpi4py", "numpy")}
+    found["MPI library"] = MPI.Get_library_version().split(",")[0].strip() if MPI else "not found"
+    found["byte order"] = sys.byteorder
+    return found

@@ -1,0 +1,216 @@
+"""`hvd-saef doctor` on this environment, and on broken ones: copies of this with a fault in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_saef.doctor import compare, judge, merge
+from hvd_saef.doctor.findings import failure, ok
+from hvd_saef.doctor.links import Link, pairings
+from tests.mpi.launch import ENVIRONMENT, ROOT
+
+pytest.importorskip("mpi4py", reason="needs mpi4py")
+pytest.importorskip("horovod.torch", reason="needs Horovod")
+
+DOCTOR = [sys.executable, "-W", "ignore", "-m", "hvd_saef.cli", "doctor"]
+BROKEN: dict[str, tuple[str, str]] = {
+    "another torch": ("was built for torch 1.13.1", "remove the environment"),
+    "another torch's symbols": ("undefined symbol", "remove the environment"),
+    "no Horovod": ("is not installed", "launch/bootstrap.sh"),
+    "no MPI library": ("libnowhere.so.40", "launch/bootstrap.sh"),
+    "no threads": ("MPI_THREAD_FUNNELED", "leave MPI4PY_RC_THREAD_LEVEL"),
+    "two MPIs": ("Horovod /", "both must be built against one MPI"),
+    "another mpirun": ("is of Open MPI 3.1.6", "first on the PATH"),
+    "not connected": ("4 processes were started, and MPI sees 1", "srun --mpi=pmix"),
+    "not CUDA-aware": ("HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not", "unset HVD_SAEF_CUDA_AWARE_MPI"),
+    "kernels of another torch": ("plain torch is used", "pip install --no-build-isolation"),
+}
+WARNINGS = {"kernels of another torch"}
+
+
+def folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def copied(package: str, folder: Path) -> Path:
+    """A copy of a package that is imported instead of it, with PYTHONPATH=folder."""
+    return Path(shutil.copytree(folder_of(package), folder / package, symlinks=True))
+
+
+def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
+    assert len(old) == len(new)
+    contents = path.read_bytes()
+    assert old in contents
+    path.write_bytes(contents.replace(old, new))
+
+
+def broken(how: str, folder: Path) -> dict[str, str]:
+    """Makes the fault; the environment variables with which it is met."""
+    if how == "another torch":
+        (copied("horovod", folder) / "metadata.json").write_text('{"pytorch": "1.13.1"}')
+    elif how == "another torch's symbols":
+        (library,) = (copied("horovod", folder) / "torch").glob("mpi_lib_v2.*.so")
+        replace_bytes(library, b"_ZN3c106detail", b"_ZN3c106DETAIL")
+    elif how == "no Horovod":
+        hiding = "import importlib.machinery as m\nplain = m.PathFinder.find_spec\n"
+        hiding += "m.PathFinder.find_spec = lambda name, *rest: None if name == 'horovod' else "
+        hiding += "plain(name, *rest)\n"
+        (folder / "sitecustomize.py").write_text(hiding)
+    elif how == "no MPI library":
+        (library,) = copied("mpi4py", folder).glob("MPI.*.so")
+        patchelf = ["patchelf", "--replace-needed", "libmpi.so.40", "libnowhere.so.40", str(library)]
+        subprocess.run(patchelf, check=True)
+    elif how == "two MPIs":
+        (library,) = copied("mpi4py", folder).glob("MPI.*.so")
+        own = Path(listed(library, "libmpi.so.40"))
+        shutil.copy(own, folder / "libmpi.so.40")
+        rpath = f"{folder}:{own.parent}"
+        for path in (library, folder / "libmpi.so.40"):
+            subprocess.run(["patchelf", "--force-rpath", "--add-rpath", rpath, str(path)], check=True)
+        subprocess.run(["patchelf", "--force-rpath", "--set-rpath", rpath, str(library)], check=True)
+    elif how == "another mpirun":
+        (folder / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 3.1.6'\n")
+        (folder / "mpirun").chmod(0o755)
+        return {"PATH": f"{folder}:{ENVIRONMENT['PATH']}"}
+    elif how == "kernels of another torch":
+        (library,) = (copied("hvd_saef", folder) / "kernels").glob("_native.*.so")
+        replace_bytes(library, b"_ZN3c10", b"_ZN3C10")
+    return {
+        "no threads": {"MPI4PY_RC_THREAD_LEVEL": "funneled"},
+        "not connected": {"SLURM_STEP_NUM_TASKS": "4"},
+        "not CUDA-aware": {"HVD_SAEF_CUDA_AWARE_MPI": "1"},
+    }.get(how, {})
+
+
+def listed(library: Path, needed: str) -> str:
+    """Where the loader finds what a library needs."""
+    lines = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    return next(line.split()[2] for line in lines.splitlines() if line.split()[0] == needed)
+
+
+def ask(command: list[str], cwd: Path = ROOT, **variables: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and report; the job must not hang."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("SLURM_")}
+    job = subprocess.run(
+        [*command, "--json"],
+        env=environment | variables,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.stdout, job.stderr
+    report: dict[str, Any] = json.loads(job.stdout)
+    return job.returncode, report
+
+
+def test_a_good_environment() -> None:
+    for ranks in (1, 2):
+        command = DOCTOR if ranks == 1 else ["mpirun", "-np", str(ranks), *DOCTOR]
+        code, report = ask(command)
+        assert code == 0
+        bad = [finding for finding in report["findings"] if finding["status"] != "ok"]
+        if (os.cpu_count() or 1) < ranks:
+            bad = [finding for finding in bad if finding["check"] != "cores"]
+        assert not bad
+        assert report["ranks"] == ranks
+        assert {"torch", "Horovod", "MPI threads", "one MPI", "mpirun", "ranks", "PMIx"} <= {
+            finding["check"] for finding in report["findings"]
+        }
+    text = subprocess.run(
+        DOCTOR, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"ok      torch: {torch.__version__}\n" in text
+    assert text.endswith("verdict: ok\n")
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_environment(how: str, tmp_path: Path) -> None:
+    if how in ("no MPI library", "two MPIs") and shutil.which("patchelf") is None:
+        pytest.skip("needs patchelf")
+    variables = broken(how, tmp_path)
+    cwd = tmp_path if how == "kernels of another torch" else ROOT
+    code, report = ask(DOCTOR, cwd, **({"PYTHONPATH": f"{tmp_path}:{ROOT}"} | variables))
+    found, fix = BROKEN[how]
+    status = "warning" if how in WARNINGS else "failure"
+    assert report["verdict"] == status, report
+    assert code == (0 if how in WARNINGS else 1)
+    bad = [finding for finding in report["findings"] if finding["status"] != "ok"]
+    assert any(found in finding["found"] and fix in finding["fix"] for finding in bad), bad
+    assert all(finding["fix"] for finding in bad)
+
+
+def test_more_threads_than_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    code, report = ask(["mpirun", "-np", "2", *DOCTOR], OMP_NUM_THREADS=str(cores))
+    assert code == 0
+    (bad,) = [finding for finding in report["findings"] if finding["status"] == "warning"]
+    assert bad["found"] == f"2 ranks of {cores} threads on {cores} cores"
+    assert bad["fix"].startswith(f"OMP_NUM_THREADS={cores // 2}" if cores > 1 else "fewer ranks")
+
+
+def test_ranks_that_differ(tmp_path: Path) -> None:
+    (copied("horovod", tmp_path) / "metadata.json").write_text('{"pytorch": "1.13.1"}')
+    other = ["env", f"PYTHONPATH={tmp_path}:{ROOT}", *DOCTOR, "--json"]
+    code, report = ask(["mpirun", "-np", "1", *other, ":", "-np", "1", *DOCTOR])
+    assert code == 1
+    (bad,) = [finding for finding in report["findings"] if finding["status"] == "failure"]
+    assert "1.13.1" in bad["found"]
+    assert bad["ranks"] == [0]
+
+
+def test_versions_are_compared() -> None:
+    same, other = {"torch": "2.13.0", "numpy": "2.0"}, {"torch": "2.13.0", "numpy": "2.1"}
+    assert [finding.status for finding in compare([same] * 3)] == ["ok"]
+    (found,) = compare([same, other, same])
+    assert found.status == "failure"
+    assert found.found == "numpy differs: 2.0 on rank 0, 2, 2.1 on rank 1"
+
+
+def test_findings_are_merged() -> None:
+    torch_is, cores, few = ok("torch", "2"), ok("cores", "4"), failure("cores", "1", "more")
+    merged = merge([[torch_is, cores], [torch_is, few], [torch_is, cores]])
+    assert merged == [(torch_is, [0, 1, 2]), (cores, [0, 2]), (few, [1])]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_every_pair_meets_once(number: int) -> None:
+    rounds = list(pairings(number))
+    together = [pair for pairs in rounds for pair in pairs]
+    assert sorted(together) == [(a, b) for a in range(number) for b in range(a + 1, number)]
+    for pairs in rounds:
+        busy = [host for pair in pairs for host in pair]
+        assert len(set(busy)) == len(busy)
+
+
+def test_the_slowest_link_is_named() -> None:
+    links = [Link(("a", "b"), 1e-4, 1e9), Link(("a", "c"), 1e-4, 1e8), Link(("b", "c"), 1e-4, 9e8)]
+    found = judge(links)
+    assert found.status == "warning"
+    assert "the slowest is a–c 100 Mbit/s, 0.1 ms, where the median is 900 Mbit/s" in found.found
+    assert judge(links[:1] + links[2:]).status == "ok"
+    assert "one host" in judge([]).found
+
+
+def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_saef.doctor.machine import check_name
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    found = check_name()
+    assert found.status == "failure"
+    assert "no-such-host.invalid does not resolve" in found.found
+    assert "/etc/hosts" in found.fix
