@@ -77,14 +77,22 @@ def average_on_node(node: Communicator, statistics: Statistics, layout: Layout, 
         if bucket.numel:
             with statistics.phase("node"):
                 flat = pack(bucket)
-                average_bucket(node, statistics, bucket, flat)
+                node.allreduce_mean(flat, name_on_node(bucket))
                 unpack(bucket, flat, as_sparse)
+            statistics.node_bytes_sent += ring_bytes(node.size, flat.nbytes)
 
 
-def average_bucket(node: Communicator, statistics: Statistics, bucket: Bucket, flat: Tensor) -> None:
-    """The mean of what :func:`pack` gave. Collective over the node."""
-    node.allreduce_mean(flat, f"node.{bucket.index}")
-    statistics.node_bytes_sent += ring_bytes(node.size, flat.nbytes)
+def name_on_node(bucket: Bucket) -> str:
+    """What the mean of a bucket's gradients over a node is called."""
+    return f"node.{bucket.index}"
+
+
+def sparse_refused(name: str) -> TypeError:
+    """The error for a sparse gradient where gradients are averaged."""
+    return TypeError(
+        f"the gradient of {name!r} is sparse, and where gradients are averaged (over a worker's ranks, or "
+        "with feedback='none' and a dense compressor) they are dense: pass sparse_as_dense=True."
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """`overlap=True`: buckets step and leave while backward still computes the gradients of others. Collective.
 
 The payloads are under way when step() begins; x and the parameters change in step() alone, once all
-workers have agreed on it. All workers send their buckets in the same order, the last one first.
+workers have agreed on it. All workers send their buckets in the same order, the last one first. Where a
+worker has several ranks, a bucket's gradients are averaged over them first, in the background as well.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +19,33 @@ import torch
 from torch import Tensor
 
 from hvd_saef import kernels
+from hvd_saef.communicator import Channel
 from hvd_saef.exchange import Exchange
-from hvd_saef.gradients import prepare_sparse, values
+from hvd_saef.gradients import (
+    name_on_node,
+    pack,
+    prepare_sparse,
+    sparse_refused,
+    takes_sparse_only,
+    unpack,
+    values,
+)
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.state import BucketState, State
+from hvd_saef.statistics import ring_bytes
 
 LocalStep = Callable[[], None]
+
+
+@dataclass
+class Mean:
+    """One bucket's gradients while they are averaged over the worker's ranks."""
+
+    bucket_state: BucketState
+    flat: Tensor
+    """What `gradients.pack` gave, and the mean once that is done."""
+    done: Future[None]
 
 
 @dataclass
@@ -35,8 +57,12 @@ class Armed:
     passes: int
     expected: deque[tuple[BucketState, dict[Tensor, int]]]
     """The buckets that have not left, in their order; for each parameter the passes still to come."""
+    means: deque[Mean] = field(default_factory=deque)
+    """Of the buckets that have left for their ranks' mean and not been seen since."""
     used: dict[Tensor, int] = field(default_factory=dict)
-    """The version of each gradient that a local step has used."""
+    """The version of each gradient that a local step has used, or a mean has."""
+    failure: Exception | None = None
+    """What step() is to raise."""
     nonfinite: bool = False
     """Whether a gradient held a NaN or an infinity."""
     waits: bool | None = None
@@ -57,7 +83,7 @@ class Overlap:
     @property
     def under_way(self) -> bool:
         """Whether any bucket has left in this round."""
-        return self._exchange.busy
+        return self._exchange.busy or (self._armed is not None and bool(self._armed.means))
 
     @property
     def nonfinite(self) -> bool:
@@ -94,6 +120,8 @@ class Overlap:
             raise ValueError(
                 "a GradScaler decides on a step after backward: pass overlap=False, or use bfloat16."
             )
+        if self._armed and self._armed.failure:
+            raise self._armed.failure
         for parameter, version in self._armed.used.items() if self._armed else ():
             if parameter.grad is not None and parameter.grad._version != version:
                 raise RuntimeError(
@@ -106,15 +134,28 @@ class Overlap:
         if self._armed is None or not self.under_way:
             local_step()
             return
+        if self._exchange.communicator.node.size > 1:  # all means are under way before one is waited for
+            while self._armed.expected:
+                self._leave(self._armed, self._armed.expected.popleft()[0])
+            self._take_means(self._armed, wait=True)
+            return
         rest = [p for bucket_state, _ in self._armed.expected for p in bucket_state.bucket.parameters]
         with _only(self._inner.param_groups, rest):
             local_step()
 
     def abandon(self) -> None:
         """After an error that all workers raise: take from the wire what is on it. Collective."""
+        armed, state = self._armed, self._modes.state
         self.disarm()
-        if self._modes.state is not None:
-            self._exchange.abandon(self._modes.state)
+        if state is None:
+            return
+        if self._exchange.communicator.node.size > 1:
+            order = self._exchange.order(state)
+            here = order if armed is None else [bucket_state for bucket_state, _ in armed.expected]
+            means = [*(armed.means if armed else ()), *map(self._mean, here)]
+            for mean in means:
+                mean.done.result()
+        self._exchange.abandon(state)
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -145,10 +186,47 @@ class Overlap:
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         armed.used |= {p: gradient._version for p, gradient in gradients.items()}
         armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients.values()])
+        if self._exchange.communicator.node.size > 1:
+            sparse = [p for p, gradient in gradients.items() if gradient.is_sparse]
+            if sparse and not self._exchange.settings.sparse_as_dense:
+                names = {slot.parameter: slot.name for slot in bucket_state.bucket.slots}
+                armed.failure = sparse_refused(names[sparse[0]])
+            armed.means.append(self._mean(bucket_state))
+            self._take_means(armed)
+        else:
+            self._step(armed, bucket_state)
+
+    def _step(self, armed: Armed, bucket_state: BucketState) -> None:
+        """One bucket's local step, and off."""
+        parameters = bucket_state.bucket.parameters
         if not armed.nonfinite:  # else step() raises on all workers, which expect the bucket nevertheless
             with _only(self._inner.param_groups, parameters), self._exchange.statistics.phase("local_step"):
                 armed.local_step()
         self._exchange.depart(armed.state, bucket_state)
+
+    # -- workers of several ranks -------------------------------------------------------------------
+
+    def _mean(self, bucket_state: BucketState) -> Mean:
+        """Begin to average a bucket's gradients over the worker's ranks, one bucket after the other."""
+        communicator, flat = self._exchange.communicator, pack(bucket_state.bucket)
+        work, name = communicator.background(Channel.MEANS), name_on_node(bucket_state.bucket)
+        self._exchange.statistics.node_bytes_sent += ring_bytes(communicator.node.size, flat.nbytes)
+        return Mean(bucket_state, flat, work.submit(communicator.node.allreduce_mean, flat, name))
+
+    def _take_means(self, armed: Armed, wait: bool = False) -> None:
+        """The local steps of the buckets whose mean is there, in their order; or of all."""
+        as_sparse = takes_sparse_only(self._inner)
+        while armed.means and (wait or armed.means[0].done.done()):
+            mean = armed.means.popleft()
+            with self._exchange.statistics.phase("node"):
+                mean.done.result()
+            if kernels.all_finite([mean.flat]):
+                unpack(mean.bucket_state.bucket, mean.flat, as_sparse)
+            else:  # whose gradient it was is seen in the ranks' own, which stay
+                armed.nonfinite = True
+            gradients = {p: p.grad for p in mean.bucket_state.bucket.parameters if p.grad is not None}
+            armed.used |= {p: gradient._version for p, gradient in gradients.items()}
+            self._step(armed, mean.bucket_state)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from hvd_saef.gradients import (
     average_gradients,
     average_on_node,
     prepare_sparse,
+    sparse_refused,
     takes_sparse_only,
     values,
 )
@@ -181,11 +182,7 @@ class Session:
                 self.averages_gradients and self.communicator.size > 1
             )
             if averaged and not self.settings.sparse_as_dense:
-                raise TypeError(
-                    f"the gradient of {slot.name!r} is sparse, and where gradients are averaged (over a "
-                    "worker's ranks, or with feedback='none' and a dense compressor) they are dense: pass "
-                    "sparse_as_dense=True."
-                )
+                raise sparse_refused(slot.name)
             prepare_sparse(slot.parameter, self.inner, self.settings.sparse_as_dense)
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
@@ -326,6 +323,7 @@ class Session:
         if self.averages_gradients or self.communicator.node.size > 1:
             failure: Exception | None = None
             try:
+                self._refuse_under_way("synchronize()")
                 self.take_in()
                 self._prepare_sparse()
             except Exception as error:
