@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_saef.staging import Staging, reaches_mpi
 from hvd_saef.watch import Patience, Watch, say_goodbye_at_exit, start
 
 
@@ -235,6 +236,7 @@ class MpiCommunicator(Communicator):
         own, self._mpi = created.result()
         self.rank, self.size = own.Get_rank(), own.Get_size()
         self._watch = Watch(own, patience, names)
+        self._staging = {channel: Staging() for channel in Channel}
         say_goodbye_at_exit(self._watch, MPI.Is_finalized)
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
@@ -254,7 +256,7 @@ class MpiCommunicator(Communicator):
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         self._move(
             channel,
-            lambda send, into: self._mpi[channel].Iallgatherv([send[0].numpy(), MPI.BYTE], _message(into)),
+            lambda send, into: self._mpi[channel].Iallgatherv([_memory(send[0]), MPI.BYTE], _message(into)),
             [payload],
             out,
         )
@@ -279,19 +281,19 @@ class MpiCommunicator(Communicator):
         # What goes out or what comes in says all workers' sizes, and the other is among these.
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
-        if longest <= most and out[0].device.type == "cpu":
+        staging = self._staging[channel]
+        if longest <= most and reaches_mpi(out[0].device):
+            staging.ready(out[0].device)
             self._wait(channel, start(pieces, out), operation)
             return
         for first in range(0, longest, most):
-            going = [piece[first : first + most].cpu() for piece in pieces]
-            coming = [place[first : first + most] for place in out]
-            leaving = torch.split(torch.cat(going), [piece.numel() for piece in going])
-            landed = torch.split(
-                torch.empty(sum(place.numel() for place in coming), dtype=torch.uint8),
-                [place.numel() for place in coming],
+            places = [place[first : first + most] for place in out]
+            leaving, landed = (
+                staging.leaving([piece[first : first + most] for piece in pieces]),
+                staging.room(places),
             )
             self._wait(channel, start(leaving, landed), operation)
-            copy_pieces(landed, coming)
+            staging.landed(landed, places)
 
     def _wait(self, channel: Channel, request: Any, operation: str) -> None:
         """Until the request is done, which holds the memory that it works on."""
@@ -361,9 +363,14 @@ def _arrivals(patience: Patience) -> Watch:
 
 def _message(views: Sequence[Tensor]) -> Any:
     """Views of one buffer, as mpi4py takes the pieces of a collective on vectors."""
-    buffer = torch.empty(0, dtype=torch.uint8).set_(views[0].untyped_storage())
+    buffer = torch.empty(0, dtype=torch.uint8, device=views[0].device).set_(views[0].untyped_storage())
     counts = [view.numel() for view in views]
-    return [buffer.numpy(), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
+    return [_memory(buffer), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
+
+
+def _memory(buffer: Tensor) -> Any:
+    """As mpi4py takes it; a tensor on a GPU as it is, by its __cuda_array_interface__."""
+    return buffer.numpy() if buffer.is_cpu else buffer
 
 
 def copy_pieces(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:

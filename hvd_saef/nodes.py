@@ -137,6 +137,9 @@ class NodeCommunicator(Communicator):
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         return self._everyone.find_hosts()
 
+    def finish(self) -> None:  # noqa: D102
+        self._everyone.finish()
+
     def close(self) -> None:  # noqa: D102
         for communicator in (self._node, self._lane):
             if communicator is not None:

@@ -52,7 +52,13 @@ def alone() -> Iterator[None]:
     set_thread_communicator(None)
 
 
-OPTIONS: list[dict[str, Any]] = [{}, {"local_steps": 4}, {"overlap": True}, {"averaging_period": 2}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"local_steps": 4},
+    {"overlap": True},
+    {"averaging_period": 2},
+    {"worker": [[0, 1], [2]], "weights": "ranks"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -33,6 +33,7 @@ from tests.problems import (
     start_point,
     worst,
 )
+from tests.test_staging import device_of_its_own
 
 TOLERANCE = 1e-10
 Check = Callable[[], None]
@@ -142,6 +143,16 @@ def small_chunks_change_nothing() -> None:
     for a, b in zip(whole, cut, strict=True):
         assert same_bits(a.x, b.x)
         assert a.stats["payload_bytes_sent"] == b.stats["payload_bytes_sent"]
+
+
+@check
+def memory_that_mpi_does_not_reach_changes_nothing() -> None:
+    whole = [train(setup(), server=server) for server in ("sharded", "replicated")]
+    with device_of_its_own() as calls:
+        staged = [train(setup(), server=server) for server in ("sharded", "replicated")]
+    for a, b in zip(whole, staged, strict=True):
+        assert same_bits(a.x, b.x)
+    assert sum(call.endswith("is waited for") for call in calls) >= 2 * STEPS
 
 
 def small_model(seed: int) -> nn.Module:
