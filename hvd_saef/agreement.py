@@ -1,4 +1,4 @@
-"""The one small word that all workers exchange a step, before the local step, so that all decide alike.
+"""The small word that all workers exchange before the local step and after it, so that all decide alike.
 
 A later feature that needs all workers to do the same thing adds a bit here, not a collective.
 """
@@ -19,7 +19,7 @@ from hvd_saef.layout import Layout
 
 
 class Word(enum.IntFlag):
-    """What a worker has to say before a step; all see the bitwise or."""
+    """What a worker has to say before a local step, or after it; all see the bitwise or."""
 
     NOTHING = 0
     ANCHOR = 1
@@ -29,7 +29,9 @@ class Word(enum.IntFlag):
     OVERFLOW = 4
     """A GradScaler found an overflow here: skip this step."""
     NONFINITE = 8
-    """A gradient here holds a NaN or an infinity."""
+    """A gradient here, or what the local step made of it, holds a NaN, an infinity, or nearly that."""
+    HUGE = 32
+    """A gradient's square is infinite: keep what the optimizer has, in case that its step overflows."""
     UNDER_WAY = 16
     """With overlap=True: updates of this round are on the wire already."""
     STOP = 32

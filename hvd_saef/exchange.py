@@ -277,6 +277,16 @@ class Exchange:
                 algorithm.add_update(state.e, self.start_point(state), y)
             for memory, piece in zip(trip.memories, trip.sent, strict=True):
                 trip.rows.send(memory, piece)
+            if trip.wire is not None and trip.wire != state.bucket.dtype:
+                sent = trip.sent[0].view(trip.wire)
+                sent.copy_(self._with_room(sent, state.e))
+
+    def _with_room(self, sent: Tensor, e: Tensor) -> Tensor:
+        """`sent`, so much of it that the sum over workers fits its dtype; the rest is added to e."""
+        most = torch.finfo(sent.dtype).max / self.communicator.size
+        fits = sent.clamp(-most, most)
+        e.add_(sent.to(e.dtype) - fits.to(e.dtype))
+        return fits
 
     @torch.no_grad()
     def _gather(self, trip: Trip) -> list[Tensor]:

@@ -114,6 +114,11 @@ class Modes:
         else:
             self._to_training_point()
 
+    def undo_local_steps(self) -> None:
+        """Put the parameters back to where the round began."""
+        self.local_steps_done = 0
+        self.to_start()
+
     @torch.no_grad()
     def points(self) -> list[Tensor] | None:
         """Copies of the training point between local steps, a tensor a parameter; None at a round's start."""

@@ -28,6 +28,7 @@ from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.moments import SecondMoments
 from hvd_saef.origin import Origin
+from hvd_saef.overflow import StateCopy, look_at_gradients, sums_fit, who_holds
 from hvd_saef.overlap import Overlap
 from hvd_saef.redistribution import average_moments
 from hvd_saef.settings import Settings
@@ -54,6 +55,8 @@ class Session:
         self.modes = Modes(self.exchange)
         self._choose = choose
         self._skip_synchronize = self._synchronized = False
+        self._huge = False
+        """Whether the coming local step is of gradients that may overflow the optimizer's own state."""
         self.origin = Origin(communicator, settings, self.modes)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
         period = settings.second_moment_period
@@ -130,23 +133,68 @@ class Session:
                     stacklevel=3,
                 )
             self._average()
+            if self.averages_gradients and not sums_fit(self.layout):
+                if self.settings.on_nonfinite == "raise":
+                    raise NonFiniteUpdateError(
+                        "the sum of all workers' gradients overflowed in float16. The step was not taken "
+                        "anywhere. Use Compression.none, or on_nonfinite='skip' to skip such steps."
+                    )
+                self.statistics.skipped += 1
+                return loss
         self._synchronized = False
-        with self.statistics.phase("local_step"):
-            if self.overlap:
-                self.overlap.finish(local_step)
-            elif self.moments:
-                done, steps = self.modes.local_steps_done, self.settings.local_steps
-                self.moments.before(self.layout, self.origin.rounds, done, steps)
-                local_step()
-                self.moments.after()
-            else:
-                local_step()
+        if not self._take_local_step(local_step):
+            self.statistics.skipped += 1
+            return loss
         self.modes.local_steps_done += 1
         if self.modes.local_steps_done >= self.settings.local_steps:
             self._complete_round()
         if self.overlap and self.modes.local_steps_done == self.settings.local_steps - 1:
             self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss
+
+    def _take_local_step(self, local_step: Callable[[], None]) -> bool:
+        """Whether it went well on all workers: else the parameters are where the round began. Collective."""
+        failure, word = None, Word.NOTHING
+        kept = StateCopy(self.inner) if self._huge else None
+        if self.moments:
+            done, steps = self.modes.local_steps_done, self.settings.local_steps
+            self.moments.before(self.layout, self.origin.rounds, done, steps)
+        try:
+            with self.statistics.phase("local_step"):
+                if self.overlap:
+                    self.overlap.finish(local_step)
+                else:
+                    local_step()
+            if self.moments:
+                self.moments.after()
+            fits = kernels.squares_fit([slot.parameter for slot in self.layout.slots])
+            if not fits or (kept and not kept.still_finite()):
+                word = Word.NONFINITE
+        except Exception as error:  # raised again below, once everyone knows
+            failure = error
+        with self.statistics.phase("agreement"):
+            combined = agree(self.communicator, word, failure)
+        if not combined & (Word.FAILED | Word.NONFINITE):
+            return True
+        after = {slot.name: slot.parameter for slot in self.layout.slots}
+        where = who_holds(self.communicator, after, much=True)
+        if self.overlap and self.overlap.under_way:
+            self.overlap.abandon()
+        self.modes.undo_local_steps()
+        if kept:
+            kept.put_back()
+        if Word.FAILED in combined:
+            raise_failure(self.communicator, failure)
+        if self.settings.on_nonfinite == "skip" and not self.averages_gradients:
+            return False
+        touched = (
+            "the optimizer's own state has taken the step" if kept is None else "so is the optimizer's own"
+        )
+        raise NonFiniteUpdateError(
+            f"the local step made a number NaN, infinite, or nearly: {where or 'in its own state'}. "
+            f"{'The errors' if self.averages_gradients else 'x and the errors'} are as before it; {touched}. "
+            "Lower the learning rate."
+        )
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
         """Unscale gradients, and say what is wrong with them."""
@@ -169,8 +217,9 @@ class Session:
             with torch.no_grad():
                 for gradient in gradients:
                     gradient.div_(scale.to(gradient.device))
-        finite = kernels.all_finite(gradients) and not (self.overlap and self.overlap.nonfinite)
-        return Word.NOTHING if finite else Word.NONFINITE
+        if self.overlap and self.overlap.nonfinite:
+            return Word.NONFINITE
+        return look_at_gradients(gradients)
 
     def _prepare_sparse(self) -> None:
         """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
@@ -203,6 +252,7 @@ class Session:
                 if Word.UNDER_WAY in combined and self.overlap:
                     self.overlap.abandon()
                 raise
+        self._huge = Word.HUGE in combined
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
 
     def _decide(self, combined: Word, failure: Exception | None) -> None:
@@ -223,16 +273,12 @@ class Session:
             self._raise_nonfinite()
 
     def _raise_nonfinite(self) -> None:
-        bad = [
-            slot.name
-            for slot in self.layout.slots
-            if slot.parameter.grad is not None and not kernels.all_finite([values(slot.parameter.grad)])
-        ]
-        everyone = self.communicator.allgather_object(bad[:1])
-        who = ", ".join(f"{names[0]!r} on rank {rank}" for rank, names in enumerate(everyone) if names)
+        gradients = {slot.name: slot.parameter.grad for slot in self.layout.slots}
+        held = {name: values(gradient) for name, gradient in gradients.items() if gradient is not None}
         raise NonFiniteUpdateError(
-            f"a gradient holds a NaN or an infinity: {who}. The step was not taken anywhere. Lower the "
-            "learning rate, clip gradients, or pass on_nonfinite='skip' to skip such steps."
+            f"a gradient holds a NaN or an infinity: {who_holds(self.communicator, held)}. The step was not "
+            "taken anywhere. Lower the learning rate, clip gradients, or pass on_nonfinite='skip' to skip "
+            "such steps."
         )
 
     def flush(self) -> None:

@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hvd_saef.kernels.twins import all_finite, l1_norms, pack_signs, top_k, unpack_signs
+from hvd_saef.kernels.twins import all_finite, l1_norms, pack_signs, squares_fit, top_k, unpack_signs
 
 _REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
 if _REQUESTED not in ("", "twins"):
@@ -73,6 +73,7 @@ __all__ = [
     "native",
     "native_for",
     "pack_signs",
+    "squares_fit",
     "top_k",
     "unpack_signs",
     "why_none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,3 +76,22 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
         return True
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def squares_fit(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is NaN, infinite, or so large that its square is. Any devices.
+
+    Squares as float32, or float64 for that: what Adam keeps of gradients, and far from where sums of
+    some numbers overflow. One pass: a norm that is too large may be of many elements, so look again.
+    """
+    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+    limits = [math.sqrt(torch.finfo(dtype).max) for dtype in wide]
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
+        most = min(limits, default=0.0)
+        if not norms or bool((torch.stack([n.double().to(norms[0].device) for n in norms]) <= most).all()):
+            return True
+        return all(
+            bool((tensor.to(dtype).abs() <= limit).all())
+            for tensor, dtype, limit in zip(tensors, wide, limits, strict=True)
+        )
