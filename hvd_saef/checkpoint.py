@@ -154,6 +154,7 @@ def _session(optimizer: Any) -> Session:
     session = getattr(optimizer, "_saef", None)
     if not isinstance(session, Session):
         raise TypeError(f"optimizer={type(optimizer).__name__}: what hvd_saef.DistributedOptimizer returned.")
+    session.check_process()
     return session
 
 

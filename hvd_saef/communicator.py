@@ -80,6 +80,9 @@ class Communicator(abc.ABC):
     ranks: Sequence[int]
     """What the launcher calls them."""
 
+    def check(self) -> None:  # noqa: B027 - most can at any time
+        """Raise RuntimeError if this rank cannot exchange anything any more."""
+
     @property
     def worker(self) -> int:
         """The number of the worker that this rank is, or is part of."""
@@ -252,6 +255,10 @@ class MpiCommunicator(Communicator):
         first = self.allgather_object(shares.bcast(self.rank))
         shares.Free()
         return [[rank for rank in range(self.size) if first[rank] == host] for host in sorted(set(first))]
+
+    def check(self) -> None:  # noqa: D102
+        if not hvd.is_initialized():
+            raise RuntimeError("Horovod was shut down: step() comes before hvd.shutdown().")
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         self._move(

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,10 @@ Entry = tuple[str, Tensor, Compressor]
 """A parameter with its name and what compresses it."""
 
 
+def _form(parameter: Tensor) -> tuple[Any, ...]:
+    return parameter.dtype, parameter.device, tuple(parameter.shape), parameter.stride()
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one parameter lies in its bucket's flat memory."""
@@ -30,6 +34,20 @@ class Slot:
     name: str
     parameter: Tensor
     start: int
+    form: tuple[Any, ...] = field(init=False)
+    """What the parameter was like when it was laid out."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "form", _form(self.parameter))
+
+    def change(self) -> str | None:
+        """What has changed since then, in words."""
+        now = _form(self.parameter)
+        if now == self.form:
+            return None
+        what = ("dtype", "device", "shape", "strides")
+        i = next(i for i in range(len(what)) if now[i] != self.form[i])
+        return f"changed its {what[i]} from {self.form[i]} to {now[i]}"
 
     @property
     def stop(self) -> int:

@@ -24,6 +24,7 @@ from hvd_saef.gradients import (
     takes_sparse_only,
     values,
 )
+from hvd_saef.guard import Guard
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.moments import SecondMoments
@@ -61,6 +62,7 @@ class Session:
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
         period = settings.second_moment_period
         self.moments = SecondMoments(inner, period, communicator, self.statistics) if period else None
+        self._guard = Guard(self.modes.eval)
         self.wants_to_stop = False
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
         self.stop_agreed = False
@@ -72,6 +74,7 @@ class Session:
     def layout(self) -> Layout:
         """The buckets of all parameters."""
         layout = build_layout(self.inner.param_groups, self.names, self._choose, self.settings)
+        self._guard.claim(layout)
         self._warn_of_large_block(layout)
         return layout
 
@@ -113,6 +116,7 @@ class Session:
         """
         loss, failure, word = None, None, Word.NOTHING
         try:
+            self._check()
             self.modes.before_step()
             if self.overlap:
                 self.overlap.check(closure, scale)
@@ -219,6 +223,8 @@ class Session:
                     gradient.div_(scale.to(gradient.device))
         if self.overlap and self.overlap.nonfinite:
             return Word.NONFINITE
+        if not (self.overlap and self.overlap.under_way):
+            self._guard.check_gradients(gradients)
         return look_at_gradients(gradients)
 
     def _prepare_sparse(self) -> None:
@@ -236,6 +242,7 @@ class Session:
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
+        self.check_process()
         if not self.origin.settled:
             word |= Word.ANCHOR
         if self.overlap and self.overlap.under_way:
@@ -285,6 +292,7 @@ class Session:
         """Complete the round now, if any local step was taken since the last. Collective."""
         failure: Exception | None = None
         try:
+            self._check()
             self._refuse_under_way("flush()")
             self.take_in()
         except Exception as error:
@@ -330,6 +338,14 @@ class Session:
             self.origin.settled = False  # what comes next agrees anew
             raise
 
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked off, before it waits for anyone."""
+        self._guard.check_process()
+
+    def _check(self) -> None:
+        self._guard.check(self.layout)
+        self.communicator.check()
+
     def _refuse_under_way(self, what: str) -> None:
         if self.overlap and self.overlap.under_way:
             raise RuntimeError(
@@ -359,6 +375,7 @@ class Session:
             raise ValueError(
                 "a compressed parameter was added to an optimizer that averages dense gradients."
             )
+        self._guard.claim(layout)
         self.layout = layout
         self.origin.grow(self.kept)
 
@@ -370,6 +387,7 @@ class Session:
             failure: Exception | None = None
             try:
                 self._refuse_under_way("synchronize()")
+                self._check()
                 self.take_in()
                 self._prepare_sparse()
             except Exception as error:
@@ -406,6 +424,8 @@ class Session:
 
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        self.check_process()
+        self._check()
         self._refuse_under_way("reanchor()")
         self.take_in()
         self.origin.renew(self.layout, self.kept)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from hvd_saef.communicator import set_thread_communicator
-from hvd_saef.errors import StalledExchangeError
+from hvd_saef.errors import StalledExchangeError, WorkerError
 from hvd_saef.threads import Meetings, ThreadCommunicator
 from hvd_saef.watch import CALM, LOOK
 
@@ -62,8 +62,8 @@ def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[i
         while thread.is_alive() and not any(isinstance(f, StalledExchangeError) for f in failures):
             thread.join(LOOK)
         thread.join(CALM / len(threads))  # those who gave up waiting end together; who hangs does not end
-    if failures:
-        raise failures[0]
+    if failures:  # what went wrong, rather than who was told of it
+        raise next((f for f in failures if not isinstance(f, WorkerError)), failures[0])
     return [results[rank] for rank in everyone]
 
 
