@@ -140,6 +140,9 @@ class NodeCommunicator(Communicator):
     def finish(self) -> None:  # noqa: D102
         self._everyone.finish()
 
+    def check(self) -> None:  # noqa: D102
+        self._everyone.check()
+
     def close(self) -> None:  # noqa: D102
         for communicator in (self._node, self._lane):
             if communicator is not None:

@@ -18,6 +18,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 from torch import nn
 
 import hvd_saef
@@ -33,6 +34,7 @@ from tests.problems import (
     start_point,
     worst,
 )
+from tests.problems import wrap as wrap_as
 from tests.test_staging import device_of_its_own
 
 TOLERANCE = 1e-10
@@ -392,6 +394,45 @@ def everyone_is_told_of_different_starts() -> None:
         run_library(setup(), hvd.rank(), start)
 
 
+@check
+def everyone_is_told_of_an_update_that_overflows() -> None:
+    def exploding(worker: int, step: int, parameters: list[Any]) -> list[Any]:
+        gradients = curved_valley(worker, step, parameters)
+        if step == 3 and worker == hvd.size() - 1 and gradients[0] is not None:
+            gradients[0][0, 0] = 1e308
+        return gradients
+
+    with pytest.raises(hvd_saef.NonFiniteUpdateError, match=rf"on rank {hvd.size() - 1}"):
+        train(setup(), gradient=exploding)
+    assert train(setup(), gradient=exploding, on_nonfinite="skip").stats["skipped"] == 1
+
+
+@check
+def a_second_optimizer_does_not_mind_the_first() -> None:
+    settings: list[dict[str, Any]] = [{"averaging_period": 2}, {"compressor": "topk", "averaging_period": 3}]
+
+    def trained(which: list[int]) -> list[bytes]:
+        models = [small_model(seed=k) for k in which]
+        optimizers = [
+            wrap_as(
+                setup(**settings[k]),
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                named_parameters=model.named_parameters(),
+                model=model,
+                overlap=True,
+            )
+            for k, model in zip(which, models, strict=True)
+        ]
+        for step in range(6):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                model.zero_grad()
+                backward(model, step)
+                optimizer.step()
+        return [p.detach().numpy().tobytes() for model in models for p in model.state_dict().values()]
+
+    assert trained([0, 1]) == trained([0]) + trained([1])
+
+
 PROCESS_SETS: list[Any] = []
 
 
@@ -412,9 +453,26 @@ def run_checks(checks: dict[str, Check], output: str, names: list[str]) -> None:
         report[name] = [
             f"rank {rank}: {text}" for rank, text in enumerate(hvd.allgather_object(failure, name)) if text
         ]
-    if hvd.rank() == 0:
+    failure = after_shutdown()
+    everyone = MPI.COMM_WORLD.allgather(failure)
+    report["after_shutdown_a_step_says_so"] = [f"rank {k}: {text}" for k, text in enumerate(everyone) if text]
+    if MPI.COMM_WORLD.Get_rank() == 0:
         with open(output, "w") as file:
             json.dump(report, file)
+
+
+def after_shutdown() -> str | None:
+    """What is wrong with an optimizer that is used after hvd.shutdown(), the last thing that happens."""
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    hvd.shutdown()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return None if "shut down" in str(error) else str(error)
+    return "no error"
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def report(ranks: int, arithmetic: str = "kernels", module: str = "tests.mpi.che
 @pytest.mark.parametrize(
     ("ranks", "arithmetic"), [*((ranks, "kernels") for ranks in (1, 2, 3, 4)), (2, "twins")]
 )
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*CHECKS, "after_shutdown_a_step_says_so"])
 def test_check(name: str, ranks: int, arithmetic: str) -> None:
     assert report(ranks, arithmetic)[name] == []
 
