@@ -120,9 +120,6 @@ class Decoder(nn.Module):
         self.words, self.positions = nn.Embedding(words, width), nn.Embedding(context, width)
         self.layers = nn.Sequential(*(DecoderLayer(width, heads) for _ in range(layers)))
         self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The logits of each next token."""

@@ -154,7 +154,7 @@ DECODER = Task(
     "decoder",
     _source,
     partial(_decoder, 128),
-    epochs=6,
+    epochs=4,
     batch=32,
     rate=8e-3,
     warmup=50,
@@ -162,7 +162,7 @@ DECODER = Task(
     weight_decay=0.1,
     evaluated=128,
 )
-LARGER_DECODER = replace(DECODER, name="decoder-3M", network=partial(_decoder, 256))
+LARGER_DECODER = replace(DECODER, name="decoder-3M", network=partial(_decoder, 256), epochs=12)
 DIGITS = Task("digits", _mnist, digits_network, epochs=3, rate=0.05, cuts=(2,), evaluated=1000)
 
 ADAM = (
