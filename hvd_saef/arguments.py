@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvd_saef.communicator import hvd
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.layout import ChooseCompressor
-from hvd_saef.moments import has_second_moments
+from hvd_saef.moments import ADAMS, has_second_moments
 from hvd_saef.settings import Settings
 
 AVERAGE: Any = hvd.Average if hvd else None
@@ -43,6 +43,9 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
             f"gradient_predivide_factor={predivide!r}: only 1.0 is allowed: gradients are not summed, so "
             "there is nothing to divide before or after."
         )
+
+
+ADAPTIVE = (*ADAMS, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.SparseAdam)
 
 
 def check_second_moments(optimizer: torch.optim.Optimizer, averages_gradients: bool) -> None:
@@ -156,6 +159,21 @@ def _as_compressor(value: Any) -> Compressor | None:
     if hvd and value is hvd.Compression.fp16:
         return Compression.fp16
     return None
+
+
+def advise_on_adaptive_rates(optimizer: torch.optim.Optimizer, workers: int) -> None:
+    """Warn that adaptive optimizers make smaller steps on local gradients, and say what to do about it."""
+    if workers == 1 or not isinstance(optimizer, ADAPTIVE):
+        return
+    cure = "raise the learning rate, up to √K times"
+    if has_second_moments(optimizer):
+        cure = f"pass second_moment_period=16 (docs/adam.md), or {cure}"
+    warnings.warn(
+        f"{type(optimizer).__name__} divides each of the {workers} workers' updates by the size of its own "
+        f"gradients, which have K = {workers} times the noise of their mean: at the same learning rate "
+        f"the updates' mean is up to √K = {workers**0.5:.1f} times smaller. To close the gap, {cure}.",
+        stacklevel=3,
+    )
 
 
 def give_advice(settings: Settings, compression: Any, model: nn.Module | None) -> None:

@@ -15,6 +15,7 @@ from hvd_saef.arguments import (
     AVERAGE,
     GLOBAL_PROCESS_SET,
     HOROVODS_MODULE,
+    advise_on_adaptive_rates,
     check_horovod_arguments,
     check_optimizer,
     check_second_moments,
@@ -172,6 +173,8 @@ def DistributedOptimizer(
         ModelHooks(session.modes, session.origin.parameters_replaced).attach(model, names)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, model)
+        if second_moment_period is None and not session.averages_gradients:
+            advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped
 
 

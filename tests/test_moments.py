@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hvd_saef
-from tests.workers import NO_MODEL, Run, adamw, everything, saved, sgd, together
+from tests.workers import NO_MODEL, Run, adamw, everything, saved, sgd, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 WORKERS = 3
@@ -150,3 +150,27 @@ def test_refusals() -> None:
             Run(rank, make=adamw, second_moment_period=0)
 
     together(2, work)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (adamw, {}, "AdamW divides each of the 3 workers' updates"),
+        (adamw, {}, "pass second_moment_period=16"),
+        (adamw, {}, "√K = 1.7 times smaller"),
+        (lambda p: torch.optim.RMSprop(p), {}, "the learning rate, up to √K"),
+        (sgd, {}, None),
+        (adamw, {"second_moment_period": 2}, None),
+        (adamw, {"feedback": "none", "compression": hvd_saef.Compression.none}, None),
+    ],
+)
+def test_hint(make: Make, options: dict[str, Any], said: str | None) -> None:
+    """On rank 0 alone, where an adaptive optimizer takes its steps on local gradients."""
+    told = [(rank, text) for rank, text in warned(3, lambda r: Run(r, make, **options)) if "divides" in text]
+    assert [rank for rank, _ in told] == ([0] if said else [])
+    assert not said or said in told[0][1]
+    assert "second_moment" not in "".join(text for _, text in told) or make is adamw
+
+
+def test_no_hint_for_one_worker() -> None:
+    assert not [text for _, text in warned(1, lambda rank: Run(rank, adamw)) if "divides" in text]

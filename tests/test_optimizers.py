@@ -279,4 +279,5 @@ def test_no_warnings_with_any_optimizer() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*divides each of the 2 workers")  # advice, for some
         together(2, fn)
