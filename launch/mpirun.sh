@@ -47,4 +47,5 @@ for name in PATH LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS OMPI_MCA_mpi_yield_w
   if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi
 done
 
-exec mpirun "${options[@]}" "$@"
+# By its whole path: so Open MPI finds its own daemons on the other hosts, whatever their PATH is.
+exec "$(command -v mpirun)" "${options[@]}" "$@"
