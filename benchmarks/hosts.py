@@ -68,7 +68,7 @@ def bits_per_second(rate: str) -> float:
 
 
 def clean() -> list[str]:
-    """Remove namespaces whose owners are dead; returns their names."""
+    """Remove namespaces whose owners are dead, and their folders; returns the namespaces' names."""
     names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split("\n")
     removed = []
     for name in (line.split(" ")[0] for line in names):
@@ -76,6 +76,9 @@ def clean() -> list[str]:
         if match and not Path("/proc", match[1]).exists():
             _remove(name)
             removed.append(name)
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}[0-9]*-*"):
+        if not Path("/proc", folder.name.removeprefix(PREFIX).split("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     return removed
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -106,9 +107,11 @@ def test_what_a_killed_run_left_is_cleaned() -> None:
         left = f"{PREFIX}{killed.pid}-h0"
         clean()
         assert left in names()  # its owner lives
+        assert len(list(Path(tempfile.gettempdir()).glob(f"{PREFIX}{killed.pid}-*"))) == 1
         killed.send_signal(signal.SIGKILL)
     clean()
     assert left not in names()
+    assert not list(Path(tempfile.gettempdir()).glob(f"{PREFIX}{killed.pid}-*"))
 
 
 def test_rates() -> None:
