@@ -84,6 +84,8 @@ class Trip:
     """The payloads for this worker's server."""
     arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
     """For each part the payloads to apply, once the background has them."""
+    landed: Future[None] | None = None
+    """Rows 6 and 2, where the background does them."""
 
 
 class Exchange:
@@ -123,12 +125,17 @@ class Exchange:
     @torch.no_grad()
     def complete_round(self, state: State) -> None:
         """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
+        early = list(self._under_way)
         for bucket_state in self._waiting(state):
-            if not self._idle:
-                self._land(state)
+            if not self._idle and not early:
+                self._take_down(state)
             self.depart(state, bucket_state)
+        # What was sent during backward has arrived, and the background is free to land half of it.
+        down = self.communicator.background(Channel.DOWN) if early else HERE
+        for trip in early[1::2]:
+            trip.landed = down.submit(self._land, state, trip)
         while self._under_way:
-            self._land(state)
+            self._take_down(state)
         due = [bucket_state for bucket_state in state.buckets if self._averages_next(state, bucket_state)]
         state.rounds += 1
         self.average_errors(due, torch.float16 if self.settings.averaging_fp16 else None)
@@ -229,15 +236,15 @@ class Exchange:
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         lane = self._idle.pop() if self._idle else Lane()
-        points = state.points()
+        memories = state.memories(parts, settings.alpha, settings.beta)
         served = None
         if state.s is not None and not warmup:
             served = BlockedTensor(state.s, parts[state.mine].blocks)
         return Trip(
             state=state,
-            plain=bool(points),
+            plain=any(memory.points for memory in memories),
             rows=rows or algorithm.PlainRows(compressor),
-            memories=state.memories(parts, points, settings.alpha, settings.beta),
+            memories=memories,
             wire=wire,
             served=served,
             lane=lane,
@@ -245,9 +252,19 @@ class Exchange:
             sent=lane.pieces("sent", sizes, bucket.device),
         )
 
-    def _land(self, all_of_it: State) -> None:
-        """Rows 6 and 2 of the earliest trip, once it has arrived."""
+    def _take_down(self, state: State) -> None:
+        """Let the earliest trip land, if the background does not, and be done with it."""
         trip = self._under_way.popleft()
+        if trip.landed is None:
+            self._land(state, trip)
+        else:
+            trip.landed.result()
+        self._idle.append(trip.lane)
+        self._count(trip)
+
+    @torch.no_grad()
+    def _land(self, all_of_it: State, trip: Trip) -> None:
+        """Rows 6 and 2 of a trip, once it has arrived."""
         state = trip.state
         shows = not self._averages_next(all_of_it, state)  # else the parameters are written once that is done
         with self.statistics.phase("exchange"):
@@ -263,8 +280,6 @@ class Exchange:
                     state.s.zero_()
             if shows and not trip.plain:
                 state.show(self.start_point(state))
-        self._idle.append(trip.lane)
-        self._count(trip)
 
     @torch.no_grad()
     def _encode(self, trip: Trip) -> None:

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class BucketState:
     """The servers' shares: part k is worker k's if the server is sharded, else there is one, the bucket."""
     mine: int
     """The part that this worker serves."""
+    _where: Any = None
+    _memories: list[Memory] = field(default_factory=list)
 
     @property
     def sharded(self) -> bool:
@@ -44,23 +46,28 @@ class BucketState:
         if self.bucket.parameters:
             torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
 
-    def points(self) -> list[Tensor]:
+    def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
+        """The memory of parts of the bucket, in their order, for a pass over each.
+
+        Made anew if a parameter's memory is elsewhere than before, or there are other parts.
+        """
+        where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts)
+        if where != self._where:
+            self._where, self._memories = where, []
+            for part, pieces in zip(parts, _cut(self._points(), parts), strict=True):
+                stretch = slice(part.start, part.stop)
+                s = self.s if beta else None  # with β > 0 the server is replicated: one part
+                self._memories.append(
+                    Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta)
+                )
+        return self._memories
+
+    def _points(self) -> list[Tensor]:
         """The parameters' own memory, 1-D, end to end; none if it is not plain memory of x's dtype."""
         parameters = self.bucket.parameters
         if not all(p.dtype == self.bucket.dtype and is_dense(p) for p in parameters):
             return []
         return [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
-
-    def memories(
-        self, parts: Sequence[Part], points: Sequence[Tensor], alpha: float, beta: float
-    ) -> list[Memory]:
-        """The memory of parts of the bucket, in their order, for a pass over each."""
-        memories = []
-        for part, pieces in zip(parts, _cut(points, parts), strict=True):
-            stretch = slice(part.start, part.stop)
-            s = self.s if beta else None  # with β > 0 the server is replicated: one part
-            memories.append(Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta))
-        return memories
 
     @torch.no_grad()
     def anchor(self) -> None:

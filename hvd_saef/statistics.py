@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging", "node")
+_adding = threading.Lock()  # buckets land in two threads
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Statistics:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            with _adding:
+                self.seconds[name] += time.perf_counter() - start
 
     @property
     def compression_ratio(self) -> float:
