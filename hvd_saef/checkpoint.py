@@ -8,11 +8,13 @@ must see the folder. Files are loaded with `weights_only=True`: they run no code
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,7 +67,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     try:
         files = [file for file in _everyone(communicator, write) if file is not None]
     except CheckpointError:
-        (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
         raise
 
     def publish() -> None:
@@ -73,9 +76,13 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
             return
         manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
         manifest |= {"layout": session.layout.description, "files": files}
-        _write(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        _write(folder / MANIFEST, lambda file: file.write(_sealed(manifest)))
         current = {file["name"] for file in files}
-        for pattern in ("step*-rank*.pt", ".step*.tmp"):  # the set before, and what killed saves left
+        for pattern in (
+            "step*-rank*.pt",
+            ".step*.tmp",
+            f".{MANIFEST}.*.tmp",
+        ):  # the set before, and what killed saves left
             for stale in folder.glob(pattern):
                 if stale.name not in current:
                     stale.unlink(missing_ok=True)
@@ -213,14 +220,34 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save's own is a RuntimeError
+            raise
+        why = str(error) if isinstance(error, OSError) else _why_not(path.parent, error)
+        raise CheckpointError(f"{path} cannot be written ({why})") from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    """What an error in writing a file means, which does not say so itself."""
+    free = shutil.disk_usage(folder).free
+    return f"the disk is full or nearly: {free} bytes are free; {error}" if free < 1 << 26 else str(error)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written: with a hash of itself."""
+    return json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    contents = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:
@@ -234,13 +261,17 @@ def _hash(path: Path) -> str:
 def _manifest(folder: Path, session: Session) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): no checkpoint is there") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this version ({FORMAT!r})")
+    # To the byte: a copy that is longer, say, is none that was written here.
+    if manifest.get("seal") != _seal(manifest) or content != _sealed(manifest):
+        raise CheckpointError(f"{path} is damaged: it does not hold what its seal says")
     for file in manifest["files"]:
         if Path(file["name"]).name != file["name"]:
             raise CheckpointError(f"{path} names a file outside its folder: {file['name']!r}")
@@ -276,7 +307,10 @@ def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint file of this version ({FORMAT!r})")
     return contents
