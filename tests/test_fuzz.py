@@ -85,7 +85,7 @@ def test_decoders_take_or_refuse_any_bytes(
         payload = payload[: int(generator.integers(raw.size))].clone()
     else:
         payload = torch.cat([payload, payload[:1]])
-    outcomes = []
+    outcomes: list[Any] = []
     for decode in (compressor.decode_add, compressor._decode_add):  # type: ignore[attr-defined]
         memory, flat = guarded(blocks.numel, dtype)
         try:
@@ -99,7 +99,7 @@ def test_decoders_take_or_refuse_any_bytes(
     if spoil in ("truncated", "longer"):
         assert refused[0]
     if not refused[0]:
-        assert torch.equal(*outcomes)  # type: ignore[arg-type]
+        assert torch.equal(*outcomes)
 
 
 SHAPES = st.lists(
