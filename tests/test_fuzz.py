@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_saef import Compression, Compressor
-from hvd_saef.compression import BlockedTensor, Blocks
+from hvd_saef.compression import BlockedTensor, Blocks, SignCompressor, TopKCompressor
 from tests.oracle import Setup
 from tests.oracle import run as run_oracle
 from tests.problems import run_library, worst
@@ -30,10 +30,12 @@ pytestmark = [
 COMPRESSORS = st.sampled_from(
     [
         Compression.sign,
-        type(Compression.sign)(dense_below=40),
+        SignCompressor(dense_below=40),
+        Compression.none,
+        Compression.fp16,
         Compression.topk(0.1),
         Compression.topk(0.5, value_dtype=torch.float16),
-        type(Compression.topk(0.1))(0.01, dense_below=10),
+        TopKCompressor(0.01, dense_below=10),
     ]
 )
 SIZES = st.lists(st.integers(1, 200) | st.sampled_from([65_536, 65_537, 140_000]), min_size=1, max_size=4)
@@ -86,7 +88,7 @@ def test_decoders_take_or_refuse_any_bytes(
     else:
         payload = torch.cat([payload, payload[:1]])
     outcomes: list[Any] = []
-    for decode in (compressor.decode_add, compressor._decode_add):  # type: ignore[attr-defined]
+    for decode in (compressor.decode_add, getattr(compressor, "_decode_add", compressor.decode_add)):
         memory, flat = guarded(blocks.numel, dtype)
         try:
             decode(payload, BlockedTensor(flat, blocks), 0.5)

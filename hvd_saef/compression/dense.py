@@ -33,7 +33,11 @@ class DenseCompressor(Compressor):
         delta.flat.sub_(wire.to(delta.flat.dtype))
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """See :meth:`Compressor.decode_add`."""
+        """See :meth:`Compressor.decode_add`. Raises ValueError for a payload of another length."""
+        if payload.numel() != self.payload_bytes(out.blocks):
+            raise ValueError(
+                f"a dense payload of {payload.numel()} bytes: {self.payload_bytes(out.blocks)} were expected."
+            )
         out.flat.add_(payload.view(self.wire_dtype(out.blocks.dtype)).to(out.flat.dtype) * weight)
 
 

@@ -77,7 +77,9 @@ class SignCompressor(Compressor):
 
     def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
         """:meth:`decode_add` on any device."""
-        start, _ = self._sections(out.blocks)
+        start, rest = self._sections(out.blocks)
+        if payload.numel() != start + rest:
+            raise ValueError(f"a sign payload of {payload.numel()} bytes: {start + rest} were expected.")
         heads = payload[:start].clone().view(out.blocks.dtype) * weight  # the clone is aligned
         first = 0
         for run, rows in out.rows():

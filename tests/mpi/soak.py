@@ -69,7 +69,7 @@ def soak(steps: int, wraps: int) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
     seen: list[dict[str, int]] = []
     same = True
-    optimizer = None
+    optimizer: Any = None
     for step in range(steps):
         if step % CHANGE == 0:
             if optimizer is not None:
