@@ -63,7 +63,7 @@ class Inner(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The constant, times what comes from above; and the work of a weight gradient for the batch's rows."""
+        """The constant, times what comes from above; and the work of a weight gradient, for the batch."""
         constant, batch = ctx.saved_tensors
         matrix = constant.flatten(1) if constant.dim() > 1 else constant[None]
         if len(batch):  # outputs' gradients, transposed, times inputs: what the product holds does not matter

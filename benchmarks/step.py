@@ -4,8 +4,9 @@
     mpirun -np 2 python benchmarks/step.py --model transformer --methods local sign-dc hvd
 
 Backward costs one pass over the parameters (with --rows the products of matrices of a real one as well), the
-optimizer is momentum SGD: what is left is the exchange. In each round every method has a turn of some steps, so that what else the machine does hits all alike. Results
-are medians over rounds. One thread a rank. `benchmarks/cluster.py` runs this between hosts with slow links.
+optimizer is momentum SGD: what is left is the exchange. In each round every method has a turn of some steps,
+so that what else the machine does hits all alike. Results are medians over rounds. One thread a rank.
+`benchmarks/cluster.py` runs this between hosts with slow links.
 """
 
 from __future__ import annotations

@@ -22,19 +22,19 @@ class Word(enum.IntFlag):
     """What a worker has to say before a local step, or after it; all see the bitwise or."""
 
     NOTHING = 0
-    ANCHOR = 1
+    ANCHOR = enum.auto()
     """I was just wrapped or loaded: let us agree where x, e and s come from."""
-    FAILED = 2
+    FAILED = enum.auto()
     """An exception was raised here."""
-    OVERFLOW = 4
+    OVERFLOW = enum.auto()
     """A GradScaler found an overflow here: skip this step."""
-    NONFINITE = 8
+    NONFINITE = enum.auto()
     """A gradient here, or what the local step made of it, holds a NaN, an infinity, or nearly that."""
-    HUGE = 32
+    HUGE = enum.auto()
     """A gradient's square is infinite: keep what the optimizer has, in case that its step overflows."""
-    UNDER_WAY = 16
+    UNDER_WAY = enum.auto()
     """With overlap=True: updates of this round are on the wire already."""
-    STOP = 32
+    STOP = enum.auto()
     """A signal came here: let us stop after this step."""
 
 

@@ -65,6 +65,8 @@ class Armed:
     """What step() is to raise."""
     nonfinite: bool = False
     """Whether a gradient held a NaN or an infinity."""
+    overflowed: bool = False
+    """Whether a local step made such a number."""
     waits: bool | None = None
     """Whether all is left to step(), which takes unfrozen parameters in; known from the first gradient on."""
 
@@ -89,6 +91,11 @@ class Overlap:
     def nonfinite(self) -> bool:
         """Whether a gradient that came early held a NaN or an infinity."""
         return self._armed is not None and self._armed.nonfinite
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether an early local step made a number NaN, infinite, or nearly."""
+        return self._armed is not None and self._armed.overflowed
 
     def arm(self, local_step: LocalStep, passes: int) -> None:
         """A round's last local step comes next: expect its gradients, `passes` for each parameter."""
@@ -202,6 +209,7 @@ class Overlap:
         if not armed.nonfinite:  # else step() raises on all workers, which expect the bucket nevertheless
             with _only(self._inner.param_groups, parameters), self._exchange.statistics.phase("local_step"):
                 armed.local_step()
+            armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
         self._exchange.depart(armed.state, bucket_state)
 
     # -- workers of several ranks -------------------------------------------------------------------

@@ -171,7 +171,9 @@ class Session:
                     local_step()
             if self.moments:
                 self.moments.after()
-            fits = kernels.squares_fit([slot.parameter for slot in self.layout.slots])
+            everything = [slot.parameter for slot in self.layout.slots]
+            late = [p for p in everything if not (self.overlap and self.overlap.used(p))]
+            fits = kernels.squares_fit(late) and not (self.overlap and self.overlap.overflowed)
             if not fits or (kept and not kept.still_finite()):
                 word = Word.NONFINITE
         except Exception as error:  # raised again below, once everyone knows

@@ -192,3 +192,13 @@ def test_outside_the_main_thread() -> None:
             pass
 
     together(1, run)
+
+
+def test_a_huge_gradient_is_no_signal(alone: None) -> None:
+    """What one worker says to the others is one thing each."""
+    model, optimizer = training(on_nonfinite="skip")
+    with GracefulStop(optimizer) as stop:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e25)
+        optimizer.step()
+        assert not stop.requested
