@@ -5,7 +5,7 @@ export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
 
-.PHONY: setup train test test-cluster lint format clean
+.PHONY: setup train test test-cluster sanitize lint format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -18,6 +18,15 @@ test: setup  ## all tests but those of test-cluster
 
 test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster
+
+SANITIZED = build/sanitize
+sanitize: setup  ## kernels with AddressSanitizer and UBSan, under their tests and the fuzzing of decoders
+	HVD_SAEF_SANITIZE=1 .venv/bin/python setup.py -q build --build-base build/sanitize-objects --build-lib $(SANITIZED)
+	cp -r tests benchmarks pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && OMP_NUM_THREADS=2 HVD_SAEF_FUZZ=500 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/.venv/bin/python -m pytest -q -p no:cacheprovider tests/test_fuzz.py tests/test_kernels.py \
+	  tests/test_kernels_sign.py tests/test_kernels_topk.py
 
 lint: setup  ## ruff, mypy, shellcheck and hadolint
 	.venv/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ FLAGS = [
     "-fno-math-errno",
     "-Wno-psabi",  # vectors are passed between inlined functions only
 ]
+if os.environ.get("HVD_SAEF_SANITIZE") == "1":  # see make sanitize
+    FLAGS[:2] = ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    LINK = ["-fopenmp", "-fsanitize=address,undefined"]
+else:
+    LINK = ["-fopenmp"]
 
 
 def kernels() -> dict[str, Any]:
@@ -45,7 +52,7 @@ def kernels() -> dict[str, Any]:
         sources=sorted(map(str, CSRC.glob("*.cpp"))),
         depends=sorted(map(str, CSRC.glob("*.h"))),
         extra_compile_args=FLAGS,
-        extra_link_args=["-fopenmp"],
+        extra_link_args=LINK,
         optional=True,
     )
     ninja = shutil.which("ninja") is not None

@@ -25,6 +25,7 @@ from torch import nn
 import hvd_saef
 from hvd_saef.checkpoint import MANIFEST
 from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.workers import draw
 
 PATIENCE = 60.0
 
@@ -39,8 +40,8 @@ def digest(model: nn.Module) -> str:
 
 def make(rank: int) -> tuple[nn.Module, Any]:
     """A model of 260,000 parameters, whose files take some moments to write."""
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 500), nn.Linear(500, 4))
+    draw(model, 0)
     inner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     return model, hvd_saef.DistributedOptimizer(inner, model.named_parameters(), model=model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.saver import kill_jobs
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -84,3 +86,18 @@ def test_a_rank_that_dies_takes_the_job_along(ranks: int, tmp_path: Path) -> Non
     assert code != 0
     assert seconds < 20
     assert "signal 9" in said
+
+
+def test_a_short_soak() -> None:
+    """`python -m tests.mpi.soak` does it for 20,000 steps."""
+    command = ["mpirun", "-np", "2", sys.executable, "-m", "tests.mpi.soak", "600", "4"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["same"], done.stderr[-2000:]
+    assert report["threads"][0] == report["threads"][1]
+    assert report["descriptors"][0] == report["descriptors"][1]
+
+
+def test_a_job_killed_while_it_saves(tmp_path: Path) -> None:
+    """`python -m tests.mpi.faults` does it more often."""
+    assert kill_jobs(1, 2, tmp_path) == 1
