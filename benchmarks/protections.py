@@ -93,7 +93,8 @@ def main() -> None:
         for _ in range(args.steps):
             trainer.step()
         MPI.COMM_WORLD.Barrier()
-        return (time.perf_counter() - start) / args.steps
+        took: float = (time.perf_counter() - start) / args.steps
+        return took
 
     turn()
     ratios, seconds = [], []
@@ -108,9 +109,9 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         step = statistics.median(seconds) / middle if middle else float("nan")
         print(
-            f"{args.model}, {hvd.size()} ranks, backward of {args.passes} passes: the default protections add "
-            f"{middle:.1%} ({low:.1%} to {high:.1%}), {1e3 * statistics.median(seconds):.1f} ms a step of "
-            f"about {step:.3f} s"
+            f"{args.model}, {hvd.size()} ranks, backward of {args.passes} passes: the default protections "
+            f"add {middle:.1%} ({low:.1%} to {high:.1%}), {1e3 * statistics.median(seconds):.1f} ms a step "
+            f"of about {step:.3f} s"
         )
 
 
