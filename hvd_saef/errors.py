@@ -15,7 +15,11 @@ class ConfigurationMismatchError(SaefError):
 
 
 class NonFiniteUpdateError(SaefError):
-    """A gradient holds a NaN or an infinity; names the parameter and the rank."""
+    """A gradient holds a NaN or an infinity, or the local step made one; names the parameter and the rank.
+
+    After the latter the parameters are where the round began, and the optimizer's own state has taken the
+    step, unless a gradient's square was infinite: then that is as before, too.
+    """
 
 
 class ConsensusError(SaefError):

@@ -105,7 +105,9 @@ def DistributedOptimizer(
             whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip";
             torch's step hooks then fire once a bucket. After an error in a step, errors and momentum are
             those of a step half taken (x is not): load a checkpoint.
-        on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all.
+        on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all. A local step
+            that overflows is undone on all, with the local steps since the round began, but for the
+            optimizer's own state (see the error).
         check_consensus_every: rounds between two checks that x has the same bits on all workers, and a
             worker's state on all its ranks; 0 is off.
         worker: what a worker is. "rank", or "node": all ranks of a host, whose gradients are averaged in
