@@ -32,7 +32,7 @@ def test_mpi_jobs_stay_in_one_process(tmp_path: Path) -> None:
     (tmp_path / "tests" / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "tests"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert job.returncode == 0, job.stdout + job.stderr
     seen = {path.name for path in (tmp_path / "tests" / "mpi" / "seen").iterdir()}
     assert len(seen) == 6

@@ -274,7 +274,7 @@ def test_finished_runs_are_skipped(tmp_path: Path) -> None:
     write(piece.file(tmp_path), rows)
     before = piece.file(tmp_path).stat().st_mtime_ns
     command = [*COMMAND[:-5], "--methods", "SGDM", "EF-SignSGDM-DC", "--seeds", "0", "--at-once", "2"]
-    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=300)
     assert piece.file(tmp_path).stat().st_mtime_ns == before
     assert len(read(tmp_path / "digits" / "EF-SignSGDM-DC-seed0.csv")) == 3
     assert sorted(path.suffix for path in (tmp_path / "digits").iterdir()) == [".csv", ".csv"]

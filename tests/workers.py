@@ -17,7 +17,7 @@ from hvd_saef import run_workers
 from tests.problems import curved_valley, start_point
 
 T = TypeVar("T")
-DEADLINE = 60.0
+DEADLINE = 300.0
 NO_MODEL = "ignore:parameters are stepped ahead:UserWarning"
 """The advice to pass model=, for `pytest.mark.filterwarnings`."""
 

@@ -62,7 +62,7 @@ def test_nodes(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     command = [launcher, "-np", "3", sys.executable, "-m", "tests.mpi.crash"]
-    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert job.returncode != 0
     said = job.stdout + job.stderr
     assert "OSError: this rank's disk is gone" in said
@@ -72,5 +72,5 @@ def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
 def test_import_from_the_folder_above_the_clone(tmp_path: Path) -> None:
     (tmp_path / "hvd_saef").symlink_to(ROOT)
     command = [sys.executable, "-c", "import hvd_saef; print(hvd_saef.DistributedOptimizer.__name__)"]
-    job = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    job = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert job.stdout == "DistributedOptimizer\n", job.stderr
