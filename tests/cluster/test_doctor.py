@@ -16,7 +16,8 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"cannot make hosts: {why_not()}")
-def test_the_slowest_link(tmp_path: Path) -> None:
+def test_the_slowest_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", ENVIRONMENT["PATH"])  # where mpirun is
     command = [sys.executable, "-W", "ignore", "-m", "hvd_saef.cli", "doctor", "--json"]
     with Hosts(4, "1gbit") as hosts:
         slow = ["qdisc", "replace", "dev", INTERFACE, "root", "tbf"]

@@ -54,7 +54,7 @@ def run(hosts: Hosts, launcher: str, log: Path, *command: str, timeout: float = 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_quick_start(hosts: Hosts, launcher: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [str(ROOT / "benchmarks" / "quickstart.py"), "--methods", "SAEF-SignSGDM-DC"]
+    command = ["-m", "tests.cluster.quickstart", "--methods", "SAEF-SignSGDM-DC"]
     code = run(hosts, launcher, log, *command, "--epochs", "2", "--cut", "2", "--output", str(tmp_path))
     assert code == 0, log.read_text()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.cluster import slurm as module
 from tests.cluster.slurm import Slurm
-from tests.mpi.launch import ENVIRONMENT
+from tests.mpi.launch import ENVIRONMENT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -77,7 +78,7 @@ def test_the_quick_start(slurm: Slurm, template: str, tmp_path: Path) -> None:
     settings = {}
     if template == "apptainer.sbatch":
         settings = {"PATH": stand_in(tmp_path), "IMAGE": str(tmp_path / "image.sif")}
-    arguments = ["benchmarks/quickstart.py", *QUICK, "--output", str(output)]
+    arguments = ["-m", "tests.cluster.quickstart", *QUICK, "--output", str(output)]
     number = slurm.submit(template, log, *arguments, **settings)
     job = slurm.wait(number)
     said = log.read_text()
@@ -86,10 +87,25 @@ def test_the_quick_start(slurm: Slurm, template: str, tmp_path: Path) -> None:
     rows = list(csv.DictReader((output / "metrics.csv").open()))
     assert len(rows) == 2
     assert 0 < float(rows[1]["training_loss"]) < 1.5, said  # log 10 = 2.3 at the start
-    # 2·(K−1)/K of 32 bits in a ring, so four ranks that had trained alone would not have got here.
     assert float(rows[1]["bytes_sent"]) > 0
     if template == "apptainer.sbatch":
         assert (tmp_path / "apptainer.log").read_text().count("bound") == RANKS
+
+
+@pytest.mark.parametrize("template", ["train.sbatch", "requeue.sbatch"])
+def test_without_arguments(slurm: Slurm, template: str, tmp_path: Path) -> None:
+    unwanted = shutil.ignore_patterns(".*", "runs", "build")
+    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=unwanted)  # results go there
+    log = tmp_path / "log"
+    number = slurm.submit(template, log, PROJECT=str(checkout))
+    job = slurm.wait(number, timeout=240)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    if template == "train.sbatch":
+        rows = list(csv.DictReader((checkout / "runs" / "quickstart" / "metrics.csv").open()))
+        assert len(rows) == 4 * 8
+        assert all(float(row["training_loss"]) < 0.2 for row in rows if row["epoch"] == "8")
+    else:
+        assert len(hash_in(log)) == 64
 
 
 def test_a_requeued_job_ends_with_the_same_bits(slurm: Slurm, uninterrupted: str, tmp_path: Path) -> None:
