@@ -5,6 +5,7 @@
 >>> optimizer = hvd_saef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 """
 
+from hvd_saef import diagnostics
 from hvd_saef.agreement import common_steps
 from hvd_saef.batchnorm import recalibrate_batchnorm
 from hvd_saef.checkpoint import load_checkpoint, save_checkpoint
@@ -38,6 +39,7 @@ __all__ = [
     "StalledExchangeError",
     "WorkerError",
     "common_steps",
+    "diagnostics",
     "load_checkpoint",
     "process_sets",
     "recalibrate_batchnorm",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hvd_saef.communicator import hvd
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.layout import ChooseCompressor
-from hvd_saef.moments import ADAMS, has_second_moments
 from hvd_saef.settings import Settings
 
 AVERAGE: Any = hvd.Average if hvd else None
@@ -45,21 +44,16 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
         )
 
 
-ADAPTIVE = (*ADAMS, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.SparseAdam)
-
-
-def check_second_moments(optimizer: torch.optim.Optimizer, averages_gradients: bool) -> None:
-    """Raise ValueError unless second_moment_period has a meaning for this optimizer."""
-    if not has_second_moments(optimizer):
-        raise ValueError(
-            f"second_moment_period is for Adam, AdamW, NAdam and RAdam: {type(optimizer).__name__} has no "
-            "second moments that it could mean. Leave it at None."
-        )
-    if averages_gradients:
-        raise ValueError(
-            "second_moment_period has no meaning with feedback='none' and a dense compressor, where all "
-            "gradients are means. Leave it at None."
-        )
+ADAPTIVE = (
+    torch.optim.Adam,  # AdamW is one
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+    torch.optim.SparseAdam,
+)
+"""Optimizers of torch that divide by the size of past gradients, and by no more than that."""
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -165,13 +159,11 @@ def advise_on_adaptive_rates(optimizer: torch.optim.Optimizer, workers: int) -> 
     """Warn that adaptive optimizers make smaller steps on local gradients, and say what to do about it."""
     if workers == 1 or not isinstance(optimizer, ADAPTIVE):
         return
-    cure = "raise the learning rate, up to √K times"
-    if has_second_moments(optimizer):
-        cure = f"pass second_moment_period=16 (docs/adam.md), or {cure}"
     warnings.warn(
         f"{type(optimizer).__name__} divides each of the {workers} workers' updates by the size of its own "
         f"gradients, which have K = {workers} times the noise of their mean: at the same learning rate "
-        f"the updates' mean is up to √K = {workers**0.5:.1f} times smaller. To close the gap, {cure}.",
+        f"the updates' mean is up to √K = {workers**0.5:.1f} times smaller than full precision's. Where this "
+        f"rate suits full precision, try {workers**0.5:.1f} times the rate (docs/adam.md).",
         stacklevel=3,
     )
 

@@ -91,11 +91,11 @@ class Monitor:
         self._csv = Path(csv) if csv is not None and self._session.communicator.rank == 0 else None
         if self._csv:
             _append(self._csv, "w", NUMBERS)
-        self._hook = optimizer.register_step_post_hook(self._after_local_step)
+        self._session.before_exchange.append(self._look)
 
     def close(self) -> None:
         """Measure no more. Collective, as making one is."""
-        self._hook.remove()
+        self._session.before_exchange.remove(self._look)
 
     def means(self) -> dict[str, float]:
         """The means of what was measured since the last call, by name; {} if nothing was. Local."""
@@ -103,12 +103,10 @@ class Monitor:
         columns = zip(*map(astuple, taken), strict=True)
         return {name: sum(column) / len(taken) for name, column in zip(NUMBERS, columns, strict=False)}
 
-    def _after_local_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _look(self) -> None:
         session = self._session
-        modes, state = session.modes, session.modes.state
-        if not optimizer._in_step or state is None or state.rounds % self._every:
-            return
-        if modes.local_steps_done != session.settings.local_steps - 1:
+        state = session.modes.state
+        if state is None or state.rounds % self._every:
             return
         measurement = measure(session)
         self._since.append(measurement)

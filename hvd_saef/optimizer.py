@@ -18,7 +18,6 @@ from hvd_saef.arguments import (
     advise_on_adaptive_rates,
     check_horovod_arguments,
     check_optimizer,
-    check_second_moments,
     compressor_chooser,
     give_advice,
     name_parameters,
@@ -51,7 +50,6 @@ def DistributedOptimizer(
     averaging_period: int | None = None,
     averaging_spread: bool = False,
     averaging_fp16: bool = False,
-    second_moment_period: int | None = None,
     local_steps: int = 1,
     warmup_steps: int = 0,
     block_size: int | None = None,
@@ -91,9 +89,6 @@ def DistributedOptimizer(
         averaging_period: p >= 2, rounds between two averagings of the errors; None is never.
         averaging_spread: average each bucket in a round of its own within the p, not all in one.
         averaging_fp16: average errors in float16; what that rounds away stays in each worker's error.
-        second_moment_period: rounds >= 1 after which the second moments of Adam, AdamW, NAdam or RAdam
-            take in the workers' mean gradient (and in as many first rounds); they are kept in between, the
-            same on all workers. Costs a float32 ring allreduce each time. None: each worker's own.
         local_steps: H >= 1, steps between two exchanges.
         warmup_steps: first rounds that exchange the dense mean.
         block_size: elements a block has at most; None: one block a tensor.
@@ -133,7 +128,6 @@ def DistributedOptimizer(
         averaging_period=averaging_period,
         averaging_spread=averaging_spread,
         averaging_fp16=averaging_fp16,
-        second_moment_period=second_moment_period,
         local_steps=local_steps,
         warmup_steps=warmup_steps,
         block_size=block_size,
@@ -168,14 +162,12 @@ def DistributedOptimizer(
             "overlap=True has nothing to send early with feedback='none' and a dense compressor, where "
             "gradients are averaged in step(): pass overlap=False."
         )
-    if second_moment_period is not None and included:
-        check_second_moments(optimizer, session.averages_gradients)
     _undo_horovods_initial_step(wrapped)
     if model is not None:
         ModelHooks(session.modes, session.origin.parameters_replaced).attach(model, names)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, model)
-        if second_moment_period is None and not session.averages_gradients:
+        if not session.averages_gradients:
             advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped
 

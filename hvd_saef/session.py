@@ -27,7 +27,6 @@ from hvd_saef.gradients import (
 from hvd_saef.guard import Guard
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.modes import Modes
-from hvd_saef.moments import SecondMoments
 from hvd_saef.origin import Origin
 from hvd_saef.overflow import StateCopy, look_at_gradients, sums_fit, who_holds
 from hvd_saef.overlap import Overlap
@@ -60,8 +59,8 @@ class Session:
         """Whether the coming local step is of gradients that may overflow the optimizer's own state."""
         self.origin = Origin(communicator, settings, self.modes)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
-        period = settings.second_moment_period
-        self.moments = SecondMoments(inner, period, communicator, self.statistics) if period else None
+        self.before_exchange: list[Callable[[], None]] = []
+        """Called by all workers between a round's last local step and its exchange; may be collective."""
         self._guard = Guard(self.modes.eval)
         self.wants_to_stop = False
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
@@ -160,17 +159,12 @@ class Session:
         """Whether it went well on all workers: else the parameters are where the round began. Collective."""
         failure, word = None, Word.NOTHING
         kept = StateCopy(self.inner) if self._huge else None
-        if self.moments:
-            done, steps = self.modes.local_steps_done, self.settings.local_steps
-            self.moments.before(self.layout, self.origin.rounds, done, steps)
         try:
             with self.statistics.phase("local_step"):
                 if self.overlap:
                     self.overlap.finish(local_step)
                 else:
                     local_step()
-            if self.moments:
-                self.moments.after()
             everything = [slot.parameter for slot in self.layout.slots]
             late = [p for p in everything if not (self.overlap and self.overlap.used(p))]
             fits = kernels.squares_fit(late) and not (self.overlap and self.overlap.overflowed)
@@ -306,6 +300,8 @@ class Session:
     def _complete_round(self) -> None:
         evaluating = self.modes.evaluating
         self.modes.train()
+        for look in self.before_exchange:
+            look()
         self.modes.local_steps_done = 0
         self.origin.whole_server_errors = None
         if self.modes.state is not None:

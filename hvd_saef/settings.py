@@ -35,8 +35,6 @@ class Settings:
     """Average each bucket's errors in a round of its own within the p, instead of all in one."""
     averaging_fp16: bool = False
     """Average errors in float16, at half the bytes; what that rounds away stays in each worker's error."""
-    second_moment_period: int | None = None
-    """Rounds >= 1 after which Adam's second moments take in a mean gradient; kept between. None: local."""
     local_steps: int = 1
     """H >= 1: local steps between two exchanges. More means fewer bytes and workers further apart."""
     warmup_steps: int = 0
@@ -77,7 +75,6 @@ class Settings:
         _flag("averaging_fp16", self.averaging_fp16)
         _flag("sparse_as_dense", self.sparse_as_dense)
         _whole("averaging_period", self.averaging_period, 2, or_none=True)
-        _whole("second_moment_period", self.second_moment_period, 1, or_none=True)
         _whole("local_steps", self.local_steps, 1)
         _whole("warmup_steps", self.warmup_steps, 0)
         _whole("block_size", self.block_size, 1, or_none=True)
@@ -114,11 +111,6 @@ class Settings:
             raise ValueError(
                 "overlap=True takes local steps before all workers know that all gradients are finite, so it "
                 "cannot skip such steps: use on_nonfinite='raise' with it, or overlap=False."
-            )
-        if self.overlap and self.second_moment_period is not None:
-            raise ValueError(
-                f"second_moment_period={self.second_moment_period!r} needs all gradients before the first "
-                "parameter steps, which overlap=True does not wait for: use one of the two."
             )
         for name in ("averaging_spread", "averaging_fp16"):
             if getattr(self, name) and self.averaging_period is None:

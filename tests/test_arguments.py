@@ -231,7 +231,6 @@ def test_signature_is_horovods_then_keyword_only() -> None:
         "averaging_period": None,
         "averaging_spread": False,
         "averaging_fp16": False,
-        "second_moment_period": None,
         "local_steps": 1,
         "warmup_steps": 0,
         "block_size": None,

@@ -80,8 +80,8 @@ ADAM = (
     "EF-SignAdamW-DC",
     "SAEF-SignAdamW-DC",
     "SAEF-SignAdamW-DC beta=1",
-    "Local-AdamW v=16",
-    "SAEF-SignAdamW-DC beta=1 v=16",
+    "Local-AdamW rate=2",
+    "SAEF-SignAdamW-DC beta=1 rate=2",
 )
 LOCAL = (
     "SAEF-SignAdamW-DC beta=1",
@@ -155,8 +155,8 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
 }
 
 
-def draw(panel: Panel, axes: Any, runs: Runs) -> None:
-    """The panel's lines, of the methods that there are runs of."""
+def draw(panel: Panel, axes: Any, runs: Runs, colors: dict[str, str]) -> None:
+    """The panel's lines, of the methods that there are runs of; `colors` by method, filled as they come."""
     for method in panel.methods:
         epochs = runs.get((panel.task, method), {})
         if not epochs:
@@ -164,15 +164,14 @@ def draw(panel: Panel, axes: Any, runs: Runs) -> None:
         drawn: list[tuple[Measure, dict[str, Any]]] = [(panel.y, {"label": method})]
         if panel.dashed:
             drawn.append((panel.dashed, {"linestyle": "--"}))
-        color = None
+        color = colors.setdefault(method, f"C{len(colors) % 10}")
         for y, style in drawn:
             points = [(x_of(panel, rows, epoch), values(rows, y)) for epoch, rows in epochs.items()]
             points = [(x, group) for x, group in points if group]
             across = [x for x, _ in points]
             middle = [mean(group) for _, group in points]
             spread = [deviation(group) for _, group in points]
-            (line,) = axes.plot(across, middle, color=color, linewidth=1.3, **style)
-            color = line.get_color()
+            axes.plot(across, middle, color=color, linewidth=1.3, **style)
             low = [m - s for m, s in zip(middle, spread, strict=True)]
             high = [m + s for m, s in zip(middle, spread, strict=True)]
             axes.fill_between(across, low, high, color=color, alpha=0.2, linewidth=0)
@@ -207,9 +206,10 @@ def draw_figure(name: str, runs: Runs, folder: Path) -> Path:
     figure, all_axes = pyplot.subplots(
         len(grid), len(grid[0]), figsize=(4.2 * len(grid[0]), 3.3 * len(grid)), squeeze=False
     )
+    colors: dict[str, str] = {}
     for panels, line in zip(grid, all_axes, strict=True):
         for panel, axes in zip(panels, line, strict=True):
-            draw(panel, axes, runs)
+            draw(panel, axes, runs, colors)
     figure.tight_layout()
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=110)

@@ -21,7 +21,6 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "alpha": ("step_ahead", float),
     "beta": ("server_step_ahead", float),
     "H": ("local_steps", int),
-    "v": ("second_moment_period", int),
 }
 """By name in a method's string: the argument of `hvd_saef.DistributedOptimizer`, and its type."""
 
@@ -60,8 +59,7 @@ def parse(text: str) -> Method:
 
     The name is [EF-|SAEF-|Local-] [Sign](SGD|SGDM|AdamW) [-SC|-DC] [-TopK<percent>%]. Without a
     compressor it is full precision on the mean gradient; "Local-" averages the workers' own updates
-    uncompressed (C is the identity). Options: p, alpha, beta, H, v
-    (Adam's second moments from the mean gradient every v rounds), and rate, a factor on the learning rate.
+    uncompressed (C is the identity). Options: p, alpha, beta, H, and rate, a factor on the learning rate.
     Raises ValueError for anything else.
     """
     name, *options = text.split()
