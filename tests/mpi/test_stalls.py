@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.mpi.launch import ENVIRONMENT, ROOT
-from tests.saver import kill_jobs
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -96,8 +95,3 @@ def test_a_short_soak() -> None:
     assert report["same"], done.stderr[-2000:]
     assert report["threads"][0] == report["threads"][1]
     assert report["descriptors"][0] == report["descriptors"][1]
-
-
-def test_a_job_killed_while_it_saves(tmp_path: Path) -> None:
-    """`python -m tests.mpi.faults` does it more often."""
-    assert kill_jobs(1, 2, tmp_path) == 1
