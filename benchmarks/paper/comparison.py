@@ -19,12 +19,12 @@ Runs = dict[tuple[str, str], dict[int, list[Row]]]
 """By task and method: epoch -> a row a seed."""
 
 
-def load_runs(folder: Path) -> Runs:
-    """All finished runs in a folder."""
+def load_runs(folder: Path, unfinished: bool = False) -> Runs:
+    """All finished runs in a folder, and with `unfinished` the epochs that others have reached."""
     runs: Runs = {}
     for path in sorted(folder.glob("*/*.csv")):
         rows = read(path)
-        if rows and len(rows) == TASKS[rows[0].task].epochs:
+        if rows and (unfinished or len(rows) == TASKS[rows[0].task].epochs):
             for row in rows:
                 runs.setdefault((row.task, row.method), {}).setdefault(row.epoch, []).append(row)
     return runs
@@ -98,8 +98,11 @@ def paired(runs: Runs, task: str, ours: str, theirs: str, epoch: int, value: Val
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def against(runs: Runs, task: str, ours: str, theirs: str) -> Iterator[str]:
-    """Who has the lower training loss and the better accuracy, before the first cut and at the end."""
+def against(runs: Runs, reached: Runs, task: str, ours: str, theirs: str) -> Iterator[str]:
+    """Who has the lower training loss and the better accuracy, before the first cut and at the end.
+
+    Before the cut, unfinished runs, which `reached` has as well, count for the epochs they have.
+    """
     if (task, ours) not in runs or (task, theirs) not in runs:
         return
     last = max(runs[task, ours])
@@ -108,7 +111,7 @@ def against(runs: Runs, task: str, ours: str, theirs: str) -> Iterator[str]:
         ("training loss", training_loss, -1, ""),
         ("test accuracy", accuracy, 1, " points"),
     ):
-        before = [paired(runs, task, ours, theirs, epoch, value) for epoch in early]
+        before = [paired(reached, task, ours, theirs, epoch, value) for epoch in early]
         won = sum(sign * difference > 0 for seeds in before for difference in seeds)
         count = sum(map(len, before))
         if not count:
@@ -132,7 +135,8 @@ def at_budget(runs: Runs, task: str, methods: Sequence[str], megabytes: Sequence
     yield f"{'':<37}MB/epoch" + "".join(f"{budget:>13}" for budget in megabytes)
     for method in there:
         epochs = runs[task, method]
-        line = f"  {method:<35}{epochs[1][0].bytes_sent / 1e6:>8.2f}"
+        last = max(epochs)
+        line = f"  {method:<35}{epochs[last][0].bytes_sent / 1e6 / last:>8.2f}"
         for budget in megabytes:
             within = [epoch for epoch, rows in epochs.items() if rows[0].bytes_sent <= budget * 1e6]
             line += f"{cell(epochs[max(within)], accuracy, 1) if within else '-':>13}"
@@ -176,7 +180,7 @@ def gap(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
     yield from table("Training loss at x̃ minus that at x", runs, task, methods, difference)
 
 
-def report(runs: Runs) -> Iterator[str]:
+def report(runs: Runs, reached: Runs) -> Iterator[str]:
     """All of it."""
     everything = (*MOMENTUM, "SAEF-SignSGDM-DC p=16 beta=1", *SINGLE, *AVERAGED)
     tasks = (("resnet8", everything), ("resnet8-plain", PLAIN), ("resnet8-8", (*SPARSE, BUDGET)))
@@ -197,7 +201,7 @@ def report(runs: Runs) -> Iterator[str]:
         ("resnet8-8", BUDGET, SPARSE[2]),
         ("resnet8-8", BUDGET, SPARSE[1]),
     ):
-        yield from against(runs, task, ours, theirs)
+        yield from against(runs, reached, task, ours, theirs)
     yield ""
     yield from at_budget(runs, "resnet8", everything, (2.5, 5, 10, 13.5, 27, 71, 141, 425))
     yield from at_budget(runs, "resnet8-8", (*SPARSE, BUDGET), (1.5, 3, 4.5, 6, 9, 42, 494))
@@ -213,7 +217,8 @@ def main() -> None:
     """Print what the CSVs say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.comparison", description=__doc__)
     parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with the runs' CSVs")
-    for line in report(load_runs(parser.parse_args().runs)):
+    folder = parser.parse_args().runs
+    for line in report(load_runs(folder), load_runs(folder, unfinished=True)):
         print(line)
 
 
