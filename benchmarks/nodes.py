@@ -170,7 +170,7 @@ def table(timings: list[Timing], args: argparse.Namespace) -> str:
         f"{args.rows} rows, {os.cpu_count()} cores for all; where one rank a host trains, the others "
         f"{others}: medians of {args.rounds} rounds (quartiles)",
         f"{'way':<28}{'seconds a step':>28}{'over one rank a host':>30}"
-        f"{'MB a host: stats':>18}{'wire':>10}{'over one':>10}",
+        f"{'MB: stats, a worker':>22}{'wire, a host':>14}{'over one':>10}",
     ]
 
     def ratio(name: str, what: Callable[[Timing], float]) -> Spread:
@@ -180,13 +180,11 @@ def table(timings: list[Timing], args: argparse.Namespace) -> str:
     for name, turns in rounds.items():
         seconds = spread(t.seconds for t in turns.values())
         claims = spread(t.claimed_bytes for t in turns.values()).median / 1e6
-        if name == 'worker="rank"':
-            claims *= args.ranks
         wire = spread(t.interface_bytes for t in turns.values()).median / 1e6
         over = "-" if name == LOCAL else f"{ratio(name, lambda t: t.interface_bytes).median:.3f}"
         lines.append(
             f"{name:<28}{seconds!s:>28}{ratio(name, lambda t: t.seconds)!s:>30}"
-            f"{claims:>18.3f}{wire:>10.3f}{over:>10}"
+            f"{claims:>22.3f}{wire:>14.3f}{over:>10}"
         )
     return "\n".join(lines)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from hvd_saef.communicator import Communicator
+from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.layout import Bucket, Layout
 from hvd_saef.statistics import Statistics, ring_bytes
 
@@ -68,23 +72,47 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
         torch._foreach_copy_(gradients, views)
 
 
-def average_on_node(node: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool) -> None:
+@dataclass
+class NodeMean:
+    """One bucket's gradients on their way to their mean over a worker's ranks, in the background."""
+
+    bucket: Bucket
+    flat: Tensor
+    """What :func:`pack` gave, and the mean once that is done."""
+    done: Future[None]
+
+    @classmethod
+    def begin(cls, communicator: Communicator, statistics: Statistics, bucket: Bucket) -> NodeMean:
+        """All ranks of the worker begin the same buckets in the same order; one is averaged at a time."""
+        flat = pack(bucket)
+        statistics.node_bytes_sent += ring_bytes(communicator.node.size, flat.nbytes)
+        work = communicator.background(Channel.MEANS)
+        return cls(bucket, flat, work.submit(communicator.node.allreduce_mean, flat, f"node.{bucket.index}"))
+
+
+def average_on_node(
+    communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool
+) -> None:
     """Replace every gradient by the mean over a worker's ranks, in full precision. Collective over them.
 
-    A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them.
+    A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them, the
+    next one packed while one is averaged.
     """
-    for bucket in reversed(layout.buckets):
-        if bucket.numel:
-            with statistics.phase("node"):
-                flat = pack(bucket)
-                node.allreduce_mean(flat, name_on_node(bucket))
-                unpack(bucket, flat, as_sparse)
-            statistics.node_bytes_sent += ring_bytes(node.size, flat.nbytes)
+    under_way: deque[NodeMean] = deque()
 
+    def take() -> None:
+        mean = under_way.popleft()
+        mean.done.result()
+        unpack(mean.bucket, mean.flat, as_sparse)
 
-def name_on_node(bucket: Bucket) -> str:
-    """What the mean of a bucket's gradients over a node is called."""
-    return f"node.{bucket.index}"
+    with statistics.phase("node"):
+        for bucket in reversed(layout.buckets):
+            if bucket.numel:
+                under_way.append(NodeMean.begin(communicator, statistics, bucket))
+            if len(under_way) > 1:
+                take()
+        while under_way:
+            take()
 
 
 def sparse_refused(name: str) -> TypeError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor
 
 from hvd_saef import kernels
-from hvd_saef.communicator import Channel
 from hvd_saef.exchange import Exchange
 from hvd_saef.gradients import (
-    name_on_node,
-    pack,
+    NodeMean,
     prepare_sparse,
     sparse_refused,
     takes_sparse_only,
@@ -33,19 +30,8 @@ from hvd_saef.gradients import (
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.state import BucketState, State
-from hvd_saef.statistics import ring_bytes
 
 LocalStep = Callable[[], None]
-
-
-@dataclass
-class Mean:
-    """One bucket's gradients while they are averaged over the worker's ranks."""
-
-    bucket_state: BucketState
-    flat: Tensor
-    """What `gradients.pack` gave, and the mean once that is done."""
-    done: Future[None]
 
 
 @dataclass
@@ -57,7 +43,7 @@ class Armed:
     passes: int
     expected: deque[tuple[BucketState, dict[Tensor, int]]]
     """The buckets that have not left, in their order; for each parameter the passes still to come."""
-    means: deque[Mean] = field(default_factory=deque)
+    means: deque[tuple[BucketState, NodeMean]] = field(default_factory=deque)
     """Of the buckets that have left for their ranks' mean and not been seen since."""
     used: dict[Tensor, int] = field(default_factory=dict)
     """The version of each gradient that a local step has used, or a mean has."""
@@ -160,7 +146,7 @@ class Overlap:
             order = self._exchange.order(state)
             here = order if armed is None else [bucket_state for bucket_state, _ in armed.expected]
             means = [*(armed.means if armed else ()), *map(self._mean, here)]
-            for mean in means:
+            for _, mean in means:
                 mean.done.result()
         self._exchange.abandon(state)
 
@@ -214,27 +200,25 @@ class Overlap:
 
     # -- workers of several ranks -------------------------------------------------------------------
 
-    def _mean(self, bucket_state: BucketState) -> Mean:
-        """Begin to average a bucket's gradients over the worker's ranks, one bucket after the other."""
-        communicator, flat = self._exchange.communicator, pack(bucket_state.bucket)
-        work, name = communicator.background(Channel.MEANS), name_on_node(bucket_state.bucket)
-        self._exchange.statistics.node_bytes_sent += ring_bytes(communicator.node.size, flat.nbytes)
-        return Mean(bucket_state, flat, work.submit(communicator.node.allreduce_mean, flat, name))
+    def _mean(self, bucket_state: BucketState) -> tuple[BucketState, NodeMean]:
+        """Begin to average a bucket's gradients over the worker's ranks."""
+        exchange = self._exchange
+        return bucket_state, NodeMean.begin(exchange.communicator, exchange.statistics, bucket_state.bucket)
 
     def _take_means(self, armed: Armed, wait: bool = False) -> None:
         """The local steps of the buckets whose mean is there, in their order; or of all."""
         as_sparse = takes_sparse_only(self._inner)
-        while armed.means and (wait or armed.means[0].done.done()):
-            mean = armed.means.popleft()
+        while armed.means and (wait or armed.means[0][1].done.done()):
+            bucket_state, mean = armed.means.popleft()
             with self._exchange.statistics.phase("node"):
                 mean.done.result()
             if kernels.all_finite([mean.flat]):
-                unpack(mean.bucket_state.bucket, mean.flat, as_sparse)
+                unpack(mean.bucket, mean.flat, as_sparse)
             else:  # whose gradient it was is seen in the ranks' own, which stay
                 armed.nonfinite = True
-            gradients = {p: p.grad for p in mean.bucket_state.bucket.parameters if p.grad is not None}
+            gradients = {p: p.grad for p in mean.bucket.parameters if p.grad is not None}
             armed.used |= {p: gradient._version for p, gradient in gradients.items()}
-            self._step(armed, mean.bucket_state)
+            self._step(armed, bucket_state)
 
 
 @contextmanager
