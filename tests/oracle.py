@@ -61,6 +61,7 @@ class Setup:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    weights: tuple[float, ...] | None = None  # of each worker in means over k; None: all alike
 
     def __post_init__(self) -> None:
         """Refuse a misspelt name, which would otherwise be some other algorithm."""
@@ -87,12 +88,13 @@ class Trajectory:
     mean_update: list[list[Array]]  # mean over the workers of b - y
 
 
-def mean(vectors: Sequence[Array]) -> Array:
+def mean(vectors: Sequence[Array], weights: Sequence[float] | None = None) -> Array:
     """Sum in rank order, then divide."""
-    total: Array = vectors[0].copy()
-    for vector in vectors[1:]:
+    counted = [vector * w for vector, w in zip(vectors, weights, strict=True)] if weights else vectors
+    total: Array = counted[0].copy()
+    for vector in counted[1:]:
         total += vector
-    total /= len(vectors)
+    total /= sum(weights) if weights else len(vectors)
     return total
 
 
@@ -152,7 +154,7 @@ def run(setup: Setup, start: list[Array], gradient: Gradient, steps: int) -> Tra
     """Call step() `steps` times on every worker, from `start`."""
     K, H, p = setup.workers, setup.local_steps, setup.averaging_period
     alpha = setup.step_ahead if setup.feedback == "saef" else 0.0
-    beta = setup.server_step_ahead
+    beta, weights = setup.server_step_ahead, setup.weights
 
     shapes = [np.shape(w) for w in start]
     ends = [int(end) for end in np.cumsum([np.size(w) for w in start])]
@@ -178,7 +180,7 @@ def run(setup: Setup, start: list[Array], gradient: Gradient, steps: int) -> Tra
 
     def begin_round(t: int) -> None:
         if p is not None and (t + 1) % p == 0:  # row 1
-            e[:] = [mean(e)] * K
+            e[:] = [mean(e, weights)] * K
         for k in range(K):  # row 2
             b[k] = x - alpha * e[k] - beta * s
             y[k] = b[k].copy()
@@ -210,7 +212,7 @@ def run(setup: Setup, start: list[Array], gradient: Gradient, steps: int) -> Tra
             sent.append(C(delta, t))
             if setup.feedback != "none":
                 e[k] = delta - sent[k]
-        u = mean(sent)  # row 5
+        u = mean(sent, weights)  # row 5
         if setup.double_compression:  # row 5'
             D = s + u
             u = C(D, t)
@@ -218,8 +220,8 @@ def run(setup: Setup, start: list[Array], gradient: Gradient, steps: int) -> Tra
                 s = D - u
         x = x - u  # row 6
 
-        auxiliary.append(split(x - (s + mean(e))))
-        mean_update.append(split(mean([b[k] - y[k] for k in range(K)])))
+        auxiliary.append(split(x - (s + mean(e, weights))))
+        mean_update.append(split(mean([b[k] - y[k] for k in range(K)], weights)))
         t += 1
         begin_round(t)
 
