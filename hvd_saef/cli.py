@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvd_saef.plan import METHODS, UNCOMPRESSED, Constants, Job, predict, recommend
+from hvd_saef.plan import UNCOMPRESSED, Constants, Job, methods, predict, recommend
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 TENSOR = 160_000
@@ -61,13 +61,13 @@ def constants(text: str) -> Constants:
 def table(job: Job, known: Constants) -> str:
     """All methods, the least lossy first: bytes, predicted step and gain."""
     plain = predict(UNCOMPRESSED, job, known)
-    lines = [f"{'method':<22}{'k':>7}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
-    for method in METHODS:
+    lines = [f"{'method':<25}{'k':>7}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
+    for method in methods(job):
         step = predict(method, job, known)
         ratio = f"{100 * method.ratio:g} %" if method.wire == "topk" else "-"
-        sent = method.bytes_sent(job.sizes, job.workers) / 1e6
+        sent = method.bytes_between_nodes(job) / 1e6
         lines.append(
-            f"{method.name:<22}{ratio:>7}{method.averaging_period or '-':>5}{sent:>12.3f}"
+            f"{method.name:<25}{ratio:>7}{method.averaging_period or '-':>5}{sent:>12.3f}"
             f"{step:>10.4f} s{step - job.compute:>10.4f} s{plain / step:>8.2f}×"
         )
     return "\n".join(lines)
@@ -77,7 +77,20 @@ def plan(args: argparse.Namespace) -> str:
     """What to print."""
     tensors = max(1, round(args.parameters / TENSOR))
     sizes = [args.parameters // tensors] * (tensors - 1)
-    job = Job((*sizes, args.parameters - sum(sizes)), args.workers, args.bandwidth, args.compute)
+    job = Job(
+        (*sizes, args.parameters - sum(sizes)),
+        args.workers,
+        args.bandwidth,
+        args.compute,
+        args.ranks_per_node,
+        args.inside,
+    )
+    where = f"{args.workers} workers that send {args.bandwidth / 1e9:g} Gbit/s"
+    if args.ranks_per_node > 1:
+        where = (
+            f"{args.workers} ranks, {args.ranks_per_node} a node, whose nodes send {args.bandwidth / 1e9:g} "
+            f"Gbit/s (each rank {args.inside / 1e9:g} inside)"
+        )
     best = recommend(job, args.constants)
     gain = predict(UNCOMPRESSED, job, args.constants) / predict(best, job, args.constants)
     if best is UNCOMPRESSED:
@@ -86,8 +99,7 @@ def plan(args: argparse.Namespace) -> str:
         advice = f"{best.name}, predicted {gain:.2f}× faster than Horovod's float32\n  {best.call}"
     return "\n".join(
         [
-            f"A step of {args.parameters / 1e6:g} M parameters on {args.workers} workers that send "
-            f"{args.bandwidth / 1e9:g} Gbit/s and compute {args.compute:g} s:",
+            f"A step of {args.parameters / 1e6:g} M parameters on {where} and compute {args.compute:g} s:",
             f"predictions of a MODEL, not measurements. Fitted on: {args.constants.source}.",
             "",
             table(job, args.constants),
@@ -103,6 +115,8 @@ def run_plan(args: argparse.Namespace) -> int:
     """Print the plan."""
     if args.constants is None:
         args.constants = Constants.load()
+    if args.workers % args.ranks_per_node:
+        args.fail(f"--ranks-per-node {args.ranks_per_node}: a divisor of --workers {args.workers} is allowed")
     print(plan(args))
     return 0
 
@@ -126,14 +140,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--parameters", type=count, required=True, help="of the model: 25.6M")
     command.add_argument("--workers", type=count, required=True, help="ranks that exchange")
-    command.add_argument("--bandwidth", type=bandwidth, required=True, help="that a rank can send: 10Gbit")
+    command.add_argument("--bandwidth", type=bandwidth, required=True, help="that a node can send: 10Gbit")
+    command.add_argument("--ranks-per-node", type=count, default=1, help="which share that bandwidth")
+    command.add_argument(
+        "--inside",
+        type=bandwidth,
+        default=1e11,
+        help="that a rank can send inside a node: 100Gbit if not given",
+    )
     command.add_argument(
         "--compute", type=duration, required=True, help="seconds of a step without any exchange"
     )
     command.add_argument(
         "--constants", type=constants, help="a fit of benchmarks/scaling.py on your machines"
     )
-    command.set_defaults(run=run_plan)
+    command.set_defaults(run=run_plan, fail=command.error)
     command = commands.add_parser(
         "doctor",
         help="whether what is installed fits together",

@@ -87,10 +87,21 @@ class Job:
     sizes: Sequence[int]
     """Elements of each parameter tensor."""
     workers: int
+    """Ranks that exchange."""
     bandwidth: float
-    """Bits a second that a worker can send; infinity where only processors limit."""
+    """Bits a second that a node can send; infinity where only processors limit."""
     compute: float
     """Seconds of a step without any exchange."""
+    ranks: int = 1
+    """On each node: they share its bandwidth."""
+    inside: float = math.inf
+    """Bits a second that a rank can send to the others of its node."""
+
+    def __post_init__(self) -> None:
+        if self.workers % self.ranks:
+            raise ValueError(
+                f"ranks={self.ranks} on each node: a divisor of workers={self.workers} is allowed."
+            )
 
     @property
     def parameters(self) -> int:
@@ -109,6 +120,8 @@ class Method:
     double: bool = True
     """Double-way compression with a sharded server; False is single-way."""
     averaging_period: int | None = None
+    node: bool = False
+    """Whether a worker is a node: worker="node"."""
 
     @property
     def dense(self) -> bool:
@@ -130,6 +143,7 @@ class Method:
         arguments[0] += f"({self.ratio:g})" if self.wire == "topk" else ""
         arguments += [] if self.double else ["double_compression=False"]
         arguments += [f"averaging_period={self.averaging_period}"] if self.averaging_period else []
+        arguments += ['worker="node"'] if self.node else []
         return f"hvd_saef.DistributedOptimizer({', '.join(arguments)})"
 
     def payload(self, sizes: Sequence[int]) -> int:
@@ -142,25 +156,45 @@ class Method:
 
     def bytes_sent(self, sizes: Sequence[int], workers: int) -> float:
         """Bytes that a worker sends a step, the mean over workers and steps, without protocol overhead."""
-        ring = 2 * (workers - 1) / workers
+        return self._sent(sizes, workers) + self._averaged(sizes, workers)
+
+    def _sent(self, sizes: Sequence[int], workers: int) -> float:
         if self.dense or self.double:
-            sent = ring * self.payload(sizes)
-        else:
-            sent = (workers - 1) * self.payload(sizes)
-        averaging = ring * 4 * sum(sizes) / self.averaging_period if self.averaging_period else 0.0
-        return sent + averaging
+            return 2 * (workers - 1) / workers * self.payload(sizes)
+        return (workers - 1) * self.payload(sizes)
+
+    def _averaged(self, sizes: Sequence[int], workers: int) -> float:
+        period = self.averaging_period
+        return 2 * (workers - 1) / workers * 4 * sum(sizes) / period if period else 0.0
+
+    def bytes_between_nodes(self, job: Job) -> float:
+        """Bytes that a node sends to others a step. A ring enters and leaves a node once."""
+        nodes = job.workers // job.ranks
+        if self.node:
+            return self.bytes_sent(job.sizes, nodes)
+        if nodes == 1:
+            return 0.0
+        if self.dense:
+            return self.bytes_sent(job.sizes, job.workers)
+        outside = job.ranks * (job.workers - job.ranks) / (job.workers - 1)
+        return self._sent(job.sizes, job.workers) * outside + self._averaged(job.sizes, job.workers)
 
     def features(self, job: Job) -> dict[str, float]:
         """How much of what each constant stands for is in a step."""
-        workers, size = job.workers, job.parameters
+        workers, size = job.workers // (job.ranks if self.node else 1), job.parameters
         found = dict.fromkeys(FEATURES, 0.0)
+        if (
+            self.node and job.ranks > 1
+        ):  # the gradients' mean on the node; payloads inside are next to nothing
+            found["float32"] += size
+            found["wire"] += 8 * 2 * (job.ranks - 1) / job.ranks * 4 * size / job.inside
         if workers == 1:
             return found
-        found["byte"] = self.bytes_sent(job.sizes, workers)
-        found["wire"] = 8 * found["byte"] / job.bandwidth
+        found["byte"] = self.bytes_sent(job.sizes, workers) / (job.ranks if self.node else 1)
+        found["wire"] += 8 * self.bytes_between_nodes(job) / job.bandwidth
         found["fixed"] = 1.0
         if self.dense:
-            found[self.wire.replace("fp", "float")] = size
+            found[self.wire.replace("fp", "float")] += size
             found["message"] = 2 * (workers - 1)
             return found
         decoded = (2 if self.double else workers) * size  # the server's K payloads of 1/K, and the answers
@@ -169,7 +203,7 @@ class Method:
         buckets = math.ceil(4 * size / Settings.bucket_bytes)
         found["message"] = buckets * (workers - 1) * (1 + self.double) + 2 * math.ceil(math.log2(workers))
         if self.averaging_period:
-            found["float32"] = size / self.averaging_period
+            found["float32"] += size / self.averaging_period
             found["message"] += 2 * (workers - 1) / self.averaging_period
         return found
 
@@ -201,7 +235,20 @@ METHODS = (
 """From the least lossy to the most."""
 
 
+def methods(job: Job) -> list[Method]:
+    """From the least lossy to the most: with several ranks a node, the node as a worker before each."""
+    if job.ranks == 1:
+        return list(METHODS)
+    pairs = [
+        [method]
+        if method.dense
+        else [dataclasses.replace(method, name=f"{method.name}, node", node=True), method]
+        for method in METHODS
+    ]
+    return [method for pair in pairs for method in pair]
+
+
 def recommend(job: Job, constants: Constants) -> Method:
     """The least lossy method whose predicted step is within 5 % of the fastest."""
-    times = {method: predict(method, job, constants) for method in METHODS}
-    return next(method for method in METHODS if times[method] <= CLOSE * min(times.values()))
+    times = {method: predict(method, job, constants) for method in methods(job)}
+    return next(method for method in times if times[method] <= CLOSE * min(times.values()))

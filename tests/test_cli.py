@@ -44,6 +44,17 @@ def test_a_fast_wire_does_not(capsys: pytest.CaptureFixture[str], cheap: str) ->
     assert "Advice: do not compress" not in ask([*SLOW, "--constants", cheap], capsys)
 
 
+def test_ranks_of_a_node(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    text = ask([*SLOW, "--ranks-per-node", "8", "--inside", "200Gbit", "--constants", cheap], capsys)
+    assert "64 ranks, 8 a node, whose nodes send 0.1 Gbit/s (each rank 200 inside)" in text
+    assert "\nsign DC, node " in text
+    assert 'worker="node")' in text
+    assert ", node" not in ask([*SLOW, "--constants", cheap], capsys)
+    with pytest.raises(SystemExit):
+        ask([*SLOW, "--ranks-per-node", "7"], capsys)
+    assert "a divisor of --workers 64" in capsys.readouterr().err
+
+
 def test_the_packages_own_constants(capsys: pytest.CaptureFixture[str]) -> None:
     assert Constants.load().source in ask(SLOW, capsys)
 

@@ -152,3 +152,31 @@ def test_constants_as_a_file(tmp_path: Path) -> None:
 
 def test_those_of_the_package_are_a_fit() -> None:
     assert "cluster.py" in Constants.load().source
+
+
+@pytest.mark.filterwarnings("ignore:the largest block")
+@pytest.mark.filterwarnings("ignore:.*evaluat")
+@pytest.mark.parametrize("method", CHOSEN, ids=lambda method: method.name)
+def test_a_node_sends_what_one_rank_would(method: Method) -> None:
+    alone, shared = Job(SIZES, 3, 1e9, 0.1), Job(SIZES, 24, 1e9, 0.1, ranks=8)
+    node = dataclasses.replace(method, node=True)
+    assert node.bytes_between_nodes(shared) == method.bytes_between_nodes(alone) > 0
+    assert method.bytes_between_nodes(alone) == pytest.approx(method.bytes_sent(SIZES, 3))
+    assert method.bytes_between_nodes(shared) > node.bytes_between_nodes(shared)
+    assert predict(method, shared, WIRE_ONLY) > predict(node, shared, WIRE_ONLY)
+    slow_inside = dataclasses.replace(shared, inside=1e6)
+    assert predict(node, slow_inside, WIRE_ONLY) > predict(method, slow_inside, WIRE_ONLY)
+
+
+def test_ranks_of_a_single_node_send_nothing() -> None:
+    job = Job(SIZES, 8, 1e9, 0.1, ranks=8)
+    assert all(method.bytes_between_nodes(job) == 0 for method in plan.methods(job))
+    with pytest.raises(ValueError, match="ranks=3 on each node"):
+        Job(SIZES, 8, 1e9, 0.1, ranks=3)
+
+
+def test_nodes_are_advised_where_their_links_are_slow() -> None:
+    job = Job((25_000_000,), 64, 1e9, 0.1, ranks=8, inside=1e12)
+    assert recommend(job, WIRE_ONLY).node
+    assert 'worker="node"' in recommend(job, WIRE_ONLY).call
+    assert not recommend(dataclasses.replace(job, ranks=1), WIRE_ONLY).node
