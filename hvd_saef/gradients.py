@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.layout import Bucket, Layout
 from hvd_saef.statistics import Statistics, ring_bytes
+
+TOGETHER = 64 << 20
+"""Bytes of gradients in one allreduce on a node, at most: each of these waits for Horovod's next cycle."""
 
 
 def prepare_sparse(parameter: Tensor, optimizer: torch.optim.Optimizer, as_dense: bool) -> None:
@@ -36,9 +40,8 @@ def values(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pack(bucket: Bucket) -> Tensor:
-    """A bucket's gradients in x's dtype, zero where there is none, and for each slot whether there is one."""
-    flat = torch.empty(bucket.numel + len(bucket.slots), dtype=bucket.dtype, device=bucket.device)
+def pack(bucket: Bucket, flat: Tensor) -> None:
+    """Write a bucket's gradients into `flat`, zero where there is none; then whether there is each."""
     gradients, views = [], []
     for slot, there in zip(bucket.slots, flat[bucket.numel :], strict=True):
         gradient = slot.parameter.grad
@@ -50,7 +53,6 @@ def pack(bucket: Bucket) -> Tensor:
             views.append(slot.view(flat))
     if gradients:
         torch._foreach_copy_(views, gradients)
-    return flat
 
 
 @torch.no_grad()
@@ -74,45 +76,69 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
 
 @dataclass
 class NodeMean:
-    """One bucket's gradients on their way to their mean over a worker's ranks, in the background."""
+    """Some buckets' gradients on their way to their mean over a worker's ranks, in the background."""
 
-    bucket: Bucket
-    flat: Tensor
-    """What :func:`pack` gave, and the mean once that is done."""
+    buckets: Sequence[Bucket]
+    flats: Sequence[Tensor]
+    """For each what :func:`pack` gave, and the mean once that is done: in one memory."""
     done: Future[None]
 
     @classmethod
-    def begin(cls, communicator: Communicator, statistics: Statistics, bucket: Bucket) -> NodeMean:
-        """All ranks of the worker begin the same buckets in the same order; one is averaged at a time."""
-        flat = pack(bucket)
-        statistics.node_bytes_sent += ring_bytes(communicator.node.size, flat.nbytes)
+    def begin(cls, communicator: Communicator, statistics: Statistics, buckets: Sequence[Bucket]) -> NodeMean:
+        """All ranks of the worker begin the same buckets in the same order; one mean is taken at a time."""
+        sizes, first = [bucket.numel + len(bucket.slots) for bucket in buckets], buckets[0]
+        together = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        flats = torch.split(together, sizes)
+        for bucket, flat in zip(buckets, flats, strict=True):
+            pack(bucket, flat)
+        statistics.node_bytes_sent += ring_bytes(communicator.node.size, together.nbytes)
         work = communicator.background(Channel.MEANS)
-        return cls(bucket, flat, work.submit(communicator.node.allreduce_mean, flat, f"node.{bucket.index}"))
+        done = work.submit(communicator.node.allreduce_mean, together, f"node.{first.index}")
+        return cls(buckets, flats, done)
 
 
 def average_on_node(
-    communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool
+    communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool, apart: bool
 ) -> None:
     """Replace every gradient by the mean over a worker's ranks, in full precision. Collective over them.
 
-    A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them, the
-    next one packed while one is averaged.
+    A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them,
+    `apart` or up to TOGETHER bytes in one mean, the next packed while one is averaged.
     """
     under_way: deque[NodeMean] = deque()
 
     def take() -> None:
         mean = under_way.popleft()
         mean.done.result()
-        unpack(mean.bucket, mean.flat, as_sparse)
+        for bucket, flat in zip(mean.buckets, mean.flats, strict=True):
+            unpack(bucket, flat, as_sparse)
 
     with statistics.phase("node"):
-        for bucket in reversed(layout.buckets):
-            if bucket.numel:
-                under_way.append(NodeMean.begin(communicator, statistics, bucket))
+        for buckets in _chunks(layout, 0 if apart else TOGETHER):
+            under_way.append(NodeMean.begin(communicator, statistics, buckets))
             if len(under_way) > 1:
                 take()
         while under_way:
             take()
+
+
+def _chunks(layout: Layout, most: int) -> list[list[Bucket]]:
+    """The buckets, the last first, in runs of one dtype and device of at most so many bytes, or of one."""
+    chunks: list[list[Bucket]] = []
+    held = 0
+    for bucket in reversed(layout.buckets):
+        if not bucket.numel:
+            continue
+        size = bucket.numel * bucket.dtype.itemsize
+        last = chunks[-1][-1] if chunks else None
+        alike = last is not None and (last.dtype, last.device) == (bucket.dtype, bucket.device)
+        if alike and held + size <= most:
+            chunks[-1].append(bucket)
+            held += size
+        else:
+            chunks.append([bucket])
+            held = size
+    return chunks
 
 
 def sparse_refused(name: str) -> TypeError:

@@ -203,7 +203,7 @@ class Overlap:
     def _mean(self, bucket_state: BucketState) -> tuple[BucketState, NodeMean]:
         """Begin to average a bucket's gradients over the worker's ranks."""
         exchange = self._exchange
-        return bucket_state, NodeMean.begin(exchange.communicator, exchange.statistics, bucket_state.bucket)
+        return bucket_state, NodeMean.begin(exchange.communicator, exchange.statistics, [bucket_state.bucket])
 
     def _take_means(self, armed: Armed, wait: bool = False) -> None:
         """The local steps of the buckets whose mean is there, in their order; or of all."""
@@ -212,11 +212,11 @@ class Overlap:
             bucket_state, mean = armed.means.popleft()
             with self._exchange.statistics.phase("node"):
                 mean.done.result()
-            if kernels.all_finite([mean.flat]):
-                unpack(mean.bucket, mean.flat, as_sparse)
+            if kernels.all_finite(list(mean.flats)):
+                unpack(bucket_state.bucket, mean.flats[0], as_sparse)
             else:  # whose gradient it was is seen in the ranks' own, which stay
                 armed.nonfinite = True
-            gradients = {p: p.grad for p in mean.bucket.parameters if p.grad is not None}
+            gradients = {p: p.grad for p in bucket_state.bucket.parameters if p.grad is not None}
             armed.used |= {p: gradient._version for p, gradient in gradients.items()}
             self._step(armed, bucket_state)
 

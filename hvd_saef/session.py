@@ -398,7 +398,9 @@ class Session:
         """Average the gradients that are averaged: over the worker's ranks, over all workers. Collective."""
         as_sparse = takes_sparse_only(self.inner)
         if self.communicator.node.size > 1:
-            average_on_node(self.communicator, self.statistics, self.layout, as_sparse)
+            average_on_node(
+                self.communicator, self.statistics, self.layout, as_sparse, apart=self.settings.overlap
+            )
         if self.averages_gradients:
             average_gradients(self.communicator, self.statistics, self.layout, as_sparse)
 
