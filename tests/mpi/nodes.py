@@ -15,7 +15,15 @@ from mpi4py import MPI
 
 import hvd_saef
 from hvd_saef import run_workers
-from tests.mpi.checks import PAYLOAD_SETUPS, REDUCED_SETUPS, Check, run_checks, same_everywhere
+from tests.mpi.checks import (
+    PAYLOAD_SETUPS,
+    REDUCED_SETUPS,
+    Check,
+    backward,
+    run_checks,
+    same_everywhere,
+    small_model,
+)
 from tests.nodes import of_nodes
 from tests.oracle import Setup, run
 from tests.problems import STEPS, Outcome, curved_valley, run_library, same_bits, schedule, start_point, worst
@@ -83,6 +91,23 @@ def float32_and_bfloat16_agree_on_x() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for settings in ({"averaging_period": 3}, {"compressor": "none"}, {"compressor": "topk"}):
             assert same_everywhere(train(setup(**settings), dtype=dtype, check_consensus_every=1))
+
+
+@check
+def overlap_changes_no_bit() -> None:
+    def trained(overlap: bool) -> list[torch.Tensor]:
+        model = small_model(seed=0)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = hvd_saef.DistributedOptimizer(
+            inner, model=model, worker=groups(hvd.size()), bucket_bytes=50, overlap=overlap
+        )
+        for step in range(5):
+            backward(model, step)
+            assert not overlap or step == 0 or optimizer._saef.overlap.under_way
+            optimizer.step()
+        return list(optimizer.state_dict()["hvd_saef"]["errors"].values())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
 
 
 @check
