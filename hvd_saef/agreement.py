@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hvd_saef.communicator import Communicator, find_communicator
+from hvd_saef.communicator import Communicator
 from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
+from hvd_saef.find import find_communicator
 from hvd_saef.layout import Layout
 
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hvd_saef.communicator import hvd
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.layout import ChooseCompressor
+from hvd_saef.mpi import hvd
 from hvd_saef.settings import Settings
 
 AVERAGE: Any = hvd.Average if hvd else None

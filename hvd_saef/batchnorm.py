@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_saef.communicator import Communicator, find_communicator
+from hvd_saef.communicator import Communicator
+from hvd_saef.find import find_communicator
 from hvd_saef.modes import at_consensus
 
 

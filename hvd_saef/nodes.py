@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hvd_saef.agreement import who_has_what
-from hvd_saef.communicator import Channel, Communicator, MpiCommunicator, copy_pieces, hvd
+from hvd_saef.communicator import Channel, Communicator, copy_pieces
 from hvd_saef.errors import ConfigurationMismatchError
+from hvd_saef.mpi import MpiCommunicator, hvd
 from hvd_saef.process_sets import lanes, ranks_of, register, remember
 from hvd_saef.settings import Settings
 

@@ -22,8 +22,8 @@ from hvd_saef.arguments import (
     give_advice,
     name_parameters,
 )
-from hvd_saef.communicator import find_communicator
 from hvd_saef.compression import Compression
+from hvd_saef.find import find_communicator
 from hvd_saef.modes import ModelHooks
 from hvd_saef.nodes import Workers, find_workers, groups_of
 from hvd_saef.session import Session

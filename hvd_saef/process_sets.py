@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hvd_saef.communicator import MPI, hvd
+from hvd_saef.mpi import MPI, hvd
 
 _given: dict[tuple[int, ...], Any] = {}
 """By ranks, those that :func:`process_sets` returned or that were added here."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
-from hvd_saef.communicator import set_thread_communicator
 from hvd_saef.errors import StalledExchangeError, WorkerError
+from hvd_saef.find import set_thread_communicator
 from hvd_saef.threads import Meetings, ThreadCommunicator
 from hvd_saef.watch import CALM, LOOK
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_saef import communicator, staging
+from hvd_saef import mpi, staging
 from hvd_saef.staging import Staging, reaches_mpi
 
 
@@ -54,7 +54,7 @@ def device_of_its_own() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         cuda = Cuda()
         patch.setattr(staging, "cuda", cuda)
-        for module in (staging, communicator):
+        for module in (staging, mpi):
             patch.setattr(module, "reaches_mpi", lambda device: False)
         yield cuda.calls
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvd_saef.communicator import MPI
 from hvd_saef.doctor import machine, mpi, software
 from hvd_saef.doctor.findings import Finding, failure, ok, warning
 from hvd_saef.doctor.links import Link, time_links
+from hvd_saef.mpi import MPI
 
 CHECKS: Sequence[Callable[[], Any]] = (
     software.check_python,

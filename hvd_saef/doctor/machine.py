@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hvd_saef.communicator import MPI
 from hvd_saef.doctor.findings import Finding, failure, ok, warning
+from hvd_saef.mpi import MPI
 
 
 def check_cores() -> Finding:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hvd_saef.communicator import MPI
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, output, warning
 from hvd_saef.doctor.software import import_error
+from hvd_saef.mpi import MPI
 
 
 def check_mpi() -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from mpi4py import MPI
 from torch import nn
 
 import hvd_saef
-from hvd_saef import communicator, run_workers
+from hvd_saef import mpi, run_workers
 from tests.oracle import Setup, run
 from tests.problems import (
     STEPS,
@@ -136,12 +136,12 @@ def float32_and_bfloat16_agree_on_x() -> None:
 @check
 def small_chunks_change_nothing() -> None:
     whole = [train(setup(block_size=17), server=server) for server in ("sharded", "replicated")]
-    before = communicator.CHUNK_BYTES
-    communicator.CHUNK_BYTES = 7 * hvd.size()
+    before = mpi.CHUNK_BYTES
+    mpi.CHUNK_BYTES = 7 * hvd.size()
     try:
         cut = [train(setup(block_size=17), server=server) for server in ("sharded", "replicated")]
     finally:
-        communicator.CHUNK_BYTES = before
+        mpi.CHUNK_BYTES = before
     for a, b in zip(whole, cut, strict=True):
         assert same_bits(a.x, b.x)
         assert a.stats["payload_bytes_sent"] == b.stats["payload_bytes_sent"]
