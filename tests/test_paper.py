@@ -184,7 +184,7 @@ def train(piece: Piece, path: Path, checkpoint: Path, epochs: int) -> list[Row]:
             next(coming)
         return run.rows
 
-    everyone = together(piece.task.workers, work)
+    everyone = hvd_saef.run_workers(piece.task.workers, work)
     assert all(rows == everyone[0] for rows in everyone)
     return everyone[0]
 
@@ -265,6 +265,17 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a" / CSV)) == 3
     assert (tmp_path / "a" / CSV).read_bytes() == (tmp_path / "b" / CSV).read_bytes()
     assert [path.name for path in (tmp_path / "b" / "digits").iterdir()] == [CSV.name]
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C ends the runs side by side, and no others begin."""
+    command = [*COMMAND[:-5], "--seeds", "0", "1", "--at-once", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("digits/*.csv"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert len(list(tmp_path.glob("digits/*.csv"))) <= 3  # of 8; one may have ended just then
 
 
 def test_finished_runs_are_skipped(tmp_path: Path) -> None:

@@ -141,13 +141,16 @@ def main() -> int:
         ThreadPoolExecutor(args.at_once) as pool,
         tqdm(total=len(missing), unit="run", ncols=110, mininterval=30) as bar,
     ):
-        for piece, code in zip(
-            missing, pool.map(lambda piece: run_apart(args, piece, cores), missing), strict=True
-        ):
-            bar.update()
-            if code:
-                failed += 1
-                bar.write(f"{piece.name}: failed, see {piece.file(args.out).with_suffix('.log')}")
+        coming = [(piece, pool.submit(run_apart, args, piece, cores)) for piece in missing]
+        try:
+            for piece, code in coming:
+                if code.result():
+                    failed += 1
+                    bar.write(f"{piece.name}: failed, see {piece.file(args.out).with_suffix('.log')}")
+                bar.update()
+        except KeyboardInterrupt:  # those that run have had it, too
+            pool.shutdown(cancel_futures=True)
+            return 130
     return 1 if failed else 0
 
 

@@ -145,25 +145,24 @@ def at_budget(runs: Runs, task: str, methods: Sequence[str], megabytes: Sequence
 
 
 def mismatch(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
-    """Mean over the epochs before the first cut: exact and bound, relative to EF's."""
+    """Mean over the epochs before the first cut: exact and bound, and relative to EF's of the same seeds."""
     there = [method for method in methods if (task, method) in runs]
     if not there:
         return
     yield f"Gradient mismatch, mean over the epochs before the first cut ({task}); of EF's in brackets"
     yield f"{'':<37}{'exact':>20}{'own bound':>20}{'‖s‖²':>10}{'Var e':>10}{'‖ē‖²':>10}{'δ':>7}"
-    reference: dict[str, float] = {}
-    for method in there:
-        rows = [row for e in range(1, TASKS[task].cuts[0] + 1) for row in runs[task, method][e]]
+    early = {m: [row for e in range(1, TASKS[task].cuts[0] + 1) for row in runs[task, m][e]] for m in there}
+    for method, rows in early.items():
+        seeds = {row.seed for row in rows}
+        others = [row for row in early[there[0]] if row.seed in seeds]
 
         def over(name: str, rows: Sequence[Row] = rows) -> float:
             return mean([getattr(row, name) for row in rows])
 
-        bound = over("mismatch_bound_ef" if method.startswith("EF") else "mismatch_bound_saef")
-        numbers = {"exact": over("mismatch_exact"), "bound": bound}
-        reference = reference or numbers
+        bound = "mismatch_bound_ef" if method.startswith("EF") else "mismatch_bound_saef"
         line = f"  {method:<35}"
-        for name, number in numbers.items():
-            line += f"{f'{number:.4f} ({number / reference[name]:.2f})':>20}"
+        for name, theirs in (("mismatch_exact", "mismatch_exact"), (bound, "mismatch_bound_ef")):
+            line += f"{f'{over(name):.4f} ({over(name) / over(theirs, others):.2f})':>20}"
         for name in ("server_error", "error_variance", "mean_error"):
             line += f"{over(name):>10.4f}"
         yield line + f"{over('delta'):>7.3f}"
