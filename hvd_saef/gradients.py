@@ -14,8 +14,11 @@ from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.layout import Bucket, Layout
 from hvd_saef.statistics import Statistics, ring_bytes
 
-TOGETHER = 64 << 20
-"""Bytes of gradients in one allreduce on a node, at most: each of these waits for Horovod's next cycle."""
+TOGETHER = 24 << 20
+"""Bytes of gradients in one allreduce on a node, at most: each of these waits for Horovod's next cycle.
+
+Much more and the C library maps new memory for every one.
+"""
 
 
 def prepare_sparse(parameter: Tensor, optimizer: torch.optim.Optimizer, as_dense: bool) -> None:
