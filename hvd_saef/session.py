@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef import kernels
 from hvd_saef.agreement import Word, agree, check_consensus, check_workers, raise_failure
 from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
@@ -19,16 +18,14 @@ from hvd_saef.exchange import Exchange
 from hvd_saef.gradients import (
     average_gradients,
     average_on_node,
-    prepare_sparse,
-    sparse_refused,
     takes_sparse_only,
-    values,
 )
 from hvd_saef.guard import Guard
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
+from hvd_saef.local_steps import LocalSteps
 from hvd_saef.modes import Modes
 from hvd_saef.origin import Origin
-from hvd_saef.overflow import StateCopy, look_at_gradients, sums_fit, who_holds
+from hvd_saef.overflow import sums_fit
 from hvd_saef.overlap import Overlap
 from hvd_saef.redistribution import average_moments
 from hvd_saef.settings import Settings
@@ -55,13 +52,12 @@ class Session:
         self.modes = Modes(self.exchange)
         self._choose = choose
         self._skip_synchronize = self._synchronized = False
-        self._huge = False
-        """Whether the coming local step is of gradients that may overflow the optimizer's own state."""
         self.origin = Origin(communicator, settings, self.modes)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
         self.before_exchange: list[Callable[[], None]] = []
         """Called by all workers between a round's last local step and its exchange; may be collective."""
         self._guard = Guard(self.modes.eval)
+        self._local = LocalSteps(self.exchange, self.modes, self.overlap, self._guard, inner)
         self.wants_to_stop = False
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
         self.stop_agreed = False
@@ -145,7 +141,7 @@ class Session:
                 self.statistics.skipped += 1
                 return loss
         self._synchronized = False
-        if not self._take_local_step(local_step):
+        if not self._local.take(local_step, self.layout, self.averages_gradients):
             self.statistics.skipped += 1
             return loss
         self.modes.local_steps_done += 1
@@ -154,47 +150,6 @@ class Session:
         if self.overlap and self.modes.local_steps_done == self.settings.local_steps - 1:
             self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss
-
-    def _take_local_step(self, local_step: Callable[[], None]) -> bool:
-        """Whether it went well on all workers: else the parameters are where the round began. Collective."""
-        failure, word = None, Word.NOTHING
-        kept = StateCopy(self.inner) if self._huge else None
-        try:
-            with self.statistics.phase("local_step"):
-                if self.overlap:
-                    self.overlap.finish(local_step)
-                else:
-                    local_step()
-            everything = [slot.parameter for slot in self.layout.slots]
-            late = [p for p in everything if not (self.overlap and self.overlap.used(p))]
-            fits = kernels.squares_fit(late) and not (self.overlap and self.overlap.overflowed)
-            if not fits or (kept and not kept.still_finite()):
-                word = Word.NONFINITE
-        except Exception as error:  # raised again below, once everyone knows
-            failure = error
-        with self.statistics.phase("agreement"):
-            combined = agree(self.communicator, word, failure)
-        if not combined & (Word.FAILED | Word.NONFINITE):
-            return True
-        after = {slot.name: slot.parameter for slot in self.layout.slots}
-        where = who_holds(self.communicator, after, much=True)
-        if self.overlap and self.overlap.under_way:
-            self.overlap.abandon()
-        self.modes.undo_local_steps()
-        if kept:
-            kept.put_back()
-        if Word.FAILED in combined:
-            raise_failure(self.communicator, failure)
-        if self.settings.on_nonfinite == "skip" and not self.averages_gradients:
-            return False
-        touched = (
-            "the optimizer's own state has taken the step" if kept is None else "so is the optimizer's own"
-        )
-        raise NonFiniteUpdateError(
-            f"the local step made a number NaN, infinite, or nearly: {where or 'in its own state'}. "
-            f"{'The errors' if self.averages_gradients else 'x and the errors'} are as before it; {touched}. "
-            "Lower the learning rate."
-        )
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
         """Unscale gradients, and say what is wrong with them."""
@@ -205,36 +160,8 @@ class Session:
                 "hvd_saef.DistributedOptimizer returned."
             )
         self.take_in()
-        self._prepare_sparse()
-        if overflow is not None and overflow.item() > 0:
-            return Word.OVERFLOW
-        gradients = [
-            values(slot.parameter.grad)
-            for slot in self.layout.slots
-            if slot.parameter.grad is not None and not (self.overlap and self.overlap.used(slot.parameter))
-        ]
-        if scale is not None:
-            with torch.no_grad():
-                for gradient in gradients:
-                    gradient.div_(scale.to(gradient.device))
-        if self.overlap and self.overlap.nonfinite:
-            return Word.NONFINITE
-        if not (self.overlap and self.overlap.under_way):
-            self._guard.check_gradients(gradients)
-        return look_at_gradients(gradients)
-
-    def _prepare_sparse(self) -> None:
-        """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
-        for slot in self.layout.slots:
-            gradient = slot.parameter.grad
-            if gradient is None or not gradient.is_sparse:
-                continue
-            averaged = self.communicator.node.size > 1 or (
-                self.averages_gradients and self.communicator.size > 1
-            )
-            if averaged and not self.settings.sparse_as_dense:
-                raise sparse_refused(slot.name)
-            prepare_sparse(slot.parameter, self.inner, self.settings.sparse_as_dense)
+        self._local.prepare_sparse(self.layout, self.averages_gradients)
+        return self._local.prepare(self.layout, scale, overflow)
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
@@ -255,7 +182,7 @@ class Session:
                 if Word.UNDER_WAY in combined and self.overlap:
                     self.overlap.abandon()
                 raise
-        self._huge = Word.HUGE in combined
+        self._local.keeps = Word.HUGE in combined
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
 
     def _decide(self, combined: Word, failure: Exception | None) -> None:
@@ -273,16 +200,7 @@ class Session:
                 "the same state on all of them."
             )
         if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
-            self._raise_nonfinite()
-
-    def _raise_nonfinite(self) -> None:
-        gradients = {slot.name: slot.parameter.grad for slot in self.layout.slots}
-        held = {name: values(gradient) for name, gradient in gradients.items() if gradient is not None}
-        raise NonFiniteUpdateError(
-            f"a gradient holds a NaN or an infinity: {who_holds(self.communicator, held)}. The step was not "
-            "taken anywhere. Lower the learning rate, clip gradients, or pass on_nonfinite='skip' to skip "
-            "such steps."
-        )
+            self._local.raise_nonfinite(self.layout)
 
     def flush(self) -> None:
         """Complete the round now, if any local step was taken since the last. Collective."""
@@ -387,7 +305,7 @@ class Session:
                 self._refuse_under_way("synchronize()")
                 self._check()
                 self.take_in()
-                self._prepare_sparse()
+                self._local.prepare_sparse(self.layout, self.averages_gradients)
             except Exception as error:
                 failure = error
             self._agree(Word.NOTHING, failure)

@@ -66,9 +66,9 @@ MAKES: dict[str, Make] = {
 class Table:
     """A sparse table and its optimizer, on one worker."""
 
-    def __init__(self, rank: int, make: Make, **options: Any) -> None:
+    def __init__(self, rank: int, make: Make, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.rank = rank
-        self.model = Words(sparse=True).table
+        self.model = Words(sparse=True).table.to(dtype)
         self.optimizer: Any = make(list(self.model.parameters()))
         if options:
             self.optimizer = hvd_saef.DistributedOptimizer(self.optimizer, model=self.model, **options)
@@ -155,8 +155,7 @@ def test_grad_scaler(dtype: torch.dtype, unscale: bool) -> None:
     """Scaled by a power of two: the same bits as unscaled; rank 1 overflows once."""
 
     def fn(rank: int, scaling: bool) -> dict[str, bytes]:
-        table = Table(rank, MAKES["SGD"], block_size=4)
-        table.model.to(dtype)
+        table = Table(rank, MAKES["SGD"], dtype, block_size=4)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaling)
         for step in range(4):
             loss = table.backward(step)
