@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.paper.presets import PRESETS
-from benchmarks.paper.rows import Row, read
+from benchmarks.paper.rows import Row, accuracy, read, test_loss, training_loss
 
 RESULTS = Path(__file__).parent / "results" / "small"
 TASKS = {group.task.name: group.task for preset in PRESETS.values() for group in preset.groups}
@@ -47,21 +47,6 @@ AVERAGED = tuple(f"{kind}-SignSGDM-DC p={p}" for kind in ("EF", "SAEF") for p in
 PLAIN = ("SGD", "EF-SignSGD-DC", "SAEF-SignSGD-DC", "EF-SignSGD-SC", "SAEF-SignSGD-SC")
 SPARSE = ("SGDM", "EF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1% p=16")
 BUDGET = "SAEF-SGDM-DC-TopK0.5% p=128"
-
-
-def training_loss(row: Row) -> float | None:
-    """At x."""
-    return row.training_loss
-
-
-def accuracy(row: Row) -> float | None:
-    """At x, in percent."""
-    return 100 * row.test_accuracy
-
-
-def test_loss(row: Row) -> float | None:
-    """At x."""
-    return row.test_loss
 
 
 def cell(rows: Sequence[Row], value: Value, digits: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.comparison import Runs, deviation, load_runs, mean
-from benchmarks.paper.rows import Row
+from benchmarks.paper.rows import Row, accuracy, test_loss, training_loss
 
 RESULTS = Path(__file__).parent / "results" / "small"
 Measure = Callable[[Row], float | None]
@@ -33,21 +33,6 @@ class Panel:
     log: bool = False
     dashed: Measure | None = None
     """Drawn beside it in the same color, dashed."""
-
-
-def training_loss(row: Row) -> float | None:
-    """At x."""
-    return row.training_loss
-
-
-def accuracy(row: Row) -> float | None:
-    """At x, in percent."""
-    return 100 * row.test_accuracy
-
-
-def test_loss(row: Row) -> float | None:
-    """At x."""
-    return row.test_loss
 
 
 def auxiliary_training_loss(row: Row) -> float | None:

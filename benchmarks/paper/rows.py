@@ -71,3 +71,18 @@ def read(file: Path) -> list[Row]:
         return [
             Row(**{name: value(name, text) for name, text in line.items()}) for line in csv.DictReader(stream)
         ]
+
+
+def training_loss(row: Row) -> float | None:
+    """At x."""
+    return row.training_loss
+
+
+def accuracy(row: Row) -> float | None:
+    """At x, in percent."""
+    return 100 * row.test_accuracy
+
+
+def test_loss(row: Row) -> float | None:
+    """At x."""
+    return row.test_loss
