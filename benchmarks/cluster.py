@@ -27,22 +27,12 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from benchmarks.hosts import INTERFACE, Hosts, bits_per_second, stopping_cleanly, why_not
+from benchmarks.hosts import ENVIRONMENT, INTERFACE, Hosts, bits_per_second, stopping_cleanly, why_not
 from benchmarks.models import SHAPES
 from benchmarks.timings import Timing, plot, read, summarize, table, write
 
 RATES = ["100mbit", "1gbit", "10gbit", "unlimited", "memory"]
 STEP = ROOT / "benchmarks" / "step.py"
-ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "OMP_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    # More ranks than cores, for Open MPI 4 and 5.
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 
 
 def run_piece(args: argparse.Namespace, rate: str, number: int, out: Path) -> bool:
@@ -66,7 +56,7 @@ def run_piece(args: argparse.Namespace, rate: str, number: int, out: Path) -> bo
                 return done.returncode == 0
             with Hosts(number, rate) as hosts:
                 start = hosts.mpirun([*command, "--interface", INTERFACE])
-                return hosts.run(start, args.timeout, output=log, environment=ENVIRONMENT) == 0
+                return hosts.run(start, args.timeout, output=log) == 0
         except subprocess.TimeoutExpired as expired:
             log.write(f"\n{expired}\n")
             return False

@@ -38,6 +38,17 @@ LATENCY = "50ms"
 ETC = Path("/etc/netns")
 """Files in a folder of the namespace's name stand for those in /etc, inside."""
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    # Open MPI 4 and 5: root may run, ranks may outnumber cores, and give way while they wait.
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+"""What ranks need that share one machine."""
 
 
 class HostsError(RuntimeError):
@@ -247,13 +258,12 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
 
         Raises subprocess.TimeoutExpired; what it started on the hosts ends with them, at the latest.
         """
-        variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        variables |= {"OMPI_MCA_mpi_yield_when_idle": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
+        variables = {"GLOO_SOCKET_IFNAME": INTERFACE, "TMPDIR": str(self.folder / host)}
         inside = ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts"]
         inside += ["sh", "-c", f'hostname {host} && exec "$@"', "sh", *command]
         process = subprocess.Popen(
             inside,
-            env={**os.environ, **variables, "TMPDIR": str(self.folder / host), **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **variables, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             stdin=subprocess.DEVNULL,

@@ -32,7 +32,6 @@ import hvd_saef
 import horovod.torch as hvd
 from mpi4py import MPI
 
-from benchmarks.cluster import ENVIRONMENT
 from benchmarks.hosts import INTERFACE, Hosts, stopping_cleanly
 from benchmarks.methods import Memory, Trainer
 from benchmarks.models import SHAPES, StandIn
@@ -234,7 +233,7 @@ def main() -> int:
         work(args)
         return 0
     command = [sys.executable, "-W", "ignore", "-m", "mpi4py", str(Path(__file__)), *sys.argv[1:], "--inside"]
-    run = functools.partial(Hosts.run, timeout=3600, environment=ENVIRONMENT)
+    run = functools.partial(Hosts.run, timeout=3600)
     with stopping_cleanly(), Hosts(args.hosts, args.rate) as hosts:
         return run(hosts, hosts.mpirun(command, args.ranks))
 

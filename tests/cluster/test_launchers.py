@@ -39,15 +39,15 @@ def hosts() -> Iterator[Hosts]:
 def run(hosts: Hosts, launcher: str, log: Path, *command: str, timeout: float = 150) -> int:
     """Under a launcher with two ranks a host; its exit code."""
     settings = {"HOSTS": "h0:2,h1:2", "INTERFACE": "eth0", "PYTHONPATH": str(ROOT)}
-    variables = {name: value for name, value in ENVIRONMENT.items() if "rmaps" not in name}
-    variables["PATH"] = f"{hosts.folder}/bin:{variables['PATH']}"
+    settings["PATH"] = f"{hosts.folder}/bin:{ENVIRONMENT['PATH']}"
+    as_many_as_slots = [word for name in ENVIRONMENT if "rmaps" in name for word in ("-u", name)]
     with open(log, "a") as output:
-        inside = ["env", "-u", "PRTE_MCA_rmaps_default_mapping_policy", str(ROOT / "launch" / launcher)]
+        inside = ["env", *as_many_as_slots, str(ROOT / "launch" / launcher)]
         return hosts.run(
             [*inside, sys.executable, "-m", "mpi4py", *command],
             timeout,
             output=output,
-            environment=variables | settings,
+            environment=settings,
         )
 
 
