@@ -9,12 +9,9 @@ must see the folder. Files are loaded with `weights_only=True`: they run no code
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import secrets
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,13 +22,13 @@ from torch import Tensor, nn
 
 from hvd_saef.communicator import Communicator
 from hvd_saef.errors import CheckpointError
+from hvd_saef.manifest import FORMAT, MANIFEST, damage, describe, read_manifest, sealed, write_whole
 from hvd_saef.redistribution import mean_state, without_errors
 from hvd_saef.session import Session
 
 OnMismatch = Literal["error", "redistribute", "reset"]
-MANIFEST = "manifest.json"
-FORMAT = "hvd_saef checkpoint 1"
-
+STALE = ("step*-rank*.pt", ".step*.tmp", f".{MANIFEST}.*.tmp")
+"""The set before, and what killed saves left."""
 T = TypeVar("T")
 
 
@@ -61,8 +58,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
         with optimizer.consensus():
             contents: dict[str, Any] = {"format": FORMAT, "extra": extra, "others": ranks_own[1:]}
             contents |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-            _write(folder / name, lambda file: torch.save(contents, file))
-        return {"name": name, "bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)}
+            write_whole(folder / name, lambda file: torch.save(contents, file))
+        return describe(folder / name)
 
     try:
         files = [file for file in _everyone(communicator, write) if file is not None]
@@ -76,13 +73,9 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
             return
         manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
         manifest |= {"layout": session.layout.description, "files": files}
-        _write(folder / MANIFEST, lambda file: file.write(_sealed(manifest)))
+        write_whole(folder / MANIFEST, lambda file: file.write(sealed(manifest)))
         current = {file["name"] for file in files}
-        for pattern in (
-            "step*-rank*.pt",
-            ".step*.tmp",
-            f".{MANIFEST}.*.tmp",
-        ):  # the set before, and what killed saves left
+        for pattern in STALE:
             for stale in folder.glob(pattern):
                 if stale.name not in current:
                     stale.unlink(missing_ok=True)
@@ -118,8 +111,8 @@ def load_checkpoint(
     manifest = found[0]
     files: list[dict[str, Any]] = manifest["files"]
     # Who reads which file is agreed on first: from here on all ranks do the same.
-    damage = _everyone(communicator, lambda: _damage(folder, files[communicator.rank :: communicator.size]))
-    problems = {name: reason for found in damage for name, reason in found.items()}
+    told = _everyone(communicator, lambda: damage(folder, files[communicator.rank :: communicator.size]))
+    problems = {name: reason for found in told for name, reason in found.items()}
     same = manifest["workers"] == communicator.workers and not problems
     if not same and on_mismatch == "error":
         why = "; ".join(f"{name} {reason}" for name, reason in problems.items())
@@ -211,70 +204,9 @@ def _reason(failure: Exception) -> str:
     return str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
 
 
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all: under another name first, on the disk before it is renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save's own is a RuntimeError
-            raise
-        why = str(error) if isinstance(error, OSError) else _why_not(path.parent, error)
-        raise CheckpointError(f"{path} cannot be written ({why})") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _why_not(folder: Path, error: Exception) -> str:
-    """What an error in writing a file means, which does not say so itself."""
-    free = shutil.disk_usage(folder).free
-    return f"the disk is full or nearly: {free} bytes are free; {error}" if free < 1 << 26 else str(error)
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written: with a hash of itself."""
-    return json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    contents = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _manifest(folder: Path, session: Session) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-        manifest: dict[str, Any] = json.loads(content)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): no checkpoint is there") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a manifest of this version ({FORMAT!r})")
-    # To the byte: a copy that is longer, say, is none that was written here.
-    if manifest.get("seal") != _seal(manifest) or content != _sealed(manifest):
-        raise CheckpointError(f"{path} is damaged: it does not hold what its seal says")
-    for file in manifest["files"]:
-        if Path(file["name"]).name != file["name"]:
-            raise CheckpointError(f"{path} names a file outside its folder: {file['name']!r}")
+    """The manifest in `folder`. Raises CheckpointError unless it is whole and of this model."""
+    manifest = read_manifest(folder)
     saved = [(p["name"], p["shape"], p["dtype"]) for p in manifest["layout"]["parameters"]]
     ours = [(p["name"], p["shape"], p["dtype"]) for p in session.layout.description["parameters"]]
     if sorted(saved) != sorted(ours):
@@ -282,24 +214,10 @@ def _manifest(folder: Path, session: Session) -> dict[str, Any]:
         where = "the checkpoint" if odd in saved else "the optimizer"
         frozen = odd[0] in session.layout.description["frozen"]
         raise CheckpointError(
-            f"{path} is of another model: parameter {odd} is in {where} only"
+            f"{folder / MANIFEST} is of another model: parameter {odd} is in {where} only"
             f"{'; it is frozen here: set requires_grad before loading' if frozen else ''}"
         )
     return manifest
-
-
-def _damage(folder: Path, files: list[dict[str, Any]]) -> dict[str, str]:
-    """What is wrong with these files."""
-    wrong = {}
-    for file in files:
-        path = folder / file["name"]
-        if not path.is_file():
-            wrong[file["name"]] = "is missing"
-        elif path.stat().st_size != file["bytes"]:
-            wrong[file["name"]] = f"has {path.stat().st_size} bytes instead of {file['bytes']}"
-        elif _hash(path) != file["sha256"]:
-            wrong[file["name"]] = "is damaged (its SHA-256 differs from the manifest's)"
-    return wrong
 
 
 def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_saef import CheckpointError, Compression, checkpoint, load_checkpoint, save_checkpoint
+from hvd_saef import CheckpointError, Compression, load_checkpoint, save_checkpoint
+from hvd_saef.manifest import sealed
 from tests import workers
 from tests.workers import bits, caught, together
 
@@ -154,7 +155,7 @@ def spoil(folder: Path, how: str) -> str:
     else:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"][1]["name"] = f"../{folder.name}/{file.name}"
-        (folder / "manifest.json").write_bytes(checkpoint._sealed(manifest))
+        (folder / "manifest.json").write_bytes(sealed(manifest))
         return "outside its folder"
     return file.name
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hvd_saef import CheckpointError
-from hvd_saef.checkpoint import MANIFEST
+from hvd_saef.manifest import FORMAT, MANIFEST, describe, sealed
 from tests.mpi.launch import ENVIRONMENT, ROOT
 from tests.test_checkpoint import Job
 from tests.workers import together
@@ -124,17 +124,15 @@ class Stranger:
 
 
 def test_a_strangers_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvd_saef import checkpoint
-
     trace = tmp_path / "code ran"
     monkeypatch.setenv("HVD_SAEF_TEST_STRANGER", str(trace))
     folder = tmp_path / "checkpoint"
     together(1, lambda rank: Job(rank).step(2).save(folder) and None)
     manifest = json.loads((folder / MANIFEST).read_text())
     path = folder / manifest["files"][0]["name"]
-    torch.save({"format": checkpoint.FORMAT, "extra": Stranger()}, path)
-    manifest["files"][0] |= {"bytes": path.stat().st_size, "sha256": checkpoint._hash(path)}
-    (folder / MANIFEST).write_bytes(checkpoint._sealed(manifest))
+    torch.save({"format": FORMAT, "extra": Stranger()}, path)
+    manifest["files"][0] = describe(path)
+    (folder / MANIFEST).write_bytes(sealed(manifest))
     with pytest.raises(CheckpointError, match="eights"):
         together(1, lambda rank: Job(rank).load(folder) and None)
     assert not trace.exists()

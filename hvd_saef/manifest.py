@@ -1,0 +1,105 @@
+"""The files of a checkpoint: written whole or not at all, with their hashes in a sealed manifest. Local."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hvd_saef.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "hvd_saef checkpoint 1"
+
+
+def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file whole or not at all: under another name first, on the disk before it is renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save's own is a RuntimeError
+            raise
+        why = str(error) if isinstance(error, OSError) else _why_not(path.parent, error)
+        raise CheckpointError(f"{path} cannot be written ({why})") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    """What an error in writing a file means, which does not say so itself."""
+    free = shutil.disk_usage(folder).free
+    return f"the disk is full or nearly: {free} bytes are free; {error}" if free < 1 << 26 else str(error)
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written: with a hash of itself."""
+    return json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    contents = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises CheckpointError, naming the file and what is wrong with it."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): no checkpoint is there") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of this version ({FORMAT!r})")
+    # To the byte: a copy that is longer, say, is none that was written here.
+    if manifest.get("seal") != _seal(manifest) or content != sealed(manifest):
+        raise CheckpointError(f"{path} is damaged: it does not hold what its seal says")
+    for file in manifest["files"]:
+        if Path(file["name"]).name != file["name"]:
+            raise CheckpointError(f"{path} names a file outside its folder: {file['name']!r}")
+    return manifest
+
+
+def damage(folder: Path, files: list[dict[str, Any]]) -> dict[str, str]:
+    """What is wrong with these files."""
+    wrong = {}
+    for file in files:
+        path = folder / file["name"]
+        if not path.is_file():
+            wrong[file["name"]] = "is missing"
+        elif path.stat().st_size != file["bytes"]:
+            wrong[file["name"]] = f"has {path.stat().st_size} bytes instead of {file['bytes']}"
+        elif _hash(path) != file["sha256"]:
+            wrong[file["name"]] = "is damaged (its SHA-256 differs from the manifest's)"
+    return wrong
