@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import hvd_saef
 from benchmarks.paper import data
@@ -55,6 +56,9 @@ def test_names() -> None:
         "feedback": "ef",
         "compression": hvd_saef.Compression.none,
     }
+    control = parse("GradientEF-SignAdamW-SC")
+    assert control.arguments == parse("AdamW").arguments
+    assert (control.gradients, control.feeds_back) == (hvd_saef.Compression.sign, False)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,8 @@ def test_names() -> None:
         "SGDM-DC",
         "EF-SignSGDM-DC-TopK1%",
         "Local-SignSGDM-DC",
+        "GradientEF-SignSGDM-DC",
+        "GradientEF-SGDM",
         "SGDM q=1",
         "sgdm",
     ],
@@ -98,6 +104,37 @@ def test_schedules() -> None:
     assert max(factors) == factors[50] == 1
     assert factors[50:] == sorted(factors[50:], reverse=True)
     assert 0 < factors[-1] < 1e-4
+
+
+def after_steps(method: str, steps: int = 9) -> tuple[Tensor, Tensor]:
+    """x, the same for two workers on problems of their own, and the mean of what buffers hold."""
+
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(rank)
+        inputs = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+        model = nn.Linear(3, 2, dtype=torch.float64)
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        wrapped = parse(method).wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        for _ in range(steps):
+            wrapped.zero_grad()
+            model(inputs).square().mean().backward()
+            wrapped.step()
+        with wrapped.consensus():
+            x = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return x, torch.cat([torch.zeros(0), *(b.flatten() for b in model.buffers())])
+
+    (x, errors), (other, others) = together(2, work)
+    assert torch.equal(x, other)
+    return x, (errors + others) / 2
+
+
+def test_feedback_on_gradients() -> None:
+    """With plain SGD at a fixed rate it is error feedback on the updates; what was left out is kept."""
+    x, errors = after_steps("GradientEF-SignSGD-SC")
+    torch.testing.assert_close(x, after_steps("EF-SignSGD-SC")[0], atol=1e-12, rtol=0)
+    assert (x - after_steps("SGD")[0]).abs().max() > 1e-3
+    assert errors.abs().max() > 1e-3
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -183,6 +183,8 @@ ADAM = (
     "AdamW rate=2",
     "SAEF-SignAdamW-DC beta=1 rate=4",
     "SAEF-SignAdamW-DC beta=1 rate=0.5",
+    "GradientEF-SignAdamW-SC",
+    "GradientEF-SignAdamW-SC rate=0.25",
 )
 """The task's rate is about full precision's best; the others' best is what the rates show."""
 
