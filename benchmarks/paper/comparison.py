@@ -10,7 +10,19 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.paper.presets import PRESETS
+from benchmarks.paper.presets import (
+    ADAM,
+    BETA,
+    EF_PERIODS,
+    PLAIN,
+    PRESETS,
+    SAEF_PERIODS,
+    SAME_BUDGET,
+    SIGN_MOMENTUM,
+    SINGLE_WAY,
+    SPARSE,
+    SPARSE_AVERAGED,
+)
 from benchmarks.paper.rows import Row, accuracy, read, test_loss, training_loss
 
 RESULTS = Path(__file__).parent / "results" / "small"
@@ -41,12 +53,44 @@ def deviation(values: Sequence[float]) -> float:
 
 
 Value = Callable[[Row], float | None]
-MOMENTUM = ("SGDM", "EF-SignSGDM-DC", "SAEF-SignSGDM-DC", "SAEF-SignSGDM-DC beta=1")
-SINGLE = ("EF-SignSGDM-SC", "SAEF-SignSGDM-SC")
-AVERAGED = tuple(f"{kind}-SignSGDM-DC p={p}" for kind in ("EF", "SAEF") for p in (4, 16, 64))
-PLAIN = ("SGD", "EF-SignSGD-DC", "SAEF-SignSGD-DC", "EF-SignSGD-SC", "SAEF-SignSGD-SC")
-SPARSE = ("SGDM", "EF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1% p=16")
-BUDGET = "SAEF-SGDM-DC-TopK0.5% p=128"
+METHODS = {
+    "resnet8": (*SIGN_MOMENTUM, *BETA, *SINGLE_WAY, *EF_PERIODS, *SAEF_PERIODS),
+    "resnet8-plain": PLAIN,
+    "resnet8-8": (*SPARSE, SPARSE_AVERAGED, SAME_BUDGET),
+}
+"""By task, in the order of the tables' lines."""
+SGDM, EF, SAEF = SIGN_MOMENTUM
+PAIRS = (
+    *(("resnet8", SAEF, theirs) for theirs in (SGDM, EF)),
+    ("resnet8", EF, SGDM),
+    *(("resnet8", BETA[0], theirs) for theirs in (SAEF, SGDM, EF)),
+    *(("resnet8", BETA[1], theirs) for theirs in (BETA[0], SGDM)),
+    *(("resnet8", SINGLE_WAY[1], theirs) for theirs in (SINGLE_WAY[0], SGDM, SAEF)),
+    *(("resnet8", method, EF) for method in EF_PERIODS),
+    *(("resnet8", method, SAEF) for method in SAEF_PERIODS),
+    *(("resnet8-plain", method, "SGD") for method in PLAIN[1:]),
+    *(("resnet8-plain", f"SA{theirs}", theirs) for theirs in (PLAIN[1], PLAIN[3])),
+    ("resnet8-8", SPARSE[1], SPARSE[0]),
+    *(("resnet8-8", ours, theirs) for ours in (SPARSE[2], SPARSE_AVERAGED) for theirs in SPARSE[:2]),
+    *(("resnet8-8", SAME_BUDGET, theirs) for theirs in SPARSE[1:]),
+)
+"""Task, ours, theirs: what is compared seed by seed."""
+BUDGETS = {
+    "resnet8": (2.5, 5, 10, 13.5, 27, 71, 141, 425),
+    "resnet8-8": (1.5, 3, 4.5, 6, 9, 42, 494),
+}
+"""MB, by task."""
+MEASURED = {
+    "resnet8": (EF, SAEF, BETA[0], *EF_PERIODS, *SAEF_PERIODS, *SINGLE_WAY),
+    "resnet8-8": (*SPARSE[1:], SPARSE_AVERAGED, SAME_BUDGET),
+    "decoder": ("EF-SignAdamW-DC", "SAEF-SignAdamW-DC", "SAEF-SignAdamW-DC beta=1"),
+}
+"""By task, EF first, to which the others' mismatch is compared."""
+
+
+def early(task: str) -> range:
+    """The epochs before the first cut; all, where there is none."""
+    return range(1, (*TASKS[task].cuts, TASKS[task].epochs)[0] + 1)
 
 
 def cell(rows: Sequence[Row], value: Value, digits: int) -> str:
@@ -91,17 +135,16 @@ def against(runs: Runs, reached: Runs, task: str, ours: str, theirs: str) -> Ite
     if (task, ours) not in runs or (task, theirs) not in runs:
         return
     last = max(runs[task, ours])
-    early = range(1, TASKS[task].cuts[0] + 1)
     for name, value, sign, unit in (
         ("training loss", training_loss, -1, ""),
         ("test accuracy", accuracy, 1, " points"),
     ):
-        before = [paired(reached, task, ours, theirs, epoch, value) for epoch in early]
+        before = [paired(reached, task, ours, theirs, epoch, value) for epoch in early(task)]
         won = sum(sign * difference > 0 for seeds in before for difference in seeds)
         count = sum(map(len, before))
-        if not count:
-            return
         end = paired(runs, task, ours, theirs, last, value)
+        if not count or not end:
+            return
         yield (
             f"{ours} against {theirs} ({task}), {name}: better in {won} of {count} (epoch, seed) pairs "
             f"before the first cut, by {sign * sum(map(sum, before)) / count:+.3f}{unit} on average; "
@@ -130,16 +173,16 @@ def at_budget(runs: Runs, task: str, methods: Sequence[str], megabytes: Sequence
 
 
 def mismatch(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
-    """Mean over the epochs before the first cut: exact and bound, and relative to EF's of the same seeds."""
+    """Mean over the early epochs: exact and bound, and relative to the first method's of the same seeds."""
     there = [method for method in methods if (task, method) in runs]
-    if not there:
+    if methods[0] not in there:
         return
-    yield f"Gradient mismatch, mean over the epochs before the first cut ({task}); of EF's in brackets"
+    yield f"Gradient mismatch ({task}), mean of epochs 1 to {early(task)[-1]}; of {methods[0]}'s in brackets"
     yield f"{'':<37}{'exact':>20}{'own bound':>20}{'‖s‖²':>10}{'Var e':>10}{'‖ē‖²':>10}{'δ':>7}"
-    early = {m: [row for e in range(1, TASKS[task].cuts[0] + 1) for row in runs[task, m][e]] for m in there}
-    for method, rows in early.items():
+    rows_of = {m: [row for epoch in early(task) for row in runs[task, m][epoch]] for m in there}
+    for method, rows in rows_of.items():
         seeds = {row.seed for row in rows}
-        others = [row for row in early[there[0]] if row.seed in seeds]
+        others = [row for row in rows_of[methods[0]] if row.seed in seeds]
 
         def over(name: str, rows: Sequence[Row] = rows) -> float:
             return mean([getattr(row, name) for row in rows])
@@ -166,35 +209,18 @@ def gap(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
 
 def report(runs: Runs, reached: Runs) -> Iterator[str]:
     """All of it."""
-    everything = (*MOMENTUM, "SAEF-SignSGDM-DC p=16 beta=1", *SINGLE, *AVERAGED)
-    tasks = (("resnet8", everything), ("resnet8-plain", PLAIN), ("resnet8-8", (*SPARSE, BUDGET)))
-    for task, methods in tasks:
+    for task, methods in METHODS.items():
         yield from table("Training loss at x", runs, task, methods, training_loss)
         yield from table("Test accuracy at x, %", runs, task, methods, accuracy, digits=1)
-    for task, ours, theirs in (
-        *(("resnet8", ours, theirs) for ours in MOMENTUM[2:] for theirs in MOMENTUM[:2]),
-        ("resnet8", MOMENTUM[1], MOMENTUM[0]),
-        ("resnet8", MOMENTUM[3], MOMENTUM[2]),
-        ("resnet8", "SAEF-SignSGDM-DC p=16 beta=1", "SGDM"),
-        *(("resnet8", "SAEF-SignSGDM-SC", theirs) for theirs in ("SGDM", "EF-SignSGDM-SC")),
-        *(("resnet8", method, method.split()[0]) for method in AVERAGED),
-        *(("resnet8-plain", ours, theirs) for ours in (PLAIN[2], PLAIN[4]) for theirs in (PLAIN[0],)),
-        ("resnet8-plain", PLAIN[2], PLAIN[1]),
-        ("resnet8-plain", PLAIN[4], PLAIN[3]),
-        *(("resnet8-8", ours, theirs) for ours in SPARSE[2:] for theirs in SPARSE[:2]),
-        ("resnet8-8", BUDGET, SPARSE[2]),
-        ("resnet8-8", BUDGET, SPARSE[1]),
-    ):
-        yield from against(runs, reached, task, ours, theirs)
+    for pair in PAIRS:
+        yield from against(runs, reached, *pair)
     yield ""
-    yield from at_budget(runs, "resnet8", everything, (2.5, 5, 10, 13.5, 27, 71, 141, 425))
-    yield from at_budget(runs, "resnet8-8", (*SPARSE, BUDGET), (1.5, 3, 4.5, 6, 9, 42, 494))
-    yield from mismatch(runs, "resnet8", ("EF-SignSGDM-DC", *MOMENTUM[2:], *AVERAGED, *SINGLE))
-    yield from mismatch(runs, "resnet8-8", (*SPARSE[1:], BUDGET))
-    yield from gap(runs, "resnet8", MOMENTUM[1:])
-    yield from gap(runs, "resnet8-8", SPARSE[1:])
-    adam = sorted(method for task, method in runs if task == "decoder")
-    yield from table("Validation loss at x", runs, "decoder", adam, test_loss)
+    for task, megabytes in BUDGETS.items():
+        yield from at_budget(runs, task, METHODS[task], megabytes)
+    for task, methods in MEASURED.items():
+        yield from mismatch(runs, task, methods)
+        yield from gap(runs, task, methods)
+    yield from table("Validation loss at x", runs, "decoder", sorted(ADAM), test_loss)
 
 
 def main() -> None:

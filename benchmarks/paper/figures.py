@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.comparison import Runs, deviation, load_runs, mean
+from benchmarks.paper.comparison import RESULTS, Runs, deviation, load_runs, mean
+from benchmarks.paper.presets import (
+    BETA,
+    EF_PERIODS,
+    PLAIN,
+    SAEF_PERIODS,
+    SAME_BUDGET,
+    SIGN_MOMENTUM,
+    SINGLE_WAY,
+    SPARSE,
+    SPARSE_AVERAGED,
+)
 from benchmarks.paper.rows import Row, accuracy, test_loss, training_loss
 
-RESULTS = Path(__file__).parent / "results" / "small"
 Measure = Callable[[Row], float | None]
 
 
@@ -51,14 +61,10 @@ def exact_mismatch(row: Row) -> float | None:
 
 
 LOSS, ACCURACY = "training loss", "test accuracy, %"
-SIGN = ("SGDM", "EF-SignSGDM-DC", "SAEF-SignSGDM-DC", "SAEF-SignSGDM-DC beta=1")
-SINGLE = ("SGDM", "EF-SignSGDM-SC", "SAEF-SignSGDM-SC")
-PLAIN = ("SGD", "EF-SignSGD-DC", "SAEF-SignSGD-DC", "EF-SignSGD-SC", "SAEF-SignSGD-SC")
-SPARSE = ("SGDM", "EF-SGDM-DC-TopK1%", "SAEF-SGDM-DC-TopK1%")
-AVERAGED = ("SGDM", "SAEF-SignSGDM-DC", "SAEF-SignSGDM-DC p=16", "SAEF-SignSGDM-DC p=16 beta=1")
-BUDGET = (*SPARSE[1:], "SAEF-SGDM-DC-TopK0.5% p=128", "SAEF-SGDM-DC-TopK1% p=16")
-EF_PERIODS = ("EF-SignSGDM-DC", "EF-SignSGDM-DC p=64", "EF-SignSGDM-DC p=16", "EF-SignSGDM-DC p=4")
-SAEF_PERIODS = tuple("SA" + method for method in EF_PERIODS)
+EF, SAEF = SIGN_MOMENTUM[1:]
+SIGN = (*SIGN_MOMENTUM, BETA[0])
+SPARSE_AVERAGINGS = (*SPARSE[1:], SAME_BUDGET, SPARSE_AVERAGED)
+AVERAGED = ("SGDM", SAEF, SAEF_PERIODS[1], BETA[1])
 ADAM = (
     "AdamW",
     "Local-AdamW",
@@ -93,7 +99,7 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
             *pair("8 workers, Top-K", "resnet8-8", SPARSE, against_bytes=True),
         ),
         (
-            *pair("momentum, sign, SC", "resnet8", SINGLE),
+            *pair("momentum, sign, SC", "resnet8", ("SGDM", *SINGLE_WAY)),
             *pair("momentum, sign, DC", "resnet8", SIGN, against_bytes=True),
         ),
     ),
@@ -103,14 +109,14 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
             *pair("error averaging", "resnet8", AVERAGED, against_bytes=True),
         ),
         (
-            *pair("8 workers, Top-K, averaging", "resnet8-8", BUDGET),
-            *pair("8 workers, Top-K, averaging", "resnet8-8", BUDGET, against_bytes=True),
+            *pair("8 workers, Top-K, averaging", "resnet8-8", SPARSE_AVERAGINGS),
+            *pair("8 workers, Top-K, averaging", "resnet8-8", SPARSE_AVERAGINGS, against_bytes=True),
         ),
     ),
     "figure3": (
         (
-            Panel("error averaging in EF", "resnet8", EF_PERIODS, training_loss, LOSS),
-            Panel("error averaging in SAEF", "resnet8", SAEF_PERIODS, training_loss, LOSS),
+            Panel("error averaging in EF", "resnet8", (EF, *EF_PERIODS), training_loss, LOSS),
+            Panel("error averaging in SAEF", "resnet8", (SAEF, *SAEF_PERIODS), training_loss, LOSS),
             Panel(
                 "x, and dashed x̃",
                 "resnet8",
@@ -122,7 +128,7 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
             Panel(
                 "gradient mismatch: the paper's bound,\nand dashed the exact value",
                 "resnet8",
-                (*SIGN[1:], "SAEF-SignSGDM-DC p=16"),
+                (*SIGN[1:], SAEF_PERIODS[1]),
                 own_bound,
                 "mean over the epoch",
                 log=True,
@@ -132,8 +138,8 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
     ),
     "transformer": (
         (
-            Panel("AdamW, rate 8e-3", "decoder", ADAM, test_loss, "validation loss"),
-            Panel("AdamW, rate 8e-3", "decoder", ADAM, test_loss, "validation loss", against_bytes=True),
+            Panel("AdamW", "decoder", (*ADAM, "GradientEF-SignAdamW-SC"), test_loss, "validation loss"),
+            Panel("AdamW", "decoder", ADAM, test_loss, "validation loss", against_bytes=True),
             Panel("local steps", "decoder", LOCAL, test_loss, "validation loss"),
         ),
     ),

@@ -92,6 +92,17 @@ def test_the_quick_start(slurm: Slurm, template: str, tmp_path: Path) -> None:
         assert (tmp_path / "apptainer.log").read_text().count("bound") == RANKS
 
 
+def test_the_papers_experiments(slurm: Slurm, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ["-m", "benchmarks.paper", "run", "digits", "--mpi", "--out", str(tmp_path)]
+    arguments += ["--seeds", "0", "--methods", "SAEF-SignSGDM-DC"]
+    job = slurm.wait(slurm.submit("train.sbatch", log, *arguments))
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    rows = list(csv.DictReader((tmp_path / "digits" / "SAEF-SignSGDM-DC-seed0.csv").open()))
+    assert len(rows) == 3
+    assert 0 < float(rows[2]["training_loss"]) < float(rows[0]["training_loss"]) < 2.3  # log 10
+
+
 @pytest.mark.parametrize("template", ["train.sbatch", "requeue.sbatch"])
 def test_without_arguments(slurm: Slurm, template: str, tmp_path: Path) -> None:
     unwanted = shutil.ignore_patterns(".*", "runs", "build")

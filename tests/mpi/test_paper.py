@@ -1,9 +1,11 @@
-"""The paper's runner gives the same under mpirun as with threads, but for how means round."""
+"""The paper's runner under mpirun: as with threads, but for how means round; killed and resumed."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -16,20 +18,53 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
 
 
-def run(folder: Path, *launcher: str, mpi: bool) -> list[Row]:
-    """The rows of one run of the digits preset."""
+MPIRUN = ("mpirun", "-np", "4")
+CSV = Path("digits", "SAEF-SignSGDM-DC-seed0.csv")
+
+
+def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    """One run of the digits preset, by the ranks that a launcher starts or by threads."""
     command = [*launcher, sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "run", "digits"]
     command += ["--seeds", "0", "--methods", "SAEF-SignSGDM-DC", "--out", str(folder)]
-    command += ["--mpi"] if mpi else []
-    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
-    return read(folder / "digits" / "SAEF-SignSGDM-DC-seed0.csv")
+    command += ["--mpi"] if launcher else []
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
-def test_as_with_threads(tmp_path: Path) -> None:
-    ranks = run(tmp_path / "a", "mpirun", "-np", "4", mpi=True)
-    threads = run(tmp_path / "b", mpi=False)
-    assert len(ranks) == len(threads) == 3
+def finish(job: subprocess.Popen[str], folder: Path) -> list[Row]:
+    """Its rows, when it has ended well."""
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said[-5000:]
+    return read(folder / CSV)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run under mpirun that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert len(finish(start(folder, *MPIRUN), folder)) == 3
+    return folder
+
+
+def test_as_with_threads(undisturbed: Path, tmp_path: Path) -> None:
+    ranks, threads = read(undisturbed / CSV), finish(start(tmp_path), tmp_path)
+    assert len(threads) == 3
     for one, other in zip(ranks, threads, strict=True):
         assert (one.method, one.epoch, one.bytes_sent) == (other.method, other.epoch, other.bytes_sent)
         assert astuple(one)[4:] == pytest.approx(astuple(other)[4:], rel=1e-3, abs=2e-3)
+
+
+def test_killed_and_resumed(undisturbed: Path, tmp_path: Path) -> None:
+    """In the second epoch and in the third: the same CSV, to the byte, as undisturbed."""
+    for epochs in (1, 2):
+        job = start(tmp_path, *MPIRUN)
+        while len(read(tmp_path / CSV)) < epochs and job.poll() is None:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)  # mpirun kills its ranks
+        said, _ = job.communicate(timeout=60)
+        assert job.returncode != 0, said
+        assert len(read(tmp_path / CSV)) in (epochs, epochs + 1), said
+    finish(start(tmp_path, *MPIRUN), tmp_path)
+    assert (tmp_path / CSV).read_bytes() == (undisturbed / CSV).read_bytes()
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == [CSV.name]
