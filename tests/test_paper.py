@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hvd_saef
-from benchmarks.paper import data
+from benchmarks.paper import data, training
 from benchmarks.paper.methods import parse
 from benchmarks.paper.networks import resnet50, resnet_cifar
 from benchmarks.paper.presets import CIFAR100, DECODER, IMAGENET, PRESETS, Piece
@@ -269,6 +270,26 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", rows)
     assert str(read(tmp_path / "a.csv")) == str(rows)
     assert read(tmp_path / "b.csv") == []
+
+
+def test_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard gets each number of each row; all of them again from a run that goes on."""
+    seen: list[tuple[str, float, int]] = []
+    writer = SimpleNamespace(add_scalar=lambda *scalar: seen.append(scalar), close=lambda: None)
+    monkeypatch.setattr(training, "_writer", lambda folder: writer)
+    digits = next(PRESETS["digits"].pieces()).task
+    piece = Piece(replace(digits, epochs=2, evaluated=32), parse("SAEF-SignSGDM-DC"), 0)
+    train(piece, tmp_path, piece.file(tmp_path).with_suffix(".checkpoint"), 1)
+    together(4, lambda rank: training.run(piece, tmp_path, None, lambda: None, tmp_path / "scalars"))
+    numbers = [(asdict(row), row.epoch) for row in read(piece.file(tmp_path))]
+    assert [epoch for _, epoch in numbers] == [1, 2]
+    assert seen == [
+        (name, value, epoch)
+        for columns, epoch in numbers
+        for name, value in columns.items()
+        if isinstance(value, float)
+    ]
+    assert {"test_accuracy", "auxiliary_test_accuracy", "mismatch_exact"} <= {name for name, *_ in seen}
 
 
 COMMAND = [sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "run", "digits", "--seeds", "1"]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -54,6 +55,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command == "run" and args.mpi and args.at_once > 1:
         parser.error("--mpi runs one piece after the other: leave out --at-once")
+    if args.command == "run" and args.tensorboard and find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs it: pip install 'hvd_saef[tensorboard]'")
     return args
 
 

@@ -180,14 +180,19 @@ def run(
     training.resume(checkpoint)
     first = training.workers.rank == 0
     scalars = _writer(tensorboard / piece.task.name / file.stem) if tensorboard and first else None
-    if first:
+
+    def keep(new: list[Row]) -> None:
+        if not first:
+            return
         write(file, training.rows)
-    for row in training.epochs(checkpoint, after_step if first else _nothing):
-        if first:
-            write(file, training.rows)
+        for row in new if scalars else []:
             for name, value in asdict(row).items():
-                if scalars and isinstance(value, float):
+                if isinstance(value, float):
                     scalars.add_scalar(name, value, row.epoch)
+
+    keep(training.rows)
+    for row in training.epochs(checkpoint, after_step if first else _nothing):
+        keep([row])
     if scalars:
         scalars.close()
     training.workers.allgather_object(None)  # everyone is done with the checkpoint
@@ -198,7 +203,7 @@ def run(
 def _writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=1)  # a run that goes on writes all its rows anew
 
 
 def _nothing() -> None:

@@ -24,9 +24,9 @@ CSV = Path("digits", "SAEF-SignSGDM-DC-seed0.csv")
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
     """One run of the digits preset, by the ranks that a launcher starts or by threads."""
-    command = [*launcher, sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "run", "digits"]
+    command = [*launcher, sys.executable, "-W", "ignore", *(["-m", "mpi4py"] if launcher else [])]
+    command += ["-m", "benchmarks.paper", "run", "digits", *(["--mpi"] if launcher else [])]
     command += ["--seeds", "0", "--methods", "SAEF-SignSGDM-DC", "--out", str(folder)]
-    command += ["--mpi"] if launcher else []
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
