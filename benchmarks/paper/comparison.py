@@ -66,6 +66,7 @@ PAIRS = (
     *(("resnet8", BETA[0], theirs) for theirs in (SAEF, SGDM, EF)),
     *(("resnet8", BETA[1], theirs) for theirs in (BETA[0], SGDM)),
     *(("resnet8", SINGLE_WAY[1], theirs) for theirs in (SINGLE_WAY[0], SGDM, SAEF)),
+    ("resnet8", SINGLE_WAY[0], SGDM),
     *(("resnet8", method, EF) for method in EF_PERIODS),
     *(("resnet8", method, SAEF) for method in SAEF_PERIODS),
     *(("resnet8-plain", method, "SGD") for method in PLAIN[1:]),
@@ -82,6 +83,7 @@ BUDGETS = {
 """MB, by task."""
 MEASURED = {
     "resnet8": (EF, SAEF, BETA[0], *EF_PERIODS, *SAEF_PERIODS, *SINGLE_WAY),
+    "resnet8-plain": PLAIN[1:],
     "resnet8-8": (*SPARSE[1:], SPARSE_AVERAGED, SAME_BUDGET),
     "decoder": ("EF-SignAdamW-DC", "SAEF-SignAdamW-DC", "SAEF-SignAdamW-DC beta=1"),
 }

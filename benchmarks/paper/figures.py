@@ -81,6 +81,7 @@ LOCAL = (
     "Local-AdamW H=4",
     "Local-AdamW H=16",
 )
+TOP_K = ("AdamW", "Local-AdamW", "EF-AdamW-DC-TopK1%", "SAEF-AdamW-DC-TopK1%")
 
 
 def pair(title: str, task: str, methods: tuple[str, ...], against_bytes: bool = False) -> tuple[Panel, ...]:
@@ -140,7 +141,10 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
         (
             Panel("AdamW", "decoder", (*ADAM, "GradientEF-SignAdamW-SC"), test_loss, "validation loss"),
             Panel("AdamW", "decoder", ADAM, test_loss, "validation loss", against_bytes=True),
+        ),
+        (
             Panel("local steps", "decoder", LOCAL, test_loss, "validation loss"),
+            Panel("Top-K", "decoder", TOP_K, test_loss, "validation loss"),
         ),
     ),
 }
@@ -155,7 +159,7 @@ def draw(panel: Panel, axes: Any, runs: Runs, colors: dict[str, str]) -> None:
         drawn: list[tuple[Measure, dict[str, Any]]] = [(panel.y, {"label": method})]
         if panel.dashed:
             drawn.append((panel.dashed, {"linestyle": "--"}))
-        color = colors.setdefault(method, f"C{len(colors) % 10}")
+        color = colors.setdefault(method, f"C{len(colors)}")
         for y, style in drawn:
             points = [(x_of(panel, rows, epoch), values(rows, y)) for epoch, rows in epochs.items()]
             points = [(x, group) for x, group in points if group]
@@ -197,8 +201,8 @@ def draw_figure(name: str, runs: Runs, folder: Path) -> Path:
     figure, all_axes = pyplot.subplots(
         len(grid), len(grid[0]), figsize=(4.2 * len(grid[0]), 3.3 * len(grid)), squeeze=False
     )
-    colors: dict[str, str] = {}
     for panels, line in zip(grid, all_axes, strict=True):
+        colors: dict[str, str] = {}  # there are ten
         for panel, axes in zip(panels, line, strict=True):
             draw(panel, axes, runs, colors)
     figure.tight_layout()

@@ -217,7 +217,7 @@ PRESETS = {
                 Group(RESNET8, (*SIGN_MOMENTUM, *SINGLE_WAY, *EF_PERIODS, *SAEF_PERIODS, *BETA), 3),
                 Group(RESNET8_EIGHT, (*SPARSE, SPARSE_AVERAGED, SAME_BUDGET), 3),
                 Group(RESNET8_PLAIN, PLAIN, 3),
-                Group(DECODER, ADAM, 2),
+                Group(DECODER, ADAM, 3),
             ),
         ),
         Preset("transformer", "a decoder of 3.3 M parameters, AdamW", (Group(LARGER_DECODER, ADAM, 3),)),
