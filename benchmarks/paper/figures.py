@@ -174,6 +174,8 @@ def draw(panel: Panel, axes: Any, runs: Runs, colors: dict[str, str]) -> None:
     axes.set(xlabel="MB sent by a worker" if panel.against_bytes else "epoch")
     if panel.against_bytes:
         axes.set_xscale("log")
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.log:
         axes.set_yscale("log")
     if axes.lines:

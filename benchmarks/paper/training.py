@@ -179,7 +179,7 @@ def run(
     training = Run(piece, load(piece.task.load, path))
     training.resume(checkpoint)
     first = training.workers.rank == 0
-    scalars = _writer(tensorboard / piece.task.name / file.stem) if tensorboard and first else None
+    scalars: Any = _writer(tensorboard / piece.task.name / file.stem) if tensorboard and first else None
 
     def keep(new: list[Row]) -> None:
         if not first:
