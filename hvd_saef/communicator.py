@@ -68,6 +68,11 @@ class Communicator(abc.ABC):
         total = sum(self.counts)
         return [count / total for count in self.counts]
 
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all workers count the same, so that a mean over them is a plain one."""
+        return len(set(self.counts)) == 1
+
     @property
     def groups(self) -> Sequence[Sequence[int]]:
         """The ranks of each worker."""

@@ -230,8 +230,8 @@ class Exchange:
         bucket, settings = state.bucket, self.settings
         warmup = rounds < settings.warmup_steps
         compressor = Compression.none if warmup else bucket.compressor
-        alike = len(set(self.communicator.weights)) == 1
-        rows = compressor.fused if bucket.device.type == "cpu" and alike else None
+        fits = bucket.device.type == "cpu" and self.communicator.alike
+        rows = compressor.fused if fits else None
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]

@@ -166,7 +166,7 @@ class NodeCommunicator(Communicator):
         if self.workers == 1:
             return
         flat = tensor.detach().reshape(-1)
-        if len(set(self._counts)) > 1:
+        if not self.alike:
             flat.mul_(self.weights[self.worker] * self.workers)
         mine = self._cut(flat)
         if self._lane is not None and mine.numel():

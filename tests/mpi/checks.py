@@ -99,19 +99,24 @@ def agrees_with_the_oracle() -> None:
         assert worst(outcome.errors, truth.errors[hvd.rank()]) <= TOLERANCE
 
 
+def is_as_with_threads(outcome: Outcome, wanted: Setup, ranks: int = 1, **options: Any) -> None:
+    """Whether threads in the places of this job's ranks come to the same bits, and send as much."""
+
+    def simulated(rank: int) -> Outcome:
+        return run_library(wanted, rank, start_point(), **options)
+
+    twin = run_workers(wanted.workers, simulated, ranks=ranks)[hvd.rank()]
+    assert same_bits(outcome.x, twin.x)
+    assert same_bits(outcome.errors, twin.errors)
+    for name in ("payload_bytes_sent", "node_bytes_sent"):
+        assert outcome.stats[name] == twin.stats[name]
+
+
 @check
 def has_the_bits_of_threads() -> None:
     for settings, server in PAYLOAD_SETUPS:
         wanted = setup(**settings)
-        outcome = train(wanted, server=server)
-
-        def simulated(rank: int, wanted: Setup = wanted, server: str = server) -> Outcome:
-            return run_library(wanted, rank, start_point(), server=server)
-
-        twin = run_workers(hvd.size(), simulated)[hvd.rank()]
-        assert same_bits(outcome.x, twin.x)
-        assert same_bits(outcome.errors, twin.errors)
-        assert outcome.stats["payload_bytes_sent"] == twin.stats["payload_bytes_sent"]
+        is_as_with_threads(train(wanted, server=server), wanted, server=server)
 
 
 @check
