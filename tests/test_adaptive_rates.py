@@ -38,3 +38,15 @@ def test_hint(
 
 def test_no_hint_for_one_worker() -> None:
     assert not [text for _, text in warned(1, lambda rank: Run(rank, adamw)) if "divides" in text]
+
+
+@pytest.mark.parametrize(("nodes", "said"), [(1, []), (2, ["2 workers' updates", "try 1.4 times the rate"])])
+def test_workers_are_nodes(nodes: int, said: list[str]) -> None:
+    """K is the number of workers, however many ranks they have: gradients of a node's ranks are averaged."""
+
+    def fn(rank: int) -> None:
+        Run(rank, adamw, worker="node")
+
+    told = [(rank, text) for rank, text in warned(nodes, fn, ranks=2) if "divides" in text]
+    assert [rank for rank, _ in told] == ([0] if said else [])
+    assert all(words in told[0][1] for words in said)

@@ -58,22 +58,22 @@ def caught(workers: int, fn: Callable[[int], Any], ranks: int = 1) -> list[Excep
     return failures
 
 
-def warned(workers: int, fn: Callable[[int], Any]) -> list[tuple[int, str]]:
-    """(rank, message) of every warning that the workers gave."""
-    ranks: dict[int, int] = {}
+def warned(workers: int, fn: Callable[[int], Any], ranks: int = 1) -> list[tuple[int, str]]:
+    """(rank, message) of every warning that the ranks of the workers gave."""
+    whose: dict[int, int] = {}
     seen: list[tuple[int, str]] = []
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        seen.append((ranks[threading.get_ident()], str(message)))
+        seen.append((whose[threading.get_ident()], str(message)))
 
     def work(rank: int) -> None:
-        ranks[threading.get_ident()] = rank
+        whose[threading.get_ident()] = rank
         fn(rank)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
-        together(workers, work)
+        together(workers, work, ranks)
     return seen
 
 

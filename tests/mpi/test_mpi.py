@@ -24,7 +24,9 @@ from tests.mpi.checks import CHECKS
 
 
 @cache
-def report(ranks: int, arithmetic: str = "kernels", module: str = "tests.mpi.checks") -> dict[str, list[str]]:
+def report(
+    ranks: int, arithmetic: str = "kernels", module: str = "tests.mpi.checks", **more: str
+) -> dict[str, list[str]]:
     """What failed in a job of `ranks` ranks, check by check; run once a process."""
     output = Path(mkdtemp()) / "report.json"
     command = [
@@ -38,7 +40,7 @@ def report(ranks: int, arithmetic: str = "kernels", module: str = "tests.mpi.che
         module,
         str(output),
     ]
-    environment = ENVIRONMENT | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
+    environment = ENVIRONMENT | more | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
     job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     found: dict[str, list[str]] = json.loads(output.read_text())
@@ -57,6 +59,11 @@ def test_check(name: str, ranks: int, arithmetic: str) -> None:
 @pytest.mark.parametrize("name", nodes.CHECKS)
 def test_nodes(name: str, ranks: int) -> None:
     assert report(ranks, module="tests.mpi.nodes")[name] == []
+
+
+@pytest.mark.parametrize("name", nodes.CHECKS)
+def test_nodes_whose_process_sets_are_added(name: str) -> None:
+    assert report(6, module="tests.mpi.nodes", HOROVOD_DYNAMIC_PROCESS_SETS="1")[name] == []
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
