@@ -25,19 +25,21 @@ def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
     """
     if not (hvd and MPI):
         raise RuntimeError("process sets are Horovod's: it and mpi4py are needed.")
-    if isinstance(worker, str):
-        world = MPI.COMM_WORLD
-        shares = world.Split_type(MPI.COMM_TYPE_SHARED)
-        first = world.allgather(shares.bcast(world.Get_rank()))
-        shares.Free()
-        groups = [[r for r, host in enumerate(first) if host == own] for own in sorted(set(first))]
-    else:
-        groups = [ranks_of(group) for group in worker]
+    by_host = isinstance(worker, str)
+    groups = find_hosts(MPI.COMM_WORLD) if by_host else [ranks_of(group) for group in worker]
     for ranks in wanted(groups):
         if tuple(ranks) not in _given:
             _given[tuple(ranks)] = hvd.ProcessSet(list(ranks))
     everyone = MPI.COMM_WORLD.Get_size()
     return [_given[tuple(ranks)] for ranks in wanted(groups) if len(ranks) < everyone]
+
+
+def find_hosts(communicator: Any) -> list[list[int]]:
+    """The ranks of an mpi4py communicator that share memory, group by group. Collective over it."""
+    shares = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    first = communicator.allgather(shares.bcast(communicator.Get_rank()))
+    shares.Free()
+    return [[rank for rank, host in enumerate(first) if host == own] for own in sorted(set(first))]
 
 
 def ranks_of(group: Any) -> list[int]:

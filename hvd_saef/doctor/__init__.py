@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvd_saef.doctor import machine, mpi, software
-from hvd_saef.doctor.findings import Finding, failure, ok, warning
+from hvd_saef.doctor.findings import Finding, failure, ok, some, warning
 from hvd_saef.doctor.links import Link, time_links
+from hvd_saef.doctor.nodes import spread
 from hvd_saef.mpi import MPI
 
 CHECKS: Sequence[Callable[[], Any]] = (
@@ -66,7 +67,7 @@ class Report:
             finding, ranks = likewise[0]
             if len(likewise) > 1 and all(other.status == "ok" for other, _ in likewise):
                 more = f"and {len(likewise) - 1} more like it"
-                lines.append(f"{'ok':<8}{check}: {finding.found} (rank {_some(ranks)}), {more}")
+                lines.append(f"{'ok':<8}{check}: {finding.found} (rank {some(ranks)}), {more}")
                 continue
             lines += self._lines(likewise)
         lines.append(f"verdict: {self.verdict}")
@@ -79,7 +80,7 @@ class Report:
     def _lines(self, findings: Sequence[tuple[Finding, Sequence[int]]]) -> list[str]:
         lines = []
         for finding, ranks in findings:
-            who = "" if len(ranks) == self.ranks else f" (rank {_some(ranks)})"
+            who = "" if len(ranks) == self.ranks else f" (rank {some(ranks)})"
             lines.append(f"{finding.status:<8}{finding.check}: {finding.found}{who}")
             if finding.fix:
                 lines.append(f"{'':<8}  fix: {finding.fix}")
@@ -96,14 +97,15 @@ def examine() -> Report | None:
         return Report(1, [(finding, [0]) for finding in found], [])
     world = MPI.COMM_WORLD
     everyone = world.gather((found, mine))
-    links = time_links(world, MPI.Get_processor_name())
+    host = MPI.Get_processor_name()
+    nodes, links = spread(world, host), time_links(world, host)
     if everyone is None:
         return None
     findings = merge([theirs for theirs, _ in everyone])
     if world.Get_size() > 1:
         everywhere = list(range(world.Get_size()))
         findings += [(finding, everywhere) for finding in compare([theirs for _, theirs in everyone])]
-        findings.append((judge(links), everywhere))
+        findings += [(nodes, everywhere), (judge(links), everywhere)]
     return Report(world.Get_size(), findings, links)
 
 
@@ -149,7 +151,7 @@ def compare(everyone: Sequence[Mapping[str, str]]) -> list[Finding]:
         for rank, theirs in enumerate(everyone):
             who.setdefault(theirs[what], []).append(rank)
         if len(who) > 1:
-            found = ", ".join(f"{version} on rank {_some(ranks)}" for version, ranks in who.items())
+            found = ", ".join(f"{version} on rank {some(ranks)}" for version, ranks in who.items())
             fix = "use one environment on all hosts: the same VENV, on a file system that all see"
             findings.append(failure("versions", f"{what} differs: {found}", fix))
     return findings or [ok("versions", f"the same on all {len(everyone)} ranks")]
@@ -168,7 +170,3 @@ def judge(links: Sequence[Link]) -> Finding:
         fix = "look at this link's cable, port and interface, or leave the host out; all wait for the slowest"
         return warning("links", f"{found}, where the median is {rate}", fix)
     return ok("links", found)
-
-
-def _some(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

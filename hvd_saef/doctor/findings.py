@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,3 +50,8 @@ def output(*command: str, both: bool = False) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout + (done.stderr if both else "")
+
+
+def some(ranks: Sequence[int]) -> str:
+    """The first of them, and how many more."""
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

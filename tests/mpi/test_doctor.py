@@ -18,6 +18,7 @@ import torch
 from hvd_saef.doctor import compare, judge, merge
 from hvd_saef.doctor.findings import failure, ok
 from hvd_saef.doctor.links import Link, pairings
+from hvd_saef.doctor.nodes import judge_spread
 from tests.mpi.launch import ENVIRONMENT, ROOT
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
@@ -134,6 +135,8 @@ def test_a_good_environment() -> None:
             bad = [finding for finding in bad if finding["check"] != "cores"]
         assert not bad
         assert report["ranks"] == ranks
+        nodes = [finding["found"] for finding in report["findings"] if finding["check"] == "nodes"]
+        assert ["1 of 2 ranks that share memory" in found for found in nodes] == (ranks - 1) * [True]
         assert {"torch", "Horovod", "MPI threads", "one MPI", "mpirun", "ranks", "PMIx"} <= {
             finding["check"] for finding in report["findings"]
         }
@@ -215,6 +218,24 @@ def test_the_slowest_link_is_named() -> None:
     assert "the slowest is a–c 100 Mbit/s, 0.1 ms, where the median is 900 Mbit/s" in found.found
     assert judge(links[:1] + links[2:]).status == "ok"
     assert "one host" in judge([]).found
+
+
+@pytest.mark.parametrize(
+    ("groups", "hosts", "status", "found", "fix"),
+    [
+        ([[0], [1]], "ab", "ok", "2 of one rank", ""),
+        ([[0, 1], [2, 3]], "aabb", "ok", '2 of 2 ranks that share memory: K = 2 with worker="node", 4 ', ""),
+        ([[0, 1]], "aa", "ok", "nothing to compress", ""),
+        ([[0], [1, 2]], "abb", "warning", "as 2 ranks on b, 1 on a: ", 'weights="ranks"'),
+        ([[0], [1], [2, 3]], "aabb", "warning", "ranks 0, 1 on a do not share memory", "one container"),
+    ],
+)
+def test_how_ranks_are_spread(groups: list[list[int]], hosts: str, status: str, found: str, fix: str) -> None:
+    finding = judge_spread(groups, hosts)
+    assert finding.check == "nodes"
+    assert finding.status == status
+    assert found in finding.found
+    assert fix in finding.fix
 
 
 def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
