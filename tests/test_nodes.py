@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import hvd_saef
-from hvd_saef import Compression, ConsensusError, NonFiniteUpdateError, run_workers
+from hvd_saef import Compression, ConsensusError, NonFiniteUpdateError, run_workers, session
 from tests.nodes import of_nodes
 from tests.oracle import Setup, run
 from tests.problems import STEPS, Outcome, curved_valley, run_library, same_bits, schedule, start_point, worst
@@ -143,9 +144,8 @@ def test_lists_of_ranks_are_workers() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(nodes[0], others[0], strict=True))
 
 
-@pytest.mark.parametrize("what", ["momentum", "error", "rate"])
-def test_a_rank_that_drifts_is_found(what: str) -> None:
-    """The mutations. Slices of payloads come from all ranks, so x may stay the same; the rest does not."""
+def drift(what: str) -> Callable[[int], None]:
+    """The mutation of the last of four ranks."""
 
     def fn(rank: int) -> None:
         job = Run(rank, worker="node", check_consensus_every=2).step(3)
@@ -159,13 +159,26 @@ def test_a_rank_that_drifts_is_found(what: str) -> None:
                 job.inner.param_groups[0]["lr"] *= 1.001
         job.step()
 
-    for failure in caught(2, fn, ranks=2):
+    return fn
+
+
+@pytest.mark.parametrize("what", ["momentum", "error", "rate"])
+def test_a_rank_that_drifts_is_found(what: str) -> None:
+    """Slices of payloads come from all ranks, so x may stay the same; the rest does not."""
+    for failure in caught(2, drift(what), ranks=2):
         assert isinstance(failure, ConsensusError)
         assert "rank 3. " in str(failure)  # alone
         if what != "rate":  # which reaches x in the same round
             assert "differs between the ranks of one worker: " in str(failure)
             assert "on rank 2, " in str(failure)
             assert "rank 0" not in str(failure)
+
+
+@pytest.mark.parametrize("what", ["momentum", "error"])
+def test_a_rank_that_drifts_is_found_by_that_check_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter-test: that x is the same on all ranks does not show it."""
+    monkeypatch.setattr(session, "check_workers", lambda *_: None)
+    together(2, drift(what), ranks=2)
 
 
 def test_ranks_that_start_apart_are_found() -> None:
