@@ -60,7 +60,7 @@ def exact_mismatch(row: Row) -> float | None:
     return row.mismatch_exact
 
 
-LOSS, ACCURACY = "training loss", "test accuracy, %"
+LOSS, ACCURACY, VALIDATION = "training loss", "test accuracy, %", "validation loss"
 EF, SAEF = SIGN_MOMENTUM[1:]
 SIGN = (*SIGN_MOMENTUM, BETA[0])
 SPARSE_AVERAGINGS = (*SPARSE[1:], SAME_BUDGET, SPARSE_AVERAGED)
@@ -80,6 +80,18 @@ LOCAL = (
     "SAEF-SignAdamW-DC beta=1 H=16",
     "Local-AdamW H=4",
     "Local-AdamW H=16",
+)
+GRADIENTS = (
+    "AdamW",
+    "SAEF-SignAdamW-DC beta=1",
+    "EF-SignAdamW-DC",
+    "GradientEF-SignAdamW-SC",
+    "GradientEF-SignAdamW-SC rate=0.25",
+)
+RATES = tuple(
+    name
+    for method, factors in (("AdamW", ("0.5", "2")), ("SAEF-SignAdamW-DC beta=1", ("0.5", "2", "4")))
+    for name in (method, *(f"{method} rate={factor}" for factor in factors))
 )
 TOP_K = ("AdamW", "Local-AdamW", "EF-AdamW-DC-TopK1%", "SAEF-AdamW-DC-TopK1%")
 
@@ -139,12 +151,14 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
     ),
     "transformer": (
         (
-            Panel("AdamW", "decoder", (*ADAM, "GradientEF-SignAdamW-SC"), test_loss, "validation loss"),
-            Panel("AdamW", "decoder", ADAM, test_loss, "validation loss", against_bytes=True),
+            Panel("AdamW", "decoder", ADAM, test_loss, VALIDATION),
+            Panel("AdamW", "decoder", ADAM, test_loss, VALIDATION, against_bytes=True),
+            Panel("feedback on gradients", "decoder", GRADIENTS, test_loss, VALIDATION),
         ),
         (
-            Panel("local steps", "decoder", LOCAL, test_loss, "validation loss"),
-            Panel("Top-K", "decoder", TOP_K, test_loss, "validation loss"),
+            Panel("rates, of 8e-3", "decoder", RATES, test_loss, VALIDATION),
+            Panel("local steps", "decoder", LOCAL, test_loss, VALIDATION),
+            Panel("Top-K", "decoder", TOP_K, test_loss, VALIDATION),
         ),
     ),
 }
