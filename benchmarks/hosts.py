@@ -93,8 +93,8 @@ def clean() -> list[str]:
     return removed
 
 
-def _remove(name: str) -> None:
-    """End the processes in a namespace and delete it, with the links that end there."""
+def _end(name: str) -> None:
+    """End the processes in a namespace."""
     for end in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + 3
         while (pids := _processes(name)) and time.monotonic() < deadline:
@@ -102,6 +102,11 @@ def _remove(name: str) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, end)
             time.sleep(0.1)
+
+
+def _remove(name: str) -> None:
+    """End the processes in a namespace and delete it, with the links that end there."""
+    _end(name)
     subprocess.run(["ip", "netns", "delete", name], capture_output=True)
     shutil.rmtree(ETC / name, ignore_errors=True)
 
@@ -157,6 +162,10 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def end(self, host: str) -> None:
+        """End everything that runs on a host."""
+        _end(self.namespace(host))
 
     def close(self) -> None:
         """End everything that runs in the hosts and remove them."""

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 import hvd_saef
 from hvd_saef import run_workers
+from tests import without
 from tests.problems import curved_valley, start_point
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def together(workers: int, fn: Callable[[int], T], ranks: int = 1) -> list[T]:
 
     caller = threading.Thread(target=call, daemon=True)  # the workers that it starts are daemons as well
     caller.start()
-    caller.join(DEADLINE)
+    caller.join(without.patience(DEADLINE))
     assert not caller.is_alive(), "the workers hang"
     if failures:
         raise failures[0]

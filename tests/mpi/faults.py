@@ -1,6 +1,6 @@
 """Does real damage to real jobs, counts what came of it, and writes the table of docs/reliability.md.
 
-python -m tests.mpi.faults [--repeat 3] [--kills 200] [--out docs/reliability]
+python -m tests.mpi.faults [--repeat 3] [--kills 200] [--only WORD] [--out docs/reliability]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,13 +24,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.hosts import INTERFACE, Hosts, why_not
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from benchmarks.hosts import Hosts, why_not
+from tests.mpi.launch import ROOT, run_job
 from tests.saver import kill_jobs
 
 PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
 TIMEOUT = 90.0
-CUT_TIMEOUT = 30.0
+HOURS = 4 * 3600.0
+GRACE = 1.0
+"""Seconds for the launcher to pass on what the ranks said."""
+KILLED_THREADS = "kill -9 of 2 workers (threads) that save"
+KILLED_RANK = "kill -9 of a rank that saves"
+CUT = "link cut between 2 hosts"
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Row:
     bytes_lost: int | None
     """Of complete checkpoints."""
     seconds: float | None
-    """From the fault to the job's end; the median."""
+    """From the fault to the job's end (of a link: until the others gave up); the median."""
 
 
 PROMISES = {
@@ -71,15 +77,7 @@ def happen(fault: str, ranks: int, repeat: int) -> Row:
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            command = ["mpirun", "-np", str(ranks), *victim(fault, folder)]
-            job = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=ENVIRONMENT | environment,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            job = run_job(["mpirun", "-np", str(ranks), *victim(fault, folder)], TIMEOUT, environment)
             seconds.append(time.time() - float((folder / "fault").read_text()))
             ends = {path.read_bytes() for path in folder.glob("end-*")}
             kept += (job.returncode == 0) == survives and words in job.stdout + job.stderr
@@ -87,81 +85,115 @@ def happen(fault: str, ranks: int, repeat: int) -> Row:
     return Row(fault, ranks, repeat, kept, None, statistics.median(seconds))
 
 
-def cut_link(repeat: int) -> Row:
-    """The link of the second of two hosts goes down in the middle of training."""
+def cut_link(ranks: int) -> tuple[str, float]:
+    """Take the second of two hosts off the net in the middle of training, on `ranks` ranks of both.
+
+    Returns what was said, and the seconds from the cut until the first host's ranks had given up. The
+    launcher is ended then: it would wait for the daemon of a host that does not answer.
+    """
+    with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name:
+        folder, output = Path(name), Path(name, "said")
+        output.touch()
+        took: list[float] = []
+
+        def cut() -> None:
+            _wait_for((folder / "fault").exists)
+            switch = hosts.namespace("switch")
+            subprocess.run(["ip", "-n", switch, "link", "set", "to-h1", "down"], check=True)
+            start = time.monotonic()
+            _wait_for(lambda: "ends the job." in output.read_text())
+            took.append(time.monotonic() - start)
+            time.sleep(GRACE)
+            hosts.end("h0")
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        with open(output, "w") as said:
+            hosts.run(
+                hosts.mpirun(victim("cut", folder), ranks // 2),
+                TIMEOUT,
+                output=said,
+                environment=PATIENCE | {"PYTHONPATH": str(ROOT)},
+            )
+        cutter.join()
+        return output.read_text(), took[0] if took else math.nan
+
+
+def _wait_for(done: Callable[[], bool]) -> None:
+    """Until it is, or TIMEOUT is over."""
+    deadline = time.monotonic() + TIMEOUT
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def cut_links(ranks: int, repeat: int) -> Row:
+    """:func:`cut_link`, so many times."""
     kept, seconds = 0, []
     for _ in range(repeat):
-        with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name:
-            folder, output = Path(name), Path(name, "said")
-
-            ended: list[float] = []
-
-            def cut(
-                folder: Path = folder,
-                output: Path = output,
-                ended: list[float] = ended,
-                namespace: str = hosts.namespace("h1"),
-            ) -> None:
-                deadline = time.monotonic() + TIMEOUT
-                while not (folder / "fault").exists() and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                subprocess.run(["ip", "-n", namespace, "link", "set", INTERFACE, "down"], check=True)
-                while "ends the job." not in output.read_text() and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                ended.append(time.time())
-
-            watcher = threading.Thread(target=cut)
-            watcher.start()
-            # The launcher itself may wait for the host that is cut off: it is not ours to end.
-            with open(output, "w") as said, contextlib.suppress(subprocess.TimeoutExpired):
-                hosts.run(
-                    hosts.mpirun(victim("cut", folder)),
-                    CUT_TIMEOUT,
-                    output=said,
-                    environment=PATIENCE | {"PYTHONPATH": str(ROOT)},
-                )
-            text = output.read_text()
-            watcher.join(1)
-            seconds += [end - float((folder / "fault").read_text()) for end in ended]
-            kept += "did not arrive" in text and "ends the job." in text
-    return Row(
-        "link cut between 2 hosts", 2, repeat, kept, None, statistics.median(seconds) if seconds else None
-    )
+        said, took = cut_link(ranks)
+        missing = ", ".join(map(str, range(ranks // 2, ranks)))
+        words = f"rank{'s' if ranks > 2 else ''} {missing} did not arrive"
+        kept += words in said and "StalledExchangeError" in said and not math.isnan(took)
+        seconds.append(took)
+    return Row(CUT, ranks, repeat, kept, None, statistics.median(seconds))
 
 
-def killed_savers(kills: int, ranks: int) -> Row:
+def killed_savers(fault: str, kills: int, ranks: int) -> Row:
     """Kill -9 at random moments of saves."""
-    if ranks == 1:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.saver", str(kills)]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        loaded, ranks = json.loads(done.stdout)["loaded"], 2
-        name = "kill -9 of 2 workers (threads) that save"
+    if fault == KILLED_THREADS:
+        done = run_job([sys.executable, "-W", "ignore", "-m", "tests.saver", str(kills)], HOURS)
+        loaded = json.loads(done.stdout)["loaded"]
     else:
         with tempfile.TemporaryDirectory() as folder:
             loaded = kill_jobs(kills, ranks, Path(folder))
-        name = "kill -9 of a rank that saves"
-    return Row(name, ranks, kills, loaded, 0 if loaded == kills else None, None)
+    return Row(fault, ranks, kills, loaded, 0 if loaded == kills else None, None)
+
+
+def everything(kills: int, repeat: int) -> dict[tuple[str, int], Callable[[], Row]]:
+    """How to try each fault on so many ranks."""
+    todo: dict[tuple[str, int], Callable[[], Row]] = {}
+    todo[KILLED_THREADS, 2] = partial(killed_savers, KILLED_THREADS, kills, 2)
+    for ranks in (2, 4):
+        todo[KILLED_RANK, ranks] = partial(killed_savers, KILLED_RANK, max(1, kills // 20), ranks)
+    for ranks in (2, 4):
+        if why_not() is None:
+            todo[CUT, ranks] = partial(cut_links, ranks, repeat)
+        todo |= {(fault, ranks): partial(happen, fault, ranks, repeat) for fault in PROMISES}
+    return todo
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--only", default="", help="faults with this in their name; other rows stay")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability")
     args = parser.parse_args()
     os.chdir(ROOT)
-    rows: list[Row] = []
-    todo: list[Callable[[], Row]] = [lambda: killed_savers(args.kills, 1)]
-    todo += [partial(killed_savers, max(1, args.kills // 20), ranks) for ranks in (2, 4)]
-    if why_not() is None:
-        todo.append(lambda: cut_link(args.repeat))
-    todo += [partial(happen, fault, ranks, args.repeat) for ranks in (2, 4) for fault in PROMISES]
-    for do in tqdm(todo, desc="faults"):
-        rows.append(do())
-        write(rows, args.out)  # what there is, should a later one fail
+    if (reason := why_not()) is not None:
+        print(f"no link is cut: {reason}", file=sys.stderr)
+    todo = everything(args.kills, args.repeat)
+    rows = read(args.out) if args.only else {}
+    for key in tqdm([key for key in todo if args.only in key[0]], desc="faults"):
+        rows[key] = todo[key]()
+        write([rows[key] for key in todo if key in rows], args.out)  # what there is, should a later one fail
     print(args.out.with_suffix(".txt").read_text(), end="")
-    sys.exit(any(row.as_promised != row.tried for row in rows))
+    sys.exit(any(row.as_promised != row.tried for row in rows.values()))
+
+
+def read(out: Path) -> dict[tuple[str, int], Row]:
+    """The rows of an earlier run, if there are any."""
+    rows: dict[tuple[str, int], Row] = {}
+    with contextlib.suppress(FileNotFoundError), open(out.with_suffix(".csv"), newline="") as file:
+        for line in csv.DictReader(file):
+            lost, seconds = line["bytes_lost"], line["seconds"]
+            numbers = (int(line[key]) for key in ("ranks", "tried", "as_promised"))
+            row = Row(
+                line["fault"], *numbers, int(lost) if lost else None, float(seconds) if seconds else None
+            )
+            rows[row.fault, row.ranks] = row
+    return rows
 
 
 def write(rows: list[Row], out: Path) -> None:

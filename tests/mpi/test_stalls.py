@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -22,9 +21,7 @@ PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
 def job(fault: str, ranks: int, folder: Path, **environment: str) -> tuple[int, str, float]:
     """Exit code, all that was said, and the seconds from the fault to the end."""
     command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
-    )
+    done = run_job(command, 60, environment)
     return done.returncode, done.stdout + done.stderr, time.time() - float((folder / "fault").read_text())
 
 
@@ -45,9 +42,9 @@ def test_those_who_wait_name_the_missing_rank_and_end_the_job(ranks: int, tmp_pa
     assert ends(tmp_path) == []
 
 
-def test_a_pause_costs_nothing_but_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_pause_costs_nothing_but_time(ranks: int, tmp_path: Path) -> None:
     """Warned of, then gone on with: to the bit where a job without it comes to."""
-    ranks = 2
     (tmp_path / "pause").mkdir()
     (tmp_path / "none").mkdir()
     code, said, _ = job("pause", ranks, tmp_path / "pause", HVD_SAEF_STALL_WARNING_S="1")
@@ -72,10 +69,11 @@ def test_a_rank_that_ends_early_is_told_at_once(ranks: int, tmp_path: Path) -> N
     assert "common_steps" in said
 
 
-def test_a_rank_that_never_wraps(tmp_path: Path) -> None:
-    code, said, _ = job("never-wraps", 2, tmp_path, **PATIENCE)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_never_wraps(ranks: int, tmp_path: Path) -> None:
+    code, said, _ = job("never-wraps", ranks, tmp_path, **PATIENCE)
     assert code != 0
-    assert "rank 1 did not arrive" in said
+    assert f"rank {ranks - 1} did not arrive" in said
     assert "in hvd_saef.DistributedOptimizer" in said
 
 
@@ -87,10 +85,19 @@ def test_a_rank_that_dies_takes_the_job_along(ranks: int, tmp_path: Path) -> Non
     assert "signal 9" in said
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_fails_takes_the_job_along(ranks: int, tmp_path: Path) -> None:
+    code, said, seconds = job("exception", ranks, tmp_path)
+    assert code != 0
+    assert seconds < 20
+    assert "OSError: this rank's disk is gone" in said
+    assert f"rank {ranks - 1} failed and ends the job" in said
+
+
 def test_a_short_soak() -> None:
     """`python -m tests.mpi.soak` does it for 20,000 steps."""
     command = ["mpirun", "-np", "2", sys.executable, "-m", "tests.mpi.soak", "600", "4"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = run_job(command, 120)
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["same"], done.stderr[-2000:]
     assert report["threads"][0] == report["threads"][1]

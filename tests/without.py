@@ -1,0 +1,477 @@
+"""Protections taken away one by one, to see that a test fails without each.
+
+python -m tests.without [--only WORD] [--out docs/without]
+
+For every row of PROTECTIONS its tests are run twice: as they are, when all must pass, and in processes (MPI
+ranks among them) that lack the protection, when each must fail. What each then said is written into a table.
+Nothing in hvd_saef knows of this: a process in which HVD_SAEF_WITHOUT names a row replaces attributes of
+hvd_saef's modules as soon as it imports `tests`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+from xml.etree import ElementTree
+
+NAME = "HVD_SAEF_WITHOUT"
+PATIENCE = 25.0
+"""Seconds after which tests take a job for hung, where it is expected to."""
+TIMEOUT = 500.0
+WORDS = 110
+
+
+@dataclass(frozen=True)
+class Protection:
+    """One of them."""
+
+    promise: str
+    without: str
+    """What is done in its place, in words."""
+    tests: Sequence[str]
+    """As pytest takes them."""
+    instead: Mapping[str, Any] = field(default_factory=dict)
+    """What it is replaced by: "module:attribute" under hvd_saef, and the value."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Look at nothing."""
+
+
+def fine(*_: Any, **__: Any) -> bool:
+    """Find everything in order."""
+    return True
+
+
+def no_word(*_: Any) -> Any:
+    """A worker's word: nothing is wrong here."""
+    from hvd_saef.agreement import Word
+
+    return Word.NOTHING
+
+
+def raise_alone(communicator: Any, word: Any, failure: Exception | None) -> Any:
+    """An agreement of which those who fail do not take part."""
+    from hvd_saef.agreement import Word
+
+    if failure is not None:
+        raise failure
+    return Word(communicator.combine(int(word)))
+
+
+def step_anyhow(modes: Any) -> None:
+    """Go to the training point, whatever was seen before."""
+    modes.leave_x()
+
+
+def send_all(exchange: Any, sent: Any, e: Any) -> Any:
+    """Send what there is, whether or not the sum fits."""
+    return sent
+
+
+def write_in_place(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under its own name, in two halves."""
+    with tempfile.TemporaryFile() as whole:
+        write(whole)
+        whole.seek(0)
+        content = whole.read()
+    with open(path, "wb") as file:
+        for half in (content[: len(content) // 2], content[len(content) // 2 :]):
+            file.write(half)
+            file.flush()
+            time.sleep(0.02)
+
+
+def read_trustingly(path: Path) -> Any:
+    """Unpickle whatever is there."""
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def decode_anything(compressor: Any, payload: Any, out: Any, weight: float) -> None:
+    """Take a payload that is refused for zeros."""
+    with contextlib.suppress(ValueError, RuntimeError):
+        compressor._decode_add(payload, out, weight)
+
+
+def check(name: str, *ranks: int) -> list[str]:
+    """A check of tests/mpi/checks.py, in jobs of so many ranks."""
+    return [f"tests/mpi/test_mpi.py::test_check[{name}-{number}-kernels]" for number in ranks]
+
+
+def job(name: str, *ranks: int) -> list[str]:
+    """A test of tests/mpi/test_stalls.py, in jobs of so many ranks."""
+    return [f"tests/mpi/test_stalls.py::{name}[{number}]" for number in ranks]
+
+
+NONFINITE = "tests/test_nonfinite.py"
+PROTECTIONS: dict[str, Protection] = {
+    "agreement at the start": Protection(
+        "workers that differ in settings or parameters",
+        "not compared",
+        [
+            "tests/test_disagreement.py::test_different_settings[step_ahead 1.0 on ranks 0, 2 0.5 on rank 1]",
+            "tests/test_disagreement.py::test_different_parameters[{}-strides of 'w']",
+            *check("everyone_is_told_of_a_mismatch", 2, 4),
+        ],
+        {"origin:check_configuration": nothing},
+    ),
+    "same start": Protection(
+        "workers that start from different parameters",
+        "x is not compared",
+        [
+            "tests/test_disagreement.py::test_different_start_parameters_and_how_it_goes_on[{}]",
+            *check("everyone_is_told_of_different_starts", 2, 4),
+        ],
+        {"origin:check_consensus": nothing},
+    ),
+    "watch": Protection(
+        "a rank that does not arrive",
+        "who waits does not look how long",
+        [
+            *job("test_those_who_wait_name_the_missing_rank_and_end_the_job", 2, 4),
+            *job("test_a_pause_costs_nothing_but_time", 2, 4),
+            *job("test_a_rank_that_never_wraps", 2, 4),
+            "tests/test_watch.py::test_a_thread_that_never_arrives",
+            "tests/test_watch.py::test_a_thread_that_is_late",
+        ],
+        {"watch:Stall.look": nothing},
+    ),
+    "goodbye": Protection(
+        "a rank that ends early",
+        "it tells nobody",
+        job("test_a_rank_that_ends_early_is_told_at_once", 2, 4),
+        {"mpi:say_goodbye_at_exit": nothing},
+    ),
+    "abort": Protection(
+        "a rank that fails between two steps",
+        "it does not end the job (HVD_SAEF_NO_ABORT=1)",
+        job("test_a_rank_that_fails_takes_the_job_along", 2, 4),
+        environment={"HVD_SAEF_NO_ABORT": "1"},
+    ),
+    "failures are agreed on": Protection(
+        "an exception in a closure or a local step",
+        "who fails raises before the agreement",
+        [
+            "tests/test_simulation.py::test_an_exception_in_a_closure[kernels-who0]",
+            f"{NONFINITE}::test_an_exception_in_the_local_step",
+            *check("everyone_is_told_of_an_exception_in_a_closure", 2, 4),
+        ],
+        {"session:agree": raise_alone, "local_steps:agree": raise_alone},
+    ),
+    "gradients are looked at": Protection(
+        "a NaN or an infinity in a gradient",
+        "not looked for",
+        [
+            "tests/test_gradients.py::test_a_nonfinite_gradient_raises_on_all",
+            *check("everyone_is_told_of_a_nan", 2, 4),
+        ],
+        {"local_steps:look_at_gradients": no_word},
+    ),
+    "updates are looked at": Protection(
+        "a local step that overflows",
+        "not looked for",
+        [
+            f"{NONFINITE}::test_an_update_that_overflows_is_seen_before_x_is_touched",
+            f"{NONFINITE}::test_or_skipped_with_a_counter",
+            f"{NONFINITE}::test_with_overlap_x_is_as_before",
+            f"{NONFINITE}::test_parameters_of_16_bits_that_overflow",
+            *check("everyone_is_told_of_an_update_that_overflows", 2, 4),
+        ],
+        {"kernels:squares_fit": fine},
+    ),
+    "local steps are undone": Protection(
+        "parameters after a local step that overflows",
+        "they stay where it left them",
+        [f"{NONFINITE}::test_between_local_steps_the_round_begins_anew"],
+        {"modes:Modes.undo_local_steps": nothing},
+    ),
+    "the optimizer's state is put back": Protection(
+        "a gradient whose square is infinite",
+        "Adam keeps the infinity",
+        [f"{NONFINITE}::test_gradients_whose_squares_overflow_leave_the_optimizer_as_it_was"],
+        {"overflow:StateCopy.put_back": nothing},
+    ),
+    "room in float16": Protection(
+        "sums of compressed updates in float16",
+        "all is sent, whether or not the sum fits",
+        [f"{NONFINITE}::test_sums_in_float16_do_not_overflow_and_nothing_is_lost"],
+        {"exchange:Exchange._with_room": send_all},
+    ),
+    "sums are looked at": Protection(
+        "averaged gradients that overflow in float16",
+        "not looked for",
+        [f"{NONFINITE}::test_gradients_whose_sum_overflows_in_float16"],
+        {"session:sums_fit": fine},
+    ),
+    "consensus": Protection(
+        "a flipped bit of one rank's x",
+        "x is not compared",
+        [
+            "tests/test_disagreement.py::test_a_flipped_bit_of_x_is_found[2-4]",
+            *check("a_flipped_bit_of_x_is_found", 2, 4),
+        ],
+        {"session:check_consensus": nothing},
+    ),
+    "guard": Protection(
+        "a parameter wrapped twice, converted or resized; another thread",
+        "not looked for",
+        [
+            "tests/test_guard.py::test_a_parameter_that_changes_after_wrapping",
+            "tests/test_guard.py::test_two_wrappers_around_one_parameter",
+            "tests/test_guard.py::test_another_thread",
+        ],
+        {"guard:Guard.check": nothing},
+    ),
+    "fork": Protection(
+        "a forked process",
+        "not looked for",
+        ["tests/test_guard.py::test_a_forked_process"],
+        {"guard:Guard.check_process": nothing},
+    ),
+    "no gradient": Protection(
+        "zero_grad() at the wrong time",
+        "not warned of",
+        ["tests/test_guard.py::test_no_gradient_at_all_is_warned_of_once"],
+        {"guard:Guard.check_gradients": nothing},
+    ),
+    "eval": Protection(
+        "step() in eval mode, gradients taken at x",
+        "not looked for",
+        ["tests/test_guard.py::test_after_eval_a_step_is_refused_and_gradients_at_x_are_warned_of"],
+        {"modes:Modes.before_step": step_anyhow},
+    ),
+    "shutdown": Protection(
+        "an optimizer used after hvd.shutdown()",
+        "not looked for",
+        check("after_shutdown_a_step_says_so", 2, 4),
+        {"mpi:MpiCommunicator.check": nothing},
+    ),
+    "files whole or not at all": Protection(
+        "kill -9 while saving, full and read-only disks",
+        "files are written in place",
+        [
+            "tests/test_checkpoint_faults.py::test_processes_killed_while_they_save",
+            "tests/test_checkpoint_faults.py::test_a_full_disk",
+            "tests/test_checkpoint_faults.py::test_a_read_only_folder",
+        ],
+        {"checkpoint:_write": write_in_place},
+    ),
+    "seal": Protection(
+        "a damaged manifest",
+        "it carries no hash of itself",
+        ["tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[manifest.json-bit]"],
+        {"checkpoint:_seal": lambda manifest: ""},
+    ),
+    "hashes": Protection(
+        "damaged and truncated files",
+        "not compared with the manifest",
+        [
+            "tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-bit]",
+            "tests/test_checkpoint.py::test_damage_is_named_and_changes_nothing[flipped]",
+        ],
+        {"checkpoint:_hash": lambda path: ""},
+    ),
+    "sizes and hashes": Protection(
+        "lost files, files of another run",
+        "not looked for",
+        [
+            "tests/test_checkpoint.py::test_a_lost_file_can_be_done_without",
+            "tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-longer]",
+        ],
+        {"checkpoint:_damage": lambda folder, files: {}},
+    ),
+    "names of their own": Protection(
+        "files of another run",
+        "files of all runs have the same names",
+        ["tests/test_checkpoint_faults.py::test_files_of_another_run"],
+        {"checkpoint:secrets": SimpleNamespace(token_hex=lambda size: "00")},
+    ),
+    "weights only": Protection(
+        "a stranger's checkpoint",
+        "it is unpickled",
+        ["tests/test_checkpoint_faults.py::test_a_strangers_checkpoint_runs_no_code"],
+        {"checkpoint:_read": read_trustingly},
+    ),
+    "decoders refuse": Protection(
+        "payloads of random bytes, truncated ones",
+        "taken for zeros",
+        ["tests/test_fuzz.py::test_decoders_take_or_refuse_any_bytes"],
+        {
+            "compression:SignCompressor.decode_add": decode_anything,
+            "compression:TopKCompressor.decode_add": decode_anything,
+        },
+    ),
+    "weak references": Protection(
+        "wrappers that are dropped leave nothing",
+        "each is kept",
+        [
+            "tests/test_guard.py::test_wrapping_and_dropping_leaves_no_owner",
+            "tests/test_extremes.py::test_wrappers_that_are_dropped_leave_nothing",
+        ],
+        {"guard:_guards": {}},
+    ),
+}
+
+
+def patience(seconds: float) -> float:
+    """How long a test waits for a job: less, where a hang is what is expected."""
+    return min(seconds, PATIENCE) if os.environ.get(NAME) else seconds
+
+
+def switch_off(name: str) -> None:
+    """Replace what a row of PROTECTIONS names, in this process, for good."""
+    import importlib
+
+    for place, value in PROTECTIONS[name].instead.items():
+        module, _, attribute = place.partition(":")
+        target: Any = importlib.import_module(f"hvd_saef.{module}")
+        *owners, last = attribute.split(".")
+        for owner in owners:
+            target = getattr(target, owner)
+        mock.patch.object(target, last, value).start()  # an AttributeError, if there is none such
+
+
+@dataclass
+class Seen:
+    """What came of one test."""
+
+    protection: str
+    promise: str
+    without: str
+    test: str
+    with_it: str
+    """"passes", "fails" or "skipped: why"."""
+    without_it: str
+    """"fails: what it said first", or "passes"."""
+
+    @property
+    def good(self) -> bool:
+        """Passes, and fails without the protection."""
+        return self.with_it == "passes" and self.without_it.startswith("fails: ")
+
+
+def run_tests(tests: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """What came of each of them, in words; nothing, for those that were not run to their end."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+        command += [f"--junitxml={report}", *tests]
+        with subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as run:
+            try:
+                run.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                from tests.mpi.launch import end_session
+
+                end_session(run.pid)  # forked processes that hang, ranks that are stopped
+        if not report.exists():
+            return {}
+        return {_name(case): _outcome(case) for case in ElementTree.parse(report).iter("testcase")}
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+
+
+def _outcome(case: ElementTree.Element) -> str:
+    for child in case:
+        if child.tag == "skipped":
+            return f"skipped: {child.get('message')}"
+        if child.tag == "failure":  # the test's own; trouble before it is an "error"
+            return f"fails: {_said(child)}"
+        if child.tag == "error":
+            return f"error: {_said(child)}"
+    return "passes"
+
+
+def _said(child: ElementTree.Element) -> str:
+    """Its first words; of a job that hung, how long it was waited for."""
+    words = " ".join((child.get("message") or "").split())
+    hung = re.search(r"timed out after ([0-9.]+) seconds", words)
+    return f"the job hung, and was ended after {float(hung[1]):.0f} s" if hung else words[:WORDS]
+
+
+def look(name: str) -> list[Seen]:
+    """Run the tests of a row of PROTECTIONS with it and without it."""
+    row = PROTECTIONS[name]
+    good = run_tests(row.tests, {NAME: ""})
+    bad = run_tests(row.tests, {NAME: name, **row.environment})
+    return [
+        Seen(
+            name,
+            row.promise,
+            row.without,
+            test,
+            good.get(test, "not run to its end"),
+            bad.get(test, "not run to its end"),
+        )
+        for test in {**good, **bad} or row.tests
+    ]
+
+
+def read(out: Path) -> dict[str, list[Seen]]:
+    """What an earlier run saw, by row of PROTECTIONS."""
+    found: dict[str, list[Seen]] = {}
+    with contextlib.suppress(FileNotFoundError), open(out.with_suffix(".csv"), newline="") as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["protection"], []).append(Seen(**line))
+    return found
+
+
+def write(rows: Sequence[Seen], out: Path) -> None:
+    """The table, and all that was said."""
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        table = csv.DictWriter(file, [column.name for column in fields(Seen)])
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    lines = []
+    for name in dict.fromkeys(row.protection for row in rows):
+        mine = [row for row in rows if row.protection == name]
+        lines += [f"{name}: {mine[0].promise}", f"  without it: {mine[0].without}"]
+        lines += [f"  {row.test}: {row.with_it}; {row.without_it}" for row in mine]
+    failing = sum(row.good for row in rows)
+    lines.append(f"{failing} of {len(rows)} tests pass with the protection and fail without it")
+    out.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="rows with this in their name; what others gave stays")
+    parser.add_argument("--out", type=Path, default=Path("docs/without"))
+    args = parser.parse_args()
+    found = read(args.out) if args.only else {}
+    for name in tqdm([name for name in PROTECTIONS if args.only in name], desc="protections"):
+        found[name] = look(name)
+        write([row for name in PROTECTIONS for row in found.get(name, [])], args.out)
+    print(args.out.with_suffix(".txt").read_text(), end="")
+    sys.exit(not all(row.good for rows in found.values() for row in rows))
+
+
+if __name__ == "__main__":
+    main()
