@@ -2,10 +2,9 @@
 
     mpirun -np 2 python benchmarks/protections.py [--model resnet50] [--rows 850]
 
-With: gradients and parameters are looked at, all agree after the local step as well as before it, parameters
-are compared with what was wrapped, and waits are watched. Without: all that is replaced by nothing. A
-backward costs one pass over the parameters, the harshest case; with --rows also the products of matrices of a
-batch: with 850 the step is of the order of a network's own. Medians and quartiles of the rounds' ratios.
+The step as it is takes turns with one that has none of them, and with one for each that lacks only that one.
+A backward costs one pass over the parameters, the harshest case; with --rows also the products of matrices of
+a batch: with 850 the step is of the order of a network's own. Medians and quartiles of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,7 +33,7 @@ from mpi4py import MPI
 
 from benchmarks.methods import Memory
 from benchmarks.models import SHAPES
-from hvd_saef import kernels, local_steps, watch
+from hvd_saef import local_steps, watch
 from hvd_saef.agreement import Word
 from hvd_saef.guard import Guard
 
@@ -45,25 +45,35 @@ def _plain_wait(self: Any, done: Callable[[], bool], *_: Any) -> None:
         pause = min(pause + watch.PAUSE_STEP, watch.PAUSE)
 
 
-def _take_plainly(self: Any, local_step: Callable[[], None], *_: Any) -> bool:
-    with self._statistics.phase("local_step"):
-        local_step()
+def _fine(*_: Any) -> bool:
     return True
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _no_word(*_: Any) -> Word:
+    return Word.NOTHING
+
+
+PARTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "gradients are looked at": [(local_steps, "look_at_gradients", _no_word)],
+    "parameters are looked at": [(local_steps, "kernels", SimpleNamespace(squares_fit=_fine))],
+    "all agree once more": [(local_steps, "agree", _no_word)],
+    "parameters are what was wrapped": [(Guard, "check", _nothing)],
+    "waits are watched": [(watch.Watch, "wait", _plain_wait), (watch.Watch, "tidy", _nothing)],
+}
+"""The protections that are there by default, and what stands in for each."""
+
+
 @contextlib.contextmanager
-def without_protections() -> Iterator[None]:
-    """Nothing is looked at, and nothing watched."""
+def without(parts: Iterable[str]) -> Iterator[None]:
+    """These protections are not there."""
     with contextlib.ExitStack() as stack:
-        for thing, name, instead in (
-            (kernels, "squares_fit", lambda tensors: True),
-            (local_steps, "look_at_gradients", lambda gradients: Word.NOTHING),
-            (local_steps.LocalSteps, "take", _take_plainly),
-            (Guard, "check", lambda self, layout: None),
-            (watch.Watch, "wait", _plain_wait),
-            (watch.Watch, "tidy", lambda self: None),
-        ):
-            stack.enter_context(mock.patch.object(thing, name, instead))
+        for part in parts:
+            for thing, name, instead in PARTS[part]:
+                stack.enter_context(mock.patch.object(thing, name, instead))
         yield
 
 
@@ -97,22 +107,28 @@ def main() -> None:
         return took
 
     turn()
-    ratios, seconds = [], []
+    turns: dict[str, list[str]] = {"all": [], "none": list(PARTS)} | {part: [part] for part in PARTS}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(args.rounds):
-        pair = {}
-        for protected in (True, False) if number % 2 else (False, True):
-            with contextlib.nullcontext() if protected else without_protections():
-                pair[protected] = turn()
-        ratios.append(pair[True] / pair[False] - 1)
-        seconds.append(pair[True] - pair[False])
+        order = list(turns)[number % len(turns) :] + list(turns)[: number % len(turns)]
+        for name in order if number % 2 else order[::-1]:
+            with without(turns[name]):
+                seconds[name].append(turn())
     if hvd.rank() == 0:
+        ratios = [a / b - 1 for a, b in zip(seconds["all"], seconds["none"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        step = statistics.median(seconds) / middle if middle else float("nan")
         print(
             f"{args.model}, {hvd.size()} ranks, backward of {args.rows} rows: the default protections "
-            f"add {middle:.1%} ({low:.1%} to {high:.1%}), {1e3 * statistics.median(seconds):.1f} ms a step "
-            f"of about {step:.3f} s"
+            f"add {middle:.1%} ({low:.1%} to {high:.1%}), {lacking(seconds, 'none'):.1f} ms a step of "
+            f"{statistics.median(seconds['none']):.3f} s"
         )
+        for part in PARTS:
+            print(f"  {part:34}{lacking(seconds, part):6.1f} ms")
+
+
+def lacking(seconds: Mapping[str, list[float]], name: str) -> float:
+    """By how many milliseconds a step is shorter where that is missing; the median."""
+    return 1e3 * statistics.median(a - b for a, b in zip(seconds["all"], seconds[name], strict=True))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from hvd_saef.communicator import Communicator
+from hvd_saef.communicator import Communicator, bytes_of
 from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
 from hvd_saef.find import find_communicator
 from hvd_saef.layout import Layout
@@ -130,8 +129,7 @@ def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+    return hashlib.blake2b(bytes_of(tensor).numpy().data, digest_size=16).hexdigest()
 
 
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:

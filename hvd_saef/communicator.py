@@ -14,6 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -183,6 +184,13 @@ class SoloCommunicator(Communicator):
 
     def combine(self, word: int) -> int:  # noqa: D102
         return word
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Its elements in logical order as bytes on the CPU, 1-D: its own memory, if that is how they lie."""
+    held = tensor.detach().cpu().contiguous()
+    # Not reshape(-1): one number out of many is contiguous, and would keep a stride that is not 1.
+    return held.as_strided((held.numel(),), (1,)).view(torch.uint8)
 
 
 def copy_pieces(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:

@@ -171,7 +171,7 @@ def build_layout(
     """Lay out the parameters of `param_groups` that take part, in their order.
 
     With an `earlier` layout of some of them, its buckets stay, and new ones follow.
-    Raises TypeError for a parameter that is not of a real floating dtype.
+    Raises TypeError for a parameter that is not of a real floating dtype, ValueError for an expanded one.
     """
     laid_out = {slot.parameter for slot in earlier.slots} if earlier else set()
     open_buckets: dict[tuple[torch.dtype, torch.device, str], list[Entry]] = {}
@@ -191,6 +191,15 @@ def build_layout(
                 raise TypeError(
                     f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
                     "float64 are allowed. Leave it out of the optimizer."
+                )
+            if parameter.numel() and any(
+                stride == 0 and size > 1
+                for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} is expanded (strides "
+                    f"{parameter.stride()}): several of its elements are one number in memory. clone() it "
+                    "before it becomes a parameter."
                 )
             compressor = choose(name, parameter)
             dtype = state_dtype(parameter.dtype)

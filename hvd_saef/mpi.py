@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_saef.communicator import Channel, Communicator, SoloCommunicator
+from hvd_saef.communicator import Channel, Communicator, SoloCommunicator, bytes_of
 from hvd_saef.staging import Staging, reaches_mpi
 from hvd_saef.watch import Patience, Watch, say_goodbye_at_exit, start
 
@@ -149,7 +149,7 @@ class MpiCommunicator(Communicator):
         hvd.synchronize(handle)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        flat = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy()
+        flat = bytes_of(tensor).numpy()
         for first in range(0, flat.size, CHUNK_BYTES):
             chunk = [flat[first : first + CHUNK_BYTES], MPI.BYTE]
             self._wait(Channel.WORDS, self._mpi[Channel.WORDS].Ibcast(chunk, root=root), "a broadcast")

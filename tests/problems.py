@@ -48,8 +48,10 @@ def compressor(setup: Setup) -> hvd_saef.Compressor:
     return hvd_saef.Compression.sign if setup.compressor == "sign" else hvd_saef.Compression.none
 
 
-def torch_optimizer(setup: Setup, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The torch optimizer that an oracle's setup names."""
+def torch_optimizer(
+    setup: Setup, parameters: list[torch.nn.Parameter] | list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The torch optimizer that an oracle's setup names, of parameters or of groups of them."""
     lr = setup.lr(0)
     if setup.optimizer == "adamw":
         return torch.optim.AdamW(
@@ -98,11 +100,19 @@ def run_library(
     steps: int = STEPS,
     dtype: torch.dtype = torch.float64,
     each_step: Callable[[int, Any], None] = lambda step, optimizer: None,
+    place: Callable[[int, torch.Tensor], torch.Tensor] = lambda number, tensor: tensor,
+    group: Callable[[list[torch.nn.Parameter]], list[Any]] = list,
     **options: Any,
 ) -> Outcome:
-    """Worker `rank`'s run of `setup` through `hvd_saef.DistributedOptimizer`."""
-    parameters = [torch.nn.Parameter(torch.tensor(array, dtype=dtype)) for array in start]
-    optimizer = wrap(setup, torch_optimizer(setup, parameters), **options)
+    """Worker `rank`'s run of `setup` through `hvd_saef.DistributedOptimizer`.
+
+    `place` puts a parameter's start elsewhere in memory, and `group` makes groups of the parameters.
+    """
+    parameters = [
+        torch.nn.Parameter(place(number, torch.tensor(array, dtype=dtype)))
+        for number, array in enumerate(start)
+    ]
+    optimizer = wrap(setup, torch_optimizer(setup, group(parameters)), **options)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = setup.lr(step)

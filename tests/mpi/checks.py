@@ -447,6 +447,17 @@ def a_flipped_bit_of_x_is_found() -> None:
 
 
 @check
+def one_number_out_of_many_is_broadcast() -> None:
+    parameter = nn.Parameter(torch.full((1, 3), float(hvd.rank()))[:, 1])
+    optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.5))
+    optimizer.reanchor()
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.eval()
+    assert parameter.item() == -0.5
+
+
+@check
 def a_second_optimizer_does_not_mind_the_first() -> None:
     settings: list[dict[str, Any]] = [{"averaging_period": 2}, {"compressor": "topk", "averaging_period": 3}]
 
