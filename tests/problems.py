@@ -101,18 +101,18 @@ def run_library(
     dtype: torch.dtype = torch.float64,
     each_step: Callable[[int, Any], None] = lambda step, optimizer: None,
     place: Callable[[int, torch.Tensor], torch.Tensor] = lambda number, tensor: tensor,
-    group: Callable[[list[torch.nn.Parameter]], list[Any]] = list,
+    into_groups: Callable[[list[torch.nn.Parameter]], list[Any]] = list,
     **options: Any,
 ) -> Outcome:
     """Worker `rank`'s run of `setup` through `hvd_saef.DistributedOptimizer`.
 
-    `place` puts a parameter's start elsewhere in memory, and `group` makes groups of the parameters.
+    `place` puts a parameter's start elsewhere in memory, and `into_groups` makes groups of the parameters.
     """
     parameters = [
         torch.nn.Parameter(place(number, torch.tensor(array, dtype=dtype)))
         for number, array in enumerate(start)
     ]
-    optimizer = wrap(setup, torch_optimizer(setup, group(parameters)), **options)
+    optimizer = wrap(setup, torch_optimizer(setup, into_groups(parameters)), **options)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = setup.lr(step)

@@ -202,7 +202,14 @@ def test_whole_steps_agree_with_the_oracle(
 
     def fn(rank: int) -> Outcome:
         return run_library(
-            setup, rank, start, slopes, steps=9, place=lambda i, t: forms[i](t), group=grouped, **options
+            setup,
+            rank,
+            start,
+            slopes,
+            steps=9,
+            place=lambda i, t: forms[i](t),
+            into_groups=grouped,
+            **options,
         )
 
     for rank, outcome in enumerate(together(setup.workers, fn)):

@@ -187,10 +187,13 @@ def read(out: Path) -> dict[tuple[str, int], Row]:
     rows: dict[tuple[str, int], Row] = {}
     with contextlib.suppress(FileNotFoundError), open(out.with_suffix(".csv"), newline="") as file:
         for line in csv.DictReader(file):
-            lost, seconds = line["bytes_lost"], line["seconds"]
-            numbers = (int(line[key]) for key in ("ranks", "tried", "as_promised"))
             row = Row(
-                line["fault"], *numbers, int(lost) if lost else None, float(seconds) if seconds else None
+                fault=line["fault"],
+                ranks=int(line["ranks"]),
+                tried=int(line["tried"]),
+                as_promised=int(line["as_promised"]),
+                bytes_lost=int(line["bytes_lost"]) if line["bytes_lost"] else None,
+                seconds=float(line["seconds"]) if line["seconds"] else None,
             )
             rows[row.fault, row.ranks] = row
     return rows
