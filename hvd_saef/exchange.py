@@ -2,14 +2,14 @@
 
 A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. What
 is between encoding and decoding runs in the background: one thread takes payloads up to the server, one
-serves and takes the answers down, each one bucket after the other.
+serves and takes the answers down, each one bucket after the other. With overlap, one more encodes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
@@ -97,6 +97,8 @@ class Exchange:
         self.statistics = statistics
         self._idle = [Lane() for _ in range(LANES)]
         self._under_way: deque[Trip] = deque()
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef encoding {communicator.rank}")
+        """Waits for no other worker, so that this one may wait for it at any time."""
 
     @property
     def busy(self) -> bool:
@@ -199,21 +201,24 @@ class Exchange:
 
     # -- a bucket's trip --------------------------------------------------------------------------
 
-    def depart(self, state: State, bucket_state: BucketState) -> None:
+    def depart(
+        self, state: State, bucket_state: BucketState, before: Callable[[], None] = lambda: None
+    ) -> None:
         """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too.
 
-        A bucket that is the only one has nothing to be overlapped with, and threads cost time.
+        So is `before`, which must not raise: the other workers expect the bucket. A bucket that is the only
+        one has nothing to be overlapped with, and threads cost time.
         """
         trip = self._prepare(bucket_state, state.rounds)
         overlap, alone = self.settings.overlap, len(state.buckets) == 1
         up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
-        trip.encoded = (up if overlap else HERE).submit(self._encode, trip)
+        trip.encoded = (self._aside if overlap else HERE).submit(self._encode, trip, before)
         trip.gathered = up.submit(self._gather, trip)
         trip.arrived = down.submit(self._answer, trip)
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:
-        """Until nothing in the background reads the parameters any more."""
+        """Until nothing in the background steps the parameters or reads them any more."""
         for trip in self._under_way:
             trip.encoded.result()
 
@@ -282,8 +287,9 @@ class Exchange:
                 state.show(self.start_point(state))
 
     @torch.no_grad()
-    def _encode(self, trip: Trip) -> None:
-        """Row 4."""
+    def _encode(self, trip: Trip, before: Callable[[], None]) -> None:
+        """Row 4, after `before`."""
+        before()
         state = trip.state
         with self.statistics.phase("encode"):
             if not trip.plain:

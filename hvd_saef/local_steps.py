@@ -87,6 +87,8 @@ class LocalSteps:
                     self._overlap.finish(local_step)
                 else:
                     local_step()
+            # A scheduler that was made before wrapping watches the inner optimizer for steps.
+            vars(self._inner)["_opt_called"] = True
             fits = kernels.squares_fit(self._late(layout))
             if self._overlap and self._overlap.overflowed:
                 fits = False

@@ -269,12 +269,11 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             finally:
                 self._in_step = False
                 self.__dict__.update(scaler)
-            # A scheduler that was made before wrapping watches the inner optimizer for steps.
-            self._saef.inner.__dict__["_opt_called"] = True
 
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
             self._saef.take_in()
+            self._saef.exchange.wait_until_encoded()
             state_dict: dict[str, Any] = super().state_dict()
             return state_dict | {"hvd_saef": self._saef.origin.export()}
 
@@ -283,6 +282,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             state_dict = dict(state_dict)
             ours = state_dict.pop("hvd_saef", None)
             self._saef.take_in()
+            self._saef.exchange.wait_until_encoded()
             if ours is not None:
                 self._saef.origin.check(ours, self._saef.kept)
             super().load_state_dict(state_dict)

@@ -1,17 +1,20 @@
 """`overlap=True`: buckets step and leave while backward still computes the gradients of others. Collective.
 
-The payloads are under way when step() begins; x and the parameters change in step() alone, once all
-workers have agreed on it. All workers send their buckets in the same order, the last one first. Where a
-worker has several ranks, a bucket's gradients are averaged over them first, in the background as well.
+The thread that computes gradients only notes which buckets are complete. Another looks at a bucket's
+gradients, takes its local step and encodes it: bucket by bucket, and whatever goes wrong is noted for step()
+to raise, since the other workers expect the bucket. The payloads are under way when step() begins; x and the
+parameters change in step() alone, once all workers have agreed on it. All workers send their buckets in the
+same order, the last one first. Where a worker has several ranks, a bucket's gradients are averaged over them
+first, in the background as well.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +32,9 @@ from hvd_saef.gradients import (
 )
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
+from hvd_saef.partial_steps import LocalStep, step_elsewhere, step_here, suits_other_threads
+from hvd_saef.staging import so_far
 from hvd_saef.state import BucketState, State
-
-LocalStep = Callable[[], None]
 
 
 @dataclass
@@ -45,8 +48,8 @@ class Armed:
     """The buckets that have not left, in their order; for each parameter the passes still to come."""
     means: deque[tuple[BucketState, NodeMean]] = field(default_factory=deque)
     """Of the buckets that have left for their ranks' mean and not been seen since."""
-    used: dict[Tensor, int] = field(default_factory=dict)
-    """The version of each gradient that a local step has used, or a mean has."""
+    used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    """By parameter the gradient that a local step or a mean uses, and its version."""
     failure: Exception | None = None
     """What step() is to raise."""
     nonfinite: bool = False
@@ -80,8 +83,8 @@ class Overlap:
 
     @property
     def overflowed(self) -> bool:
-        """Whether an early local step made a number NaN, infinite, or nearly."""
-        return self._armed is not None and self._armed.overflowed
+        """Whether an early local step, or a mean of gradients, made a number NaN, infinite, or nearly."""
+        return self._armed is not None and (self._armed.overflowed or self._armed.nonfinite)
 
     def arm(self, local_step: LocalStep, passes: int) -> None:
         """A round's last local step comes next: expect its gradients, `passes` for each parameter."""
@@ -113,13 +116,15 @@ class Overlap:
             raise ValueError(
                 "a GradScaler decides on a step after backward: pass overlap=False, or use bfloat16."
             )
-        if self._armed and self._armed.failure:
-            raise self._armed.failure
-        for parameter, version in self._armed.used.items() if self._armed else ():
-            if parameter.grad is not None and parameter.grad._version != version:
+        armed = self._armed
+        if armed is None:
+            return
+        self._settle(armed)
+        for parameter, (gradient, version) in armed.used.items():
+            if parameter.grad is not gradient or gradient._version != version:
                 raise RuntimeError(
-                    "a gradient was changed after backward (clipped or scaled, say), but overlap=True had "
-                    "used it already: pass overlap=False."
+                    "a gradient was changed after backward (clipped, scaled or dropped, say), but "
+                    "overlap=True had used it already: pass overlap=False."
                 )
 
     def finish(self, local_step: LocalStep) -> None:
@@ -131,10 +136,10 @@ class Overlap:
             while self._armed.expected:
                 self._leave(self._armed, self._armed.expected.popleft()[0])
             self._take_means(self._armed, wait=True)
+            self._settle(self._armed)
             return
         rest = [p for bucket_state, _ in self._armed.expected for p in bucket_state.bucket.parameters]
-        with _only(self._inner.param_groups, rest):
-            local_step()
+        step_here(self._inner, local_step, rest)
 
     def abandon(self) -> None:
         """After an error that all workers raise: take from the wire what is on it. Collective."""
@@ -177,26 +182,59 @@ class Overlap:
         for parameter in parameters:
             prepare_sparse(parameter, self._inner, self._exchange.settings.sparse_as_dense)
         gradients = {p: p.grad for p in parameters if p.grad is not None}
-        armed.used |= {p: gradient._version for p, gradient in gradients.items()}
-        armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients.values()])
+        armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
         if self._exchange.communicator.node.size > 1:
             sparse = [p for p, gradient in gradients.items() if gradient.is_sparse]
             if sparse and not self._exchange.settings.sparse_as_dense:
                 names = {slot.parameter: slot.name for slot in bucket_state.bucket.slots}
                 armed.failure = sparse_refused(names[sparse[0]])
+            self._look(armed, gradients.values())
             armed.means.append(self._mean(bucket_state))
             self._take_means(armed)
         else:
-            self._step(armed, bucket_state)
+            self._depart(armed, bucket_state, gradients)
 
-    def _step(self, armed: Armed, bucket_state: BucketState) -> None:
-        """One bucket's local step, and off."""
-        parameters = bucket_state.bucket.parameters
-        if not armed.nonfinite:  # else step() raises on all workers, which expect the bucket nevertheless
-            with _only(self._inner.param_groups, parameters), self._exchange.statistics.phase("local_step"):
-                armed.local_step()
+    def _depart(self, armed: Armed, bucket_state: BucketState, gradients: dict[Tensor, Tensor]) -> None:
+        """A bucket's look at its gradients, its local step, and off."""
+        bucket, inner = bucket_state.bucket, self._inner
+        if not suits_other_threads(inner):
+            step = partial(step_here, inner, armed.local_step, bucket.parameters)
+            self._take(armed, step, bucket.parameters, gradients.values())
+            self._exchange.depart(armed.state, bucket_state)
+            return
+        step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
+        # As if they had been stepped now: if backward needs one again, autograd raises, as it does then.
+        torch.autograd.graph.increment_version(gradients)
+
+        def before() -> None:
+            computed()
+            self._take(armed, step, bucket.parameters, gradients.values())
+
+        self._exchange.depart(armed.state, bucket_state, before)
+
+    def _take(
+        self, armed: Armed, step: LocalStep, parameters: list[Tensor], gradients: Iterable[Tensor]
+    ) -> None:
+        """A local step of some parameters, if all went well so far; in whatever thread. Raises nothing."""
+        try:
+            self._look(armed, gradients)
+            if armed.nonfinite or armed.failure:  # step() raises on all workers
+                return
+            with self._exchange.statistics.phase("local_step"):
+                step()
             armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
-        self._exchange.depart(armed.state, bucket_state)
+        except Exception as failure:
+            armed.failure = failure
+
+    @staticmethod
+    def _look(armed: Armed, gradients: Iterable[Tensor]) -> None:
+        armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients])
+
+    def _settle(self, armed: Armed) -> None:
+        """Wait for the local steps in the background; raise what one of them raised."""
+        self._exchange.wait_until_encoded()
+        if armed.failure:
+            raise armed.failure
 
     # -- workers of several ranks -------------------------------------------------------------------
 
@@ -217,23 +255,8 @@ class Overlap:
             else:  # whose gradient it was is seen in the ranks' own, which stay
                 armed.nonfinite = True
             gradients = {p: p.grad for p in bucket_state.bucket.parameters if p.grad is not None}
-            armed.used |= {p: gradient._version for p, gradient in gradients.items()}
-            self._step(armed, bucket_state)
-
-
-@contextmanager
-def _only(groups: list[dict[str, Any]], parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within, the optimizer of these groups has these parameters only."""
-    wanted, whole = set(parameters), [(group, group["params"]) for group in groups]
-    for group, everything in whole:
-        group["params"] = [p for p in everything if p in wanted]
-    groups[:] = [group for group in groups if group["params"]]
-    try:
-        yield
-    finally:
-        groups[:] = [group for group, _ in whole]
-        for group, everything in whole:
-            group["params"] = everything
+            armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
+            self._depart(armed, bucket_state, gradients)
 
 
 def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -9,7 +9,7 @@ is the one that threads agree on. UNTRIED on hardware.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,15 @@ def reaches_mpi(device: torch.device) -> bool:
 def host_memory(size: int) -> Tensor:
     """So many bytes, page-locked where there is a GPU; torch keeps such memory for the next time."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+def so_far(device: torch.device) -> Callable[[], None]:
+    """To be called in another thread: its work on the device then waits for what this one has begun."""
+    if device.type != "cuda":
+        return lambda: None
+    event = cuda.Event()
+    event.record(cuda.current_stream(device))
+    return lambda: cuda.current_stream(device).wait_event(event)
 
 
 class Staging:

@@ -1,0 +1,103 @@
+"""Local steps of some of an optimizer's parameters: here, or in another thread. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torchs
+
+OWN_HOOKS = "hvd_saef.optimizer"
+"""Where hooks are from that have nothing to do in a step of ours."""
+LocalStep = Callable[[], None]
+
+
+def suits_other_threads(inner: torch.optim.Optimizer) -> bool:
+    """Whether another thread may take its steps while this one computes: torch's own, without users' hooks.
+
+    Whatever else a class of somebody's, or a hook, does in a step, it expects to do it alone.
+    """
+    hooks = (
+        inner._optimizer_step_pre_hooks,
+        inner._optimizer_step_post_hooks,
+        torchs._global_optimizer_pre_hooks,
+        torchs._global_optimizer_post_hooks,
+    )
+    return type(inner).__module__.startswith("torch.optim.") and not any(
+        getattr(hook, "__module__", None) != OWN_HOOKS for some in hooks for hook in some.values()
+    )
+
+
+def step_elsewhere(inner: torch.optim.Optimizer, parameters: Collection[Tensor]) -> LocalStep:
+    """The step of these parameters with the options of now, for another thread to take.
+
+    By a stand-in with groups of its own that shares the rest with `inner`: nobody sees its groups change.
+    The step raises RuntimeError as :func:`step_here` does.
+    """
+    stand_in = object.__new__(type(inner))
+    # Not "step": a scheduler may have put a patch of the inner step() there.
+    vars(stand_in).update({name: value for name, value in vars(inner).items() if name != "step"})
+    wanted = set(parameters)
+    parts = [group | {"params": _of(group, wanted)} for group in inner.param_groups]
+    stand_in.param_groups = [part for part in parts if part["params"]]
+
+    def step() -> None:
+        with _unchanged_options(stand_in.param_groups):
+            stand_in.step()
+
+    return step
+
+
+def step_here(inner: torch.optim.Optimizer, local_step: LocalStep, parameters: Collection[Tensor]) -> None:
+    """Take `local_step` with these parameters only in the groups of `inner`; none, if there are none.
+
+    Raises RuntimeError if it changes options, which would differ between the buckets of one step.
+    """
+    if parameters:
+        with _only(inner.param_groups, set(parameters)), _unchanged_options(inner.param_groups):
+            local_step()
+
+
+@contextmanager
+def _unchanged_options(groups: list[dict[str, Any]]) -> Iterator[None]:
+    before = [_options(group) for group in groups]
+    yield
+    for group, options in zip(groups, before, strict=True):
+        after = _options(group)
+        changed = sorted(key for key in options.keys() | after.keys() if options.get(key) != after.get(key))
+        if changed:
+            raise RuntimeError(
+                f"the optimizer's step changes {changed[0]!r} of its parameter group, and with overlap=True "
+                "it is taken once a bucket: pass overlap=False."
+            )
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What tells whether an option was changed, in place or not."""
+    return {
+        key: (id(value), value._version) if isinstance(value, Tensor) else repr(value)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _of(group: dict[str, Any], wanted: Collection[Tensor]) -> list[Tensor]:
+    return [p for p in group["params"] if p in wanted]
+
+
+@contextmanager
+def _only(groups: list[dict[str, Any]], wanted: Collection[Tensor]) -> Iterator[None]:
+    """Within, the optimizer of these groups has these parameters only."""
+    whole = [(group, group["params"]) for group in groups]
+    for group, _ in whole:
+        group["params"] = _of(group, wanted)
+    groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        groups[:] = [group for group, _ in whole]
+        for group, everything in whole:
+            group["params"] = everything
