@@ -198,8 +198,8 @@ class Overlap:
         """A bucket's look at its gradients, its local step, and off."""
         bucket, inner = bucket_state.bucket, self._inner
         if not suits_other_threads(inner):
-            step = partial(step_here, inner, armed.local_step, bucket.parameters)
-            self._take(armed, step, bucket.parameters, gradients.values())
+            here = partial(step_here, inner, armed.local_step, bucket.parameters)
+            self._take(armed, here, bucket.parameters, gradients.values())
             self._exchange.depart(armed.state, bucket_state)
             return
         step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
