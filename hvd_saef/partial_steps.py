@@ -40,11 +40,12 @@ def step_elsewhere(inner: torch.optim.Optimizer, parameters: Collection[Tensor])
     stand_in = object.__new__(type(inner))
     # Not "step": a scheduler may have put a patch of the inner step() there.
     vars(stand_in).update({name: value for name, value in vars(inner).items() if name != "step"})
-    wanted = set(parameters)
-    parts = [group | {"params": _of(group, wanted)} for group in inner.param_groups]
-    stand_in.param_groups = [part for part in parts if part["params"]]
+    now = [dict(group) for group in inner.param_groups]
 
     def step() -> None:
+        wanted = set(parameters)
+        parts = [group | {"params": _of(group, wanted)} for group in now]
+        stand_in.param_groups = [part for part in parts if part["params"]]
         with _unchanged_options(stand_in.param_groups):
             stand_in.step()
 
