@@ -13,18 +13,29 @@ import pytest
 import torch
 
 from hvd_saef import mpi, staging
-from hvd_saef.staging import Staging, reaches_mpi
+from hvd_saef.staging import Staging, reaches_mpi, so_far
 
 
 class FakeStream:
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
 
+    def wait_event(self, event: FakeEvent) -> None:  # noqa: D102
+        self.calls.append(f"{self.name} waits for an event")
+
     def wait_stream(self, other: FakeStream) -> None:  # noqa: D102
         self.calls.append(f"{self.name} waits for {other.name}")
 
     def synchronize(self) -> None:  # noqa: D102
         self.calls.append(f"{self.name} is waited for")
+
+
+class FakeEvent:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def record(self, stream: FakeStream) -> None:  # noqa: D102
+        self.calls.append(f"event in {stream.name}")
 
 
 class Cuda:
@@ -37,6 +48,9 @@ class Cuda:
     def Stream(self, device: torch.device) -> FakeStream:  # noqa: D102
         self.made += 1
         return FakeStream(f"copies {self.made}", self.calls)
+
+    def Event(self) -> FakeEvent:  # noqa: D102
+        return FakeEvent(self.calls)
 
     def current_stream(self, device: torch.device) -> FakeStream:  # noqa: D102
         return FakeStream("computation", self.calls)
@@ -98,3 +112,15 @@ def test_a_cuda_aware_mpi_is_asked_for(value: Any, reached: bool, monkeypatch: p
         monkeypatch.setenv("HVD_SAEF_CUDA_AWARE_MPI", value)
     assert reaches_mpi(torch.device("cuda", 0)) is reached
     assert reaches_mpi(torch.device("cpu"))
+
+
+def test_another_thread_waits_for_what_was_computed() -> None:
+    """Where streams are: the event is noted at once, and waited for where the call is made."""
+    with device_of_its_own() as calls:
+        wait = so_far(torch.device("cuda"))
+        assert calls == ["event in computation"]
+        wait()
+        assert calls == ["event in computation", "computation waits for an event"]
+        calls.clear()
+        so_far(torch.device("cpu"))()
+        assert not calls
