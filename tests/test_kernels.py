@@ -1,4 +1,4 @@
-"""The kernels load, or the twins stand in and say so once; all_finite."""
+"""The kernels load, or the twins stand in and say so once; numbers that are too large."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,41 +20,80 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = [float("inf"), -float("inf"), float("nan")]
 
 
+@pytest.fixture(params=[*(kernels.native.instruction_sets() if kernels.native else []), "twins"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way there is to compute here."""
+    if request.param == "twins":
+        monkeypatch.setattr(kernels, "native", None)
+        monkeypatch.setattr(kernels, "_reason", "")  # no accident: no warning
+        yield request.param
+    else:
+        before = kernels.native.set_instruction_set(request.param)
+        yield request.param
+        kernels.native.set_instruction_set(before)
+
+
+def root(dtype: torch.dtype) -> float:
+    """The largest number whose square is finite in float32, or in float64 for that; by bisection."""
+    wide = torch.promote_types(dtype, torch.float32)
+    fits, does_not = 1.0, torch.finfo(wide).max
+    while (middle := float(torch.tensor((fits + does_not) / 2, dtype=wide))) not in (fits, does_not):
+        square = torch.tensor(middle, dtype=wide).square()
+        fits, does_not = (middle, does_not) if square.isfinite() else (fits, middle)
+    return fits
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 15, 33, 16383, 16385, 70000])
-def test_one_bad_element(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("size", [1, 15, 33, 65535, 65537, 140000])
+def test_one_number_too_many(way: str, dtype: torch.dtype, size: int) -> None:
     largest = torch.finfo(dtype).max
-    good = torch.full((size,), largest, dtype=dtype)  # whose sum overflows
-    good[::2] = -largest
-    assert kernels.all_finite([good, good])
-    for place in {0, size // 2, size - 1}:
-        for value in BAD:
-            tensor = good.clone()
-            tensor[place] = value
-            assert not kernels.all_finite([good, tensor])
-            assert not kernels.all_finite([tensor, good])
+    for fits, most in ((kernels.all_finite, largest), (kernels.squares_fit, root(dtype))):
+        most = min(most, largest)
+        good = torch.full((size,), most, dtype=dtype)  # their sum overflows, and so does their norm
+        if float(good[0]) > most:  # rounded to few bits
+            good = torch.nextafter(good, torch.zeros_like(good))
+        good[::2] *= -1
+        above = torch.nextafter(good[:1].abs(), torch.full((1,), torch.inf, dtype=dtype)).item()
+        assert fits([good, good, torch.zeros(0, dtype=dtype)])
+        for place in {0, size // 2, size - 1}:
+            for value in [*BAD, above, -above]:
+                wrong = good.clone()
+                wrong[place] = value
+                assert not fits([good, wrong]), (value, place)
+                assert not fits([wrong, good]), (value, place)
 
 
-def test_any_strides_and_dtypes() -> None:
+def test_any_strides_and_dtypes(way: str) -> None:
     big = torch.ones(8, 6, 4, 4)
     parts = [
         big.to(memory_format=torch.channels_last),
         big[:, 1:5],
         big[0].mT,
         torch.ones(()),
+        torch.ones(1).expand(7),
         torch.empty(0),
     ]
     double = torch.ones(3, dtype=torch.complex64)  # a dtype that no kernel knows
-    assert kernels.all_finite([])
-    assert kernels.all_finite(parts)
-    for i in range(len(parts) - 1):
-        broken = [part.clone() for part in parts]
-        broken[i].view(-1)[-1:].fill_(torch.nan) if broken[i].is_contiguous() else broken[i].fill_(torch.nan)
-        assert not kernels.all_finite(broken)
-    assert kernels.all_finite([torch.nn.Parameter(big)])
+    for fits in (kernels.all_finite, kernels.squares_fit):
+        assert fits([])
+        assert fits(parts)
+        for i in range(len(parts) - 1):
+            broken = [part.clone() for part in parts]
+            contiguous = broken[i].is_contiguous()
+            broken[i].view(-1)[-1:].fill_(torch.nan) if contiguous else broken[i].fill_(torch.nan)
+            assert not fits(broken)
+        assert fits([torch.nn.Parameter(big)])
+        assert fits([double.real, torch.ones(2), torch.ones(2, dtype=torch.float64)])
     big[:, 0] = torch.inf  # outside what the part shows
     assert kernels.all_finite([parts[1]])
-    assert kernels.all_finite([double.real, torch.ones(2)])
+
+
+def test_what_no_kernel_takes() -> None:
+    if kernels.native is None:
+        pytest.skip("the kernels are not built")
+    for tensors in ([torch.ones(2), torch.ones(2, dtype=torch.float64)], [torch.ones(2, dtype=torch.int32)]):
+        with pytest.raises(ValueError, match=r"float32|one dtype"):
+            kernels.native.at_most(tensors, 1.0)
 
 
 def test_an_unknown_instruction_set() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the largest block")
 WORKERS = [1, 2, 4]
 
 
+SEEDING = threading.Lock()
+"""Workers that are threads share torch's random state."""
+
+
 def seeded(model: nn.Module) -> nn.Module:
     """The same numbers on every worker and in every twin."""
     generator = torch.Generator().manual_seed(5)
@@ -31,7 +36,7 @@ def seeded(model: nn.Module) -> nn.Module:
 def normed(norm: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """A network whose first layer is parametrized."""
     model = network()
-    with torch.random.fork_rng():
+    with SEEDING, torch.random.fork_rng():
         torch.manual_seed(0)  # spectral norm's vectors
         norm(model.get_submodule("0"))  # type: ignore[arg-type]
     return model

@@ -3,7 +3,6 @@
 Each loop is there twice: as a kernel in C++ (`csrc`, built into `_native` by setup.py), which makes one
 pass over memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the
 same bits on any device. `native` is the kernels' module, or None: then all is done by the twins, slower.
-Only :func:`all_finite` has no kernel: torch does it as fast as memory can be read.
 
 The environment variable HVD_SAEF_KERNELS=twins sets the kernels aside. Where they were not built, or do
 not load, the first use warns once and says how to build them.
@@ -14,13 +13,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hvd_saef.kernels.twins import all_finite, l1_norms, pack_signs, squares_fit, top_k, unpack_signs
+from hvd_saef.kernels import twins
+from hvd_saef.kernels.twins import l1_norms, pack_signs, top_k, unpack_signs
 
 _REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
 if _REQUESTED not in ("", "twins"):
@@ -53,6 +54,33 @@ def native_for(flat: Tensor) -> ModuleType | None:
     """The kernels, if this memory is for them: float32 or float64 on the CPU."""
     usable = flat.is_cpu and flat.dtype in (torch.float32, torch.float64) and available()
     return native if usable else None
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices."""
+    return _magnitudes(tensors, twins.largest, twins.all_finite)
+
+
+def squares_fit(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is NaN, infinite, or so large that its square is. Any devices.
+
+    Squares as float32, or float64 for that: what Adam keeps of gradients, and far from where sums of
+    some numbers overflow.
+    """
+    return _magnitudes(tensors, twins.largest_root, twins.squares_fit)
+
+
+def _magnitudes(
+    tensors: Sequence[Tensor],
+    limit: Callable[[torch.dtype], float],
+    twin: Callable[[Sequence[Tensor]], bool],
+) -> bool:
+    """Whether all elements are at most the limit of their dtype: by the kernel or the twin."""
+    for_kernel: dict[torch.dtype, list[Tensor]] = {}
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        (rest if native_for(tensor) is None else for_kernel.setdefault(tensor.dtype, [])).append(tensor)
+    return all(native.at_most(some, limit(dtype)) for dtype, some in for_kernel.items()) and twin(rest)
 
 
 @functools.cache

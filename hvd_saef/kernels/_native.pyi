@@ -16,6 +16,12 @@ def instruction_sets() -> list[str]:
 def set_instruction_set(name: str) -> str:
     """For tests: use this one from now on. Returns the one used so far."""
 
+def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
+    """Whether no element is larger than `limit`, below minus it, or NaN.
+
+    These tensors are of one dtype, and of any shape and strides.
+    """
+
 def topk_encode(
     delta: Tensor,
     runs: Tensor,

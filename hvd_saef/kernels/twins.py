@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +68,7 @@ def top_k(rows: Tensor, k: int) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices.
+    """Whether no element of any tensor is infinite or NaN.
 
     One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again.
     """
@@ -78,20 +78,32 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def squares_fit(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is NaN, infinite, or so large that its square is. Any devices.
+def largest(dtype: torch.dtype) -> float:
+    """The largest finite number."""
+    return torch.finfo(dtype).max
 
-    Squares as float32, or float64 for that: what Adam keeps of gradients, and far from where sums of
-    some numbers overflow. One pass: a norm that is too large may be of many elements, so look again.
+
+@functools.cache
+def largest_root(dtype: torch.dtype) -> float:
+    """The largest number whose square, as float32 or float64 for that, is finite."""
+    return float(torch.tensor(torch.finfo(_wide(dtype)).max, dtype=_wide(dtype)).sqrt())
+
+
+def squares_fit(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is NaN, infinite, or so large that its square is.
+
+    One pass: a norm that is too large may be of many elements, so look again.
     """
-    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
-    limits = [math.sqrt(torch.finfo(dtype).max) for dtype in wide]
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
-        most = min(limits, default=0.0)
-        if not norms or bool((torch.stack([n.double().to(norms[0].device) for n in norms]) <= most).all()):
+        norms = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype)).double() for tensor in tensors]
+        most = min((largest_root(tensor.dtype) for tensor in tensors), default=0.0)
+        if not norms or bool((torch.stack([norm.to(norms[0].device) for norm in norms]) <= most).all()):
             return True
         return all(
-            bool((tensor.to(dtype).abs() <= limit).all())
-            for tensor, dtype, limit in zip(tensors, wide, limits, strict=True)
+            bool((tensor.to(_wide(tensor.dtype)).abs() <= largest_root(tensor.dtype)).all())
+            for tensor in tensors
         )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "common.h"
+#include "magnitudes.h"
 #include "sign.h"
 #include "topk.h"
 
@@ -53,6 +54,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("instruction_sets", &instruction_sets);
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
+  m.def("at_most", &at_most, py::arg("tensors"), py::arg("limit"), released);
   m.def("topk_encode", &topk_encode, py::arg("delta"), py::arg("runs"), py::arg("payload"), py::arg("value_dtype"),
         py::arg("x") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0., py::arg("beta") = 0.,
         py::arg("points") = no_tensors, py::arg("payloads") = no_tensors, py::arg("weight") = 0., released);
