@@ -164,16 +164,16 @@ FIGURES: dict[str, tuple[tuple[Panel, ...], ...]] = {
 }
 
 
-def draw(panel: Panel, axes: Any, runs: Runs, colors: dict[str, str]) -> None:
-    """The panel's lines, of the methods that there are runs of; `colors` by method, filled as they come."""
-    for method in panel.methods:
+def draw(panel: Panel, axes: Any, runs: Runs) -> None:
+    """The panel's lines, of the methods that there are runs of, each in the color of its place."""
+    for place, method in enumerate(panel.methods):
         epochs = runs.get((panel.task, method), {})
         if not epochs:
             continue
         drawn: list[tuple[Measure, dict[str, Any]]] = [(panel.y, {"label": method})]
         if panel.dashed:
             drawn.append((panel.dashed, {"linestyle": "--"}))
-        color = colors.setdefault(method, f"C{len(colors)}")
+        color = f"C{place}"
         for y, style in drawn:
             points = [(x_of(panel, rows, epoch), values(rows, y)) for epoch, rows in epochs.items()]
             points = [(x, group) for x, group in points if group]
@@ -218,9 +218,8 @@ def draw_figure(name: str, runs: Runs, folder: Path) -> Path:
         len(grid), len(grid[0]), figsize=(4.2 * len(grid[0]), 3.3 * len(grid)), squeeze=False
     )
     for panels, line in zip(grid, all_axes, strict=True):
-        colors: dict[str, str] = {}  # there are ten
         for panel, axes in zip(panels, line, strict=True):
-            draw(panel, axes, runs, colors)
+            draw(panel, axes, runs)
     figure.tight_layout()
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=110)

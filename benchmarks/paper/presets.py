@@ -188,7 +188,7 @@ ADAM = (
     "GradientEF-SignAdamW-SC",
     "GradientEF-SignAdamW-SC rate=0.25",
 )
-"""The task's rate is about full precision's best; the others' best is what the rates show."""
+"""With rates around the task's: what suits full precision need not suit the others."""
 
 PRESETS = {
     preset.name: preset
