@@ -171,6 +171,8 @@ def test_sums_in_float16_do_not_overflow_and_nothing_is_lost(value: float, worke
             parameter.grad = torch.full((8,), value)
             optimizer.step()
         state = optimizer.state_dict()["hvd_saef"]
+        served = [piece["values"] for piece in state["server_errors"].values()]
+        assert all(bool(values.isfinite().all()) for values in served)  # C would send what fits of infinity
         return state["x"]["noname.0.0"], state["errors"]["noname.0.0"]
 
     results = together(workers, fn)
