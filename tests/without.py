@@ -1,6 +1,6 @@
 """Protections taken away one by one, to see that a test fails without each.
 
-python -m tests.without [--only WORD] [--out docs/without]
+python -m tests.without [--only WORD] [--out docs/reliability-without]
 
 For every row of PROTECTIONS its tests are run twice: as they are, when all must pass, and in processes (MPI
 ranks among them) that lack the protection, when each must fail. What each then said is written into a table.
@@ -466,7 +466,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="rows with this in their name; what others gave stays")
-    parser.add_argument("--out", type=Path, default=Path("docs/without"))
+    parser.add_argument("--out", type=Path, default=Path("docs/reliability-without"))
     args = parser.parse_args()
     found = read(args.out) if args.only else {}
     for name in tqdm([name for name in PROTECTIONS if args.only in name], desc="protections"):
