@@ -190,6 +190,15 @@ def test_imagenet_preset(tmp_path: Path) -> None:
         data.image_folder(tmp_path / "train")
 
 
+def test_feedback_on_gradients_goes_on(tmp_path: Path) -> None:
+    """Each worker's errors are in its checkpoint."""
+    digits = next(PRESETS["digits"].pieces()).task
+    piece = Piece(replace(digits, epochs=2, evaluated=32), parse("GradientEF-SignSGDM-SC"), 0)
+    train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    rows = train(piece, tmp_path, tmp_path / "checkpoint", 1)
+    assert rows == train(piece, tmp_path, tmp_path / "uninterrupted", 2)
+
+
 def test_wrong_number_of_workers() -> None:
     piece = next(PRESETS["digits"].pieces())
     with pytest.raises(ValueError, match="4 workers are wanted, 2 run"):
