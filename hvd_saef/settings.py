@@ -43,7 +43,7 @@ class Settings:
     """Elements a block has at most. Smaller means more scales to send and a better fit. None is a tensor."""
     server: Server = "auto"
     """Where the server of DC runs: on every worker ("replicated") or cut between them ("sharded")."""
-    bucket_bytes: int = 8 * MEBIBYTE
+    bucket_bytes: int = 32 * MEBIBYTE
     """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
     overlap: bool = False
     """Step and send each bucket as soon as backward has its gradients. Nothing may change them after that."""
