@@ -230,7 +230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=runs / "cluster", help="the folder with cluster.py's CSVs"
     )
-    parser.add_argument("--unseen-hosts", nargs="*", type=int, default=[4], help="not fitted on, but checked")
+    parser.add_argument("--unseen-hosts", nargs="*", type=int, default=[8], help="not fitted on, but checked")
     parser.add_argument("--unseen-rates", nargs="*", default=["10gbit"], help="not fitted on, but checked")
     parser.add_argument("--compute", type=float, help="seconds, for predictions; as measured if not given")
     parser.add_argument("--out", type=Path, default=runs / "scaling", help="folder for results")
