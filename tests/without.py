@@ -417,7 +417,7 @@ def _outcome(case: ElementTree.Element) -> str:
 
 def _said(child: ElementTree.Element) -> str:
     """Its first words; of a job that hung, how long it was waited for."""
-    words = " ".join((child.get("message") or "").split())
+    words = " ".join((child.get("message") or "").replace(f"{ROOT}/", "").split())
     hung = re.search(r"timed out after ([0-9.]+) seconds", words)
     return f"the job hung, and was ended after {float(hung[1]):.0f} s" if hung else words[:WORDS]
 
