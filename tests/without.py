@@ -415,9 +415,13 @@ def _outcome(case: ElementTree.Element) -> str:
     return "passes"
 
 
+HERE = f"{Path(__file__).resolve().parents[1]}/"
+"""Where the repository is: no message has to say it."""
+
+
 def _said(child: ElementTree.Element) -> str:
     """Its first words; of a job that hung, how long it was waited for."""
-    words = " ".join((child.get("message") or "").replace(f"{ROOT}/", "").split())
+    words = " ".join((child.get("message") or "").replace(HERE, "").split())
     hung = re.search(r"timed out after ([0-9.]+) seconds", words)
     return f"the job hung, and was ended after {float(hung[1]):.0f} s" if hung else words[:WORDS]
 
