@@ -268,7 +268,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 def test_interrupted(tmp_path: Path) -> None:
     """Ctrl-C ends the runs side by side, and no others begin."""
     command = [*COMMAND[:-5], "--seeds", "0", "1", "--at-once", "2", "--out", str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     while len(list(tmp_path.glob("digits/*.csv"))) < 2 and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
