@@ -166,7 +166,7 @@ def test_the_benchmark(tmp_path: Path) -> None:
     job = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert job.returncode == 0, job.stderr
     lines = (tmp_path / "kernels.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 8
+    assert len(lines) == 1 + 2 * 9
     assert (tmp_path / "kernels.png").stat().st_size
     job = subprocess.run([*command[:2], "--layouts", "none"], capture_output=True, text=True, timeout=300)
     assert job.returncode == 2
