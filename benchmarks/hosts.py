@@ -236,9 +236,12 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
     def mpirun(self, command: Sequence[str], ranks: int = 1) -> list[str]:
         """How mpirun starts `command` with `ranks` ranks on each host; to be given to :meth:`run`.
 
-        Open MPI 4 and 5, whichever is on the PATH.
+        Open MPI 4 and 5, whichever is beside this Python or on the PATH. Raises HostsError if there is none.
         """
-        version = _do("mpirun", "--version")
+        launcher = shutil.which("mpirun", path=ENVIRONMENT["PATH"])
+        if launcher is None:
+            raise HostsError("no mpirun beside this Python or on the PATH: load its module.")
+        version = _do(launcher, "--version")
         major = re.search(r"\(Open MPI\) (\d+)\.", version)
         if not major:
             raise HostsError(f"only Open MPI 4 and 5 are known here, not {version.splitlines()[0]!r}.")
@@ -253,7 +256,7 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
         network += ["--mca", "btl_tcp_if_include", INTERFACE]
         slots = ",".join(f"{address}:{ranks}" for address in self.addresses)
         start += ["--allow-run-as-root", "--bind-to", "none", "-H", slots, "-np", str(ranks * self.number)]
-        return ["mpirun", *start, *network, *command]
+        return [launcher, *start, *network, *command]
 
     def run(
         self,

@@ -114,6 +114,19 @@ def test_what_a_killed_run_left_is_cleaned() -> None:
     assert not list(Path(tempfile.gettempdir()).glob(f"{PREFIX}{killed.pid}-*"))
 
 
+@needs_hosts
+def test_mpirun_is_found_without_an_activated_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside this Python, as everything else that `make setup` installs; and nowhere is said so."""
+    beside = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+    with Hosts(1) as hosts:
+        monkeypatch.setitem(module.ENVIRONMENT, "PATH", f"{beside}:{os.environ['PATH']}")
+        assert hosts.run(hosts.mpirun(["true"]), 60) == 0
+        monkeypatch.setitem(module.ENVIRONMENT, "PATH", "")
+        with pytest.raises(HostsError, match="no mpirun"):
+            hosts.mpirun(["true"])
+
+
 def test_rates() -> None:
     assert bits_per_second("100mbit") == 1e8
     assert bits_per_second("2.5gbit") == 2.5e9

@@ -15,9 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -91,39 +91,35 @@ def cut_link(ranks: int) -> tuple[str, float]:
     Returns what was said, and the seconds from the cut until the first host's ranks had given up. The
     launcher is ended then: it would wait for the daemon of a host that does not answer.
     """
-    with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name:
+    with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as thread:
         folder, output = Path(name), Path(name, "said")
-        output.touch()
-        took: list[float] = []
-
-        def cut() -> None:
-            _wait_for((folder / "fault").exists)
-            switch = hosts.namespace("switch")
-            subprocess.run(["ip", "-n", switch, "link", "set", "to-h1", "down"], check=True)
-            start = time.monotonic()
-            _wait_for(lambda: "ends the job." in output.read_text())
-            took.append(time.monotonic() - start)
-            time.sleep(GRACE)
-            hosts.end("h0")
-
-        cutter = threading.Thread(target=cut)
-        cutter.start()
+        command = hosts.mpirun(victim("cut", folder), ranks // 2)
+        environment = PATIENCE | {"PYTHONPATH": str(ROOT)}
+        took = math.nan
         with open(output, "w") as said:
-            hosts.run(
-                hosts.mpirun(victim("cut", folder), ranks // 2),
-                TIMEOUT,
-                output=said,
-                environment=PATIENCE | {"PYTHONPATH": str(ROOT)},
-            )
-        cutter.join()
-        return output.read_text(), took[0] if took else math.nan
+            job = thread.submit(hosts.run, command, TIMEOUT, output=said, environment=environment)
+            try:
+                if _wait_for((folder / "fault").exists, job):
+                    switch = hosts.namespace("switch")
+                    subprocess.run(["ip", "-n", switch, "link", "set", "to-h1", "down"], check=True)
+                    start = time.monotonic()
+                    if _wait_for(lambda: "ends the job." in output.read_text(), job):
+                        took = time.monotonic() - start
+                        time.sleep(GRACE)
+            finally:
+                hosts.end("h0")
+            job.result()
+        return output.read_text(), took
 
 
-def _wait_for(done: Callable[[], bool]) -> None:
-    """Until it is, or TIMEOUT is over."""
+def _wait_for(happened: Callable[[], bool], job: Future[int]) -> bool:
+    """Whether it did before the job was over, and TIMEOUT."""
     deadline = time.monotonic() + TIMEOUT
-    while not done() and time.monotonic() < deadline:
+    while not happened():
+        if job.done() or time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def cut_links(ranks: int, repeat: int) -> Row:
