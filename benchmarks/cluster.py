@@ -143,7 +143,7 @@ def main() -> int:
                 log = files[rate, number].with_suffix(".log")
                 bar.write(f"{rate}, {number} hosts: failed, see {log}")
         missing = []
-    pieces = [read(files[piece]) for piece in wanted if files[piece].exists()]
+    pieces = [read(path) for path in args.out.glob(f"{args.model}-*-*.csv")]
     if pieces:
         report(pieces, args.out, sum(map(math.prod, SHAPES[args.model]())))
     return 1 if failed or missing else 0
