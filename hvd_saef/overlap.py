@@ -32,7 +32,7 @@ from hvd_saef.gradients import (
 )
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
-from hvd_saef.partial_steps import LocalStep, step_elsewhere, step_here, suits_other_threads
+from hvd_saef.partial_steps import LocalStep, StepCode, step_elsewhere, step_here
 from hvd_saef.staging import so_far
 from hvd_saef.state import BucketState, State
 
@@ -67,6 +67,7 @@ class Overlap:
         self._exchange = exchange
         self._modes = modes
         self._inner = inner
+        self._step_code = StepCode(inner)
         self._armed: Armed | None = None
         self._handles: dict[Tensor, Any] = {}
         weakref.finalize(self, _remove, self._handles)
@@ -197,7 +198,7 @@ class Overlap:
     def _depart(self, armed: Armed, bucket_state: BucketState, gradients: dict[Tensor, Tensor]) -> None:
         """A bucket's look at its gradients, its local step, and off."""
         bucket, inner = bucket_state.bucket, self._inner
-        if not suits_other_threads(inner):
+        if not self._step_code.suits_other_threads():
             here = partial(step_here, inner, armed.local_step, bucket.parameters)
             self._take(armed, here, bucket.parameters, gradients.values())
             self._exchange.depart(armed.state, bucket_state)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torchs
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-OWN_HOOKS = "hvd_saef.optimizer"
-"""Where hooks are from that have nothing to do in a step of ours."""
+PACKAGE = "hvd_saef."
+"""Hooks from here have nothing to do in a step of ours."""
+
 LocalStep = Callable[[], None]
 
 
-def suits_other_threads(inner: torch.optim.Optimizer) -> bool:
-    """Whether another thread may take its steps while this one computes: torch's own, without users' hooks.
+class StepCode:
+    """Whose code an optimizer's step calls, which decides where it may be called."""
 
-    Whatever else a class of somebody's, or a hook, does in a step, it expects to do it alone.
-    """
-    hooks = (
-        inner._optimizer_step_pre_hooks,
-        inner._optimizer_step_post_hooks,
-        torchs._global_optimizer_pre_hooks,
-        torchs._global_optimizer_post_hooks,
-    )
-    return type(inner).__module__.startswith("torch.optim.") and not any(
-        getattr(hook, "__module__", None) != OWN_HOOKS for some in hooks for hook in some.values()
-    )
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._torchs = type(inner).__module__.startswith("torch.optim.")
+        # A hook's handle knows the others: there is no other public way to ask for them.
+        own = inner.register_step_pre_hook(_nothing), inner.register_step_post_hook(_nothing)
+        self._handles = *own, *_for_all_optimizers()
+        weakref.finalize(self, _remove, own)
+
+    def suits_other_threads(self) -> bool:
+        """Whether another thread may take steps while this one computes: torch's own, without users' hooks.
+
+        Whatever else a class of somebody's, or a hook, does in a step, it expects to do it alone.
+        """
+        hooks = [hook for handle in self._handles for hook in (handle.hooks_dict_ref() or {}).values()]
+        ours = ((getattr(hook, "__module__", None) or "").startswith(PACKAGE) for hook in hooks)
+        return self._torchs and all(ours)
+
+
+@cache
+def _for_all_optimizers() -> Sequence[RemovableHandle]:
+    return register_optimizer_step_pre_hook(_nothing), register_optimizer_step_post_hook(_nothing)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def step_elsewhere(inner: torch.optim.Optimizer, parameters: Collection[Tensor]) -> LocalStep:
