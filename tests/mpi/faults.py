@@ -150,7 +150,7 @@ def everything(kills: int, repeat: int) -> dict[tuple[str, int], Callable[[], Ro
     todo: dict[tuple[str, int], Callable[[], Row]] = {}
     todo[KILLED_THREADS, 2] = partial(killed_savers, KILLED_THREADS, kills, 2)
     for ranks in (2, 4):
-        todo[KILLED_RANK, ranks] = partial(killed_savers, KILLED_RANK, max(1, kills // 20), ranks)
+        todo[KILLED_RANK, ranks] = partial(killed_savers, KILLED_RANK, max(1, kills // 2), ranks)
     for ranks in (2, 4):
         if why_not() is None:
             todo[CUT, ranks] = partial(cut_links, ranks, repeat)
