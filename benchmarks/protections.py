@@ -82,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="resnet50", choices=SHAPES)
     parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="to take away one by one"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
@@ -107,7 +110,7 @@ def main() -> None:
         return took
 
     turn()
-    turns: dict[str, list[str]] = {"all": [], "none": list(PARTS)} | {part: [part] for part in PARTS}
+    turns: dict[str, list[str]] = {"all": [], "none": list(PARTS)} | {part: [part] for part in args.parts}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(args.rounds):
         order = list(turns)[number % len(turns) :] + list(turns)[: number % len(turns)]
@@ -122,7 +125,7 @@ def main() -> None:
             f"add {middle:.1%} ({low:.1%} to {high:.1%}), {lacking(seconds, 'none'):.1f} ms a step of "
             f"{statistics.median(seconds['none']):.3f} s"
         )
-        for part in PARTS:
+        for part in args.parts:
             print(f"  {part:34}{lacking(seconds, part):6.1f} ms")
 
 
