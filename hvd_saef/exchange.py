@@ -8,28 +8,27 @@ serves and takes the answers down, each one bucket after the other. With overlap
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef import algorithm
+from hvd_saef.buffers import Buffers
 from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.compression import BlockedTensor, Compression, Fused, Memory
+from hvd_saef.node_means import NodeMeans
 from hvd_saef.settings import Settings
 from hvd_saef.state import BucketState, State, cut_stretches
 from hvd_saef.statistics import Statistics, ring_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ALIGNMENT = 64
-"""Bytes: what any dtype and a line of the cache want."""
 BOTH_WAYS = (Channel.UP, Channel.DOWN)
-LANES = 3
+AT_A_TIME = 3
 """Buckets under way at a time: one encoded, one on the wire, one decoded."""
 
 
@@ -45,21 +44,6 @@ class Here(Executor):
 HERE = Here()
 
 
-class Lane:
-    """Buffers for one trip after the other, which grow to what the largest needs and stay."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
-
-    def pieces(self, name: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Pieces of so many bytes in one buffer, uninitialized and aligned, until this lane's next trip."""
-        starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        buffer = self._buffers.get((name, device))
-        if buffer is None or buffer.numel() < starts[-1]:
-            buffer = self._buffers[name, device] = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-        return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-
-
 @dataclass
 class Trip:
     """One bucket's payloads on their way."""
@@ -73,7 +57,7 @@ class Trip:
     """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
     served: BlockedTensor | None
     """The s that this worker serves (DC)."""
-    lane: Lane
+    buffers: Buffers
     what: str
     """Its bucket and round, for messages."""
     sent: list[Tensor] = field(default_factory=list)
@@ -95,7 +79,8 @@ class Exchange:
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
-        self._idle = [Lane() for _ in range(LANES)]
+        self.means = NodeMeans(communicator, statistics)
+        self._idle = [Buffers() for _ in range(AT_A_TIME)]
         self._under_way: deque[Trip] = deque()
         self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef encoding {communicator.rank}")
         """Waits for no other worker, so that this one may wait for it at any time."""
@@ -229,7 +214,7 @@ class Exchange:
         while self._under_way:
             trip = self._under_way.popleft()
             trip.arrived.result()
-            self._idle.append(trip.lane)
+            self._idle.append(trip.buffers)
 
     def _prepare(self, state: BucketState, rounds: int) -> Trip:
         bucket, settings = state.bucket, self.settings
@@ -240,7 +225,7 @@ class Exchange:
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
-        lane = self._idle.pop() if self._idle else Lane()
+        buffers = self._idle.pop() if self._idle else Buffers()
         memories = state.memories(parts, settings.alpha, settings.beta)
         served = None
         if state.s is not None and not warmup:
@@ -252,9 +237,9 @@ class Exchange:
             memories=memories,
             wire=wire,
             served=served,
-            lane=lane,
+            buffers=buffers,
             what=f"bucket {bucket.index}, round {rounds + 1}",
-            sent=lane.pieces("sent", sizes, bucket.device),
+            sent=buffers.pieces("sent", sizes, bucket.device),
         )
 
     def _take_down(self, state: State) -> None:
@@ -264,7 +249,7 @@ class Exchange:
             self._land(state, trip)
         else:
             trip.landed.result()
-        self._idle.append(trip.lane)
+        self._idle.append(trip.buffers)
         self._count(trip)
 
     @torch.no_grad()
@@ -320,7 +305,7 @@ class Exchange:
             communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
             return trip.sent
         size = trip.sent[state.mine].numel()
-        payloads = trip.lane.pieces("incoming", communicator.workers * [size], state.bucket.device)
+        payloads = trip.buffers.pieces("incoming", communicator.workers * [size], state.bucket.device)
         if state.sharded:
             communicator.alltoall(trip.sent, payloads)
         else:
@@ -334,13 +319,13 @@ class Exchange:
         if trip.served is None:
             return [payloads]
         state, device = trip.state, trip.state.bucket.device
-        (answer,) = trip.lane.pieces("answer", [trip.sent[state.mine].numel()], device)
+        (answer,) = trip.buffers.pieces("answer", [trip.sent[state.mine].numel()], device)
         weights = [1.0] if trip.wire else self.communicator.weights  # what was averaged is one payload
         trip.rows.serve(payloads, weights, trip.served, answer)
         if len(trip.sent) == 1:
             return [[answer]]
         self.communicator.doing[Channel.DOWN] = trip.what
-        answers = trip.lane.pieces("answers", [piece.numel() for piece in trip.sent], device)
+        answers = trip.buffers.pieces("answers", [piece.numel() for piece in trip.sent], device)
         self.communicator.allgather(answer, answers, Channel.DOWN)
         return [[answer] for answer in answers]
 

@@ -23,15 +23,14 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.exchange import Exchange
 from hvd_saef.gradients import (
-    NodeMean,
     prepare_sparse,
     sparse_refused,
     takes_sparse_only,
-    unpack,
     values,
 )
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
+from hvd_saef.node_means import NodeMean
 from hvd_saef.partial_steps import LocalStep, StepCode, step_elsewhere, step_here
 from hvd_saef.staging import so_far
 from hvd_saef.state import BucketState, State
@@ -241,8 +240,7 @@ class Overlap:
 
     def _mean(self, bucket_state: BucketState) -> tuple[BucketState, NodeMean]:
         """Begin to average a bucket's gradients over the worker's ranks."""
-        exchange = self._exchange
-        return bucket_state, NodeMean.begin(exchange.communicator, exchange.statistics, [bucket_state.bucket])
+        return bucket_state, self._exchange.means.begin([bucket_state.bucket])
 
     def _take_means(self, armed: Armed, wait: bool = False) -> None:
         """The local steps of the buckets whose mean is there, in their order; or of all."""
@@ -252,7 +250,7 @@ class Overlap:
             with self._exchange.statistics.phase("node"):
                 mean.done.result()
             if kernels.all_finite(list(mean.flats)):
-                unpack(bucket_state.bucket, mean.flats[0], as_sparse)
+                self._exchange.means.take(mean, as_sparse)
             else:  # whose gradient it was is seen in the ranks' own, which stay
                 armed.nonfinite = True
             gradients = {p: p.grad for p in bucket_state.bucket.parameters if p.grad is not None}

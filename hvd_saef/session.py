@@ -17,7 +17,6 @@ from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
 from hvd_saef.gradients import (
     average_gradients,
-    average_on_node,
     takes_sparse_only,
 )
 from hvd_saef.guard import Guard
@@ -316,9 +315,7 @@ class Session:
         """Average the gradients that are averaged: over the worker's ranks, over all workers. Collective."""
         as_sparse = takes_sparse_only(self.inner)
         if self.communicator.node.size > 1:
-            average_on_node(
-                self.communicator, self.statistics, self.layout, as_sparse, apart=self.settings.overlap
-            )
+            self.exchange.means.average(self.layout, as_sparse, apart=self.settings.overlap)
         if self.averages_gradients:
             average_gradients(self.communicator, self.statistics, self.layout, as_sparse)
 
