@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.pages import fill, table
 from hvd_saef.plan import Constants, Job, Method, methods, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "nodes.md"
 WIRE = ROOT / "benchmarks" / "results" / "nodes" / "wire.json"
-BEGIN, END = "<!-- benchmarks.nodes_model: begin -->", "<!-- benchmarks.nodes_model: end -->"
 PARAMETERS, TENSORS = 25_600_000, 160
 RANKS, A_NODE, INSIDE, COMPUTE = 64, 8, 200e9, 0.12
 BANDWIDTHS = (1e9, 1e10, 1e11)
@@ -29,20 +29,20 @@ def job(bandwidth: float) -> Job:
     return Job(TENSORS * (PARAMETERS // TENSORS,), RANKS, bandwidth, COMPUTE, A_NODE, INSIDE)
 
 
-def table() -> str:
+def prediction() -> str:
     """Seconds of a step with the wire alone, and in brackets with the package's constants."""
     wire, fitted = Constants.load(WIRE), Constants.load()
     heads = ["", "MB that a node sends", *(f"{bandwidth / 1e9:g} Gbit/s" for bandwidth in BANDWIDTHS)]
-    lines = [_row(heads), _row(len(heads) * ["---"])]
     jobs = [job(bandwidth) for bandwidth in BANDWIDTHS]
 
     def cell(method: Method, where: Job) -> str:
         return f"{predict(method, where, wire):.3f} ({predict(method, where, fitted):.3f})"
 
-    for method in methods(jobs[0]):
-        if method.name.removesuffix(", node") in SHOWN:
-            sent = f"{method.bytes_between_nodes(jobs[0]) / 1e6:.1f}"
-            lines.append(_row([method.name, sent, *(cell(method, where) for where in jobs)]))
+    def row(method: Method) -> list[str]:
+        sent = f"{method.bytes_between_nodes(jobs[0]) / 1e6:.1f}"
+        return [method.name, sent, *(cell(method, where) for where in jobs)]
+
+    shown = [method for method in methods(jobs[0]) if method.name.removesuffix(", node") in SHOWN]
     return "\n".join(
         [
             f"MODEL, not a measurement: seconds of a step of {PARAMETERS / 1e6:g} M parameters with {RANKS}",
@@ -50,13 +50,9 @@ def table() -> str:
             "by what links between nodes send: the wire alone; in brackets with the constants that come with",
             f"the package, fitted on {fitted.source}.",
             "",
-            *lines,
+            table(heads, map(row, shown)),
         ]
     )
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -66,11 +62,10 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="put it into docs/nodes.md")
     args = parser.parse_args()
-    text = table()
+    text = prediction()
     print(text)
     if args.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        fill(PAGE, "benchmarks.nodes_model", text)
     return 0
 
 
