@@ -31,7 +31,7 @@ from hvd_saef.gradients import (
 from hvd_saef.layout import takes_part
 from hvd_saef.modes import Modes
 from hvd_saef.node_means import NodeMean
-from hvd_saef.partial_steps import LocalStep, StepCode, step_elsewhere, step_here
+from hvd_saef.partial_steps import LocalStep, StepCode, remove_hooks, step_elsewhere, step_here
 from hvd_saef.staging import so_far
 from hvd_saef.state import BucketState, State
 
@@ -69,7 +69,7 @@ class Overlap:
         self._step_code = StepCode(inner)
         self._armed: Armed | None = None
         self._handles: dict[Tensor, Any] = {}
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, remove_hooks, self._handles.values())
 
     @property
     def under_way(self) -> bool:
@@ -268,8 +268,3 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
             alive(parameter)
 
     return hook
-
-
-def _remove(handles: dict[Tensor, Any]) -> None:
-    for handle in handles.values():
-        handle.remove()

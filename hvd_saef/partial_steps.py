@@ -27,7 +27,7 @@ class StepCode:
         # A hook's handle knows the others: there is no other public way to ask for them.
         own = inner.register_step_pre_hook(_nothing), inner.register_step_post_hook(_nothing)
         self._handles = *own, *_for_all_optimizers()
-        weakref.finalize(self, _remove, own)
+        weakref.finalize(self, remove_hooks, own)
 
     def suits_other_threads(self) -> bool:
         """Whether another thread may take steps while this one computes: torch's own, without users' hooks.
@@ -48,7 +48,8 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
+def remove_hooks(handles: Iterable[RemovableHandle]) -> None:
+    """By their handles, when whoever needed them is gone."""
     for handle in handles:
         handle.remove()
 

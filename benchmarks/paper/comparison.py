@@ -180,12 +180,17 @@ def at_budget(runs: Runs, task: str, methods: Sequence[str], megabytes: Sequence
     yield ""
 
 
+def common_seeds(runs: Runs, task: str, methods: Sequence[str]) -> set[int]:
+    """Those with which every one of the methods has run."""
+    return set.intersection(*({row.seed for row in runs[task, method][1]} for method in methods))
+
+
 def mismatch(runs: Runs, task: str, methods: Sequence[str]) -> Iterator[str]:
     """Mean over the early epochs and the seeds that all have: exact and bound, also relative to the first."""
     there = [method for method in methods if (task, method) in runs]
     if methods[0] not in there:
         return
-    seeds = set.intersection(*({row.seed for row in runs[task, method][1]} for method in there))
+    seeds = common_seeds(runs, task, there)
     yield f"Gradient mismatch ({task}), mean of epochs 1 to {early(task)[-1]}; of {methods[0]}'s in brackets"
     yield f"{'seeds: ' + ', '.join(map(str, sorted(seeds))):<37}{'exact':>20}{'own bound':>20}" + "".join(
         f"{name:>10}" for name in ("‖s‖²", "Var e", "‖ē‖²", "δ")

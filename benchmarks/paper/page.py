@@ -11,7 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pages import fill, table
-from benchmarks.paper.comparison import EF, RESULTS, SAEF, SGDM, Runs, early, load_runs, mean, paired, report
+from benchmarks.paper.comparison import (
+    EF,
+    RESULTS,
+    SAEF,
+    SGDM,
+    Runs,
+    common_seeds,
+    early,
+    load_runs,
+    mean,
+    paired,
+    report,
+)
 from benchmarks.paper.presets import BETA, EF_PERIODS, SAEF_PERIODS
 from benchmarks.paper.rows import Row, training_loss
 
@@ -39,7 +51,7 @@ def periods(runs: Runs) -> str:
     """What averaging errors every p rounds changes; the mismatch over the seeds that all have."""
     compared = [(EF, method) for method in (EF, *reversed(EF_PERIODS))]
     compared += [(SAEF, method) for method in (SAEF, *reversed(SAEF_PERIODS))]
-    common = set.intersection(*({r.seed for r in runs[TASK, method][1]} for _, method in compared))
+    common = common_seeds(runs, TASK, [method for _, method in compared])
 
     def row(without: str, method: str) -> list[str]:
         rows = runs[TASK, method]
