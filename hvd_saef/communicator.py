@@ -88,6 +88,10 @@ class Communicator(abc.ABC):
         """How much this rank sends to its worker's others of pieces of such sizes from other workers."""
         return 0
 
+    def passed_on_of_mean(self, mean: Tensor) -> int:
+        """The same in bytes, of a mean over workers."""
+        return 0 if self.workers == 1 else self.passed_on([mean.numel()]) * mean.itemsize
+
     @abc.abstractmethod
     def part(self, ranks: Sequence[int]) -> Communicator:
         """A communicator of these of the ranks, with this one among them. Collective over them."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef import algorithm
+from hvd_saef.averaging import whole_server_error
 from hvd_saef.compression import BlockedTensor, Compression
 from hvd_saef.session import Session
 from hvd_saef.state import BucketState
@@ -151,7 +152,7 @@ def _errors(session: Session, bucket_state: BucketState) -> tuple[Tensor, Tensor
     """This worker's e, the whole of s (0 with single-way compression), and ē, the mean of all e."""
     mean = bucket_state.e.clone()
     session.communicator.allreduce_mean(mean, f"diagnostics.{bucket_state.bucket.index}")
-    s = session.exchange.whole_server_error(bucket_state)
+    s = whole_server_error(session.communicator, bucket_state)
     return bucket_state.e, torch.zeros_like(mean) if s is None else s, mean
 
 

@@ -11,18 +11,19 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef import algorithm
+from hvd_saef.averaging import average_errors, averages_next
 from hvd_saef.buffers import Buffers
 from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.compression import BlockedTensor, Compression, Fused, Memory
 from hvd_saef.node_means import NodeMeans
 from hvd_saef.settings import Settings
-from hvd_saef.state import BucketState, State, cut_stretches
+from hvd_saef.state import BucketState, State
 from hvd_saef.statistics import Statistics, ring_bytes
 
 P = ParamSpec("P")
@@ -123,9 +124,10 @@ class Exchange:
             trip.landed = down.submit(self._land, state, trip)
         while self._under_way:
             self._take_down(state)
-        due = [bucket_state for bucket_state in state.buckets if self._averages_next(state, bucket_state)]
+        due = [one for one in state.buckets if averages_next(self.settings, state, one)]
         state.rounds += 1
-        self.average_errors(due, torch.float16 if self.settings.averaging_fp16 else None)
+        wire_dtype = torch.float16 if self.settings.averaging_fp16 else None
+        average_errors(self.communicator, self.statistics, due, wire_dtype)
         self.show_start_points(due)
 
     @staticmethod
@@ -137,52 +139,6 @@ class Exchange:
         """Those of them that have not left."""
         gone = {id(trip.state) for trip in self._under_way}
         return [bucket_state for bucket_state in self.order(state) if id(bucket_state) not in gone]
-
-    def _averages_next(self, state: State, bucket_state: BucketState) -> bool:
-        """Whether the bucket's next round begins with row 1."""
-        period, bucket = self.settings.averaging_period, bucket_state.bucket
-        if period is None or not bucket.numel:
-            return False
-        turn = bucket.index * period // len(state.buckets) if self.settings.averaging_spread else 0
-        return (state.rounds + 2) % period == turn
-
-    @torch.no_grad()
-    def average_errors(self, buckets: Iterable[BucketState], wire_dtype: torch.dtype | None = None) -> None:
-        """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce.
-
-        What a narrower `wire_dtype` rounds away stays in this worker's e.
-        """
-        with self.statistics.phase("averaging"):
-            for bucket_state in buckets:
-                e = wire = bucket_state.e
-                if wire_dtype is not None:
-                    most = torch.finfo(wire_dtype).max / self.communicator.workers  # the sum must fit, too
-                    wire = e.clamp(-most, most).to(wire_dtype)
-                    e.sub_(wire)
-                self.communicator.allreduce_mean(wire, f"error.{bucket_state.bucket.index}")
-                if wire is not e:
-                    e.add_(wire)
-                self.statistics.averaging_bytes_sent += self._ring(wire.nbytes)
-                self.statistics.node_bytes_sent += self._passed_on_of_mean(wire)
-
-    def whole_server_error(self, bucket_state: BucketState) -> Tensor | None:
-        """A bucket's s, flat, from the parts that the workers serve; None with single-way compression."""
-        s = bucket_state.s
-        if s is None or not bucket_state.sharded:
-            return s
-        whole = torch.empty(bucket_state.bucket.numel, dtype=s.dtype, device=s.device)
-        stretches = [whole[part.start : part.stop].view(torch.uint8) for part in bucket_state.parts]
-        self.communicator.allgather(s.view(torch.uint8), stretches, Channel.DOWN)
-        return whole
-
-    def whole_server_errors(self, state: State) -> dict[str, Any]:
-        """All of s, by parameter, on every worker."""
-        whole: dict[str, Any] = {}
-        for bucket_state in state.buckets:
-            s = self.whole_server_error(bucket_state)
-            if s is not None:
-                whole |= cut_stretches(bucket_state.bucket, s, 0)
-        return whole
 
     # -- a bucket's trip --------------------------------------------------------------------------
 
@@ -256,7 +212,8 @@ class Exchange:
     def _land(self, all_of_it: State, trip: Trip) -> None:
         """Rows 6 and 2 of a trip, once it has arrived."""
         state = trip.state
-        shows = not self._averages_next(all_of_it, state)  # else the parameters are written once that is done
+        # Where row 1 comes next, the parameters are written once that is done.
+        shows = not averages_next(self.settings, all_of_it, state)
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
         weights = [1.0] if trip.served or trip.wire else self.communicator.weights
@@ -334,8 +291,8 @@ class Exchange:
         sizes = [piece.numel() for piece in trip.sent]
         total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
         if trip.wire:
-            statistics.dense_bytes_sent += self._ring(total)
-            statistics.node_bytes_sent += self._passed_on_of_mean(trip.sent[0].view(trip.wire))
+            statistics.dense_bytes_sent += ring_bytes(self.communicator.workers, total)
+            statistics.node_bytes_sent += self.communicator.passed_on_of_mean(trip.sent[0].view(trip.wire))
         elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
             statistics.payload_bytes_sent += total - own + others * own
             statistics.payload_bytes_received += others * own + total - own
@@ -345,11 +302,4 @@ class Exchange:
             statistics.payload_bytes_sent += others * total
             statistics.payload_bytes_received += others * total
             statistics.node_bytes_sent += self.communicator.passed_on(others * [total])
-        statistics.ring_allreduce_bytes += self._ring(4 * trip.state.bucket.numel)
-
-    def _passed_on_of_mean(self, mean: Tensor) -> int:
-        alone = self.communicator.workers == 1
-        return 0 if alone else self.communicator.passed_on([mean.numel()]) * mean.itemsize
-
-    def _ring(self, size: int) -> int:
-        return ring_bytes(self.communicator.workers, size)
+        statistics.ring_allreduce_bytes += ring_bytes(self.communicator.workers, 4 * trip.state.bucket.numel)

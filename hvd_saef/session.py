@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from hvd_saef.agreement import Word, agree, check_consensus, check_workers, raise_failure
+from hvd_saef.averaging import average_errors, whole_server_errors
 from hvd_saef.communicator import Channel, Communicator
 from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
 from hvd_saef.exchange import Exchange
-from hvd_saef.gradients import (
-    average_gradients,
-    takes_sparse_only,
-)
+from hvd_saef.gradients import average_gradients, takes_sparse_only
 from hvd_saef.guard import Guard
 from hvd_saef.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.local_steps import LocalSteps
@@ -332,8 +330,9 @@ class Session:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
         if self.modes.state is not None:
-            self.exchange.average_errors(bucket for bucket in self.modes.state.buckets if bucket.bucket.numel)
-            self.origin.whole_server_errors = self.exchange.whole_server_errors(self.modes.state)
+            buckets = [bucket for bucket in self.modes.state.buckets if bucket.bucket.numel]
+            average_errors(self.communicator, self.statistics, buckets)
+            self.origin.whole_server_errors = whole_server_errors(self.communicator, self.modes.state)
             self.modes.to_start()
         average_moments(self.communicator, self.inner, self.layout)
 
