@@ -3,9 +3,11 @@
     python -m benchmarks.nodes --hosts 2 --rate 1gbit          # as root
 
 One job with --ranks ranks a host. Where only the first rank of each host trains, the others take steps of
-their own without any exchange, so that all have the same share of the machine's cores in each turn; with
---quiet they sleep. Bytes are those of the hosts' interfaces, with what goes out during steps without an
-exchange subtracted, beside those that stats() claims. Results are medians over rounds.
+their own without any exchange, so that each has the same share of the machine's cores in each turn. With
+--share it is the host that has the same in each turn, its share of the cores and its batch: where only its
+first rank trains, that has all of the batch, and the others sleep. Bytes are those of the hosts' interfaces,
+with what goes out during steps without an exchange subtracted, beside those that stats() claims. Results are
+medians over rounds.
 """
 
 from __future__ import annotations
@@ -98,6 +100,8 @@ class Turns:
             )
 
         self.memory.reset()
+        shares = self.args.ranks if self.args.share and not way.first_alone else 1
+        self.memory.rows = self.args.rows // shares
         return self.memory.trainer(wrap)
 
     def take(self, way: Way, trainer: Trainer, steps: int) -> float:
@@ -107,7 +111,7 @@ class Turns:
         if way.first_alone and not self.first:
             over = WORLD.Ibarrier()
             while not over.Test():
-                if self.args.quiet:
+                if self.args.share:
                     time.sleep(0.001)
                 else:
                     trainer.step()
@@ -165,10 +169,11 @@ def table(timings: list[Timing], args: argparse.Namespace) -> str:
     rounds: dict[str, dict[int, Timing]] = {}
     for timing in timings:
         rounds.setdefault(timing.method, {})[timing.round] = timing
-    others = "sleep" if args.quiet else "take steps without exchange"
+    batch = f"{args.rows} rows" + (", which a host's ranks share" if args.share else "")
+    others = "sleep" if args.share else "take steps without exchange"
     lines = [
         f"{args.model}, {timings[0].workers} hosts of {args.ranks} ranks, {args.rate}, backward with "
-        f"{args.rows} rows, {os.cpu_count()} cores for all; where one rank a host trains, the others "
+        f"{batch}, {os.cpu_count()} cores for all; where one rank a host trains, the others "
         f"{others}: medians of {args.rounds} rounds (quartiles)",
         f"{'way':<28}{'seconds a step':>28}{'over one rank a host':>30}"
         f"{'MB: stats, a worker':>22}{'wire, a host':>14}{'over one':>10}",
@@ -219,7 +224,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="of a turn, at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn, about")
     parser.add_argument("--rows", type=int, default=0, help="of the matrices in a backward: its cost")
-    parser.add_argument("--quiet", action="store_true", help="ranks that do not train sleep")
+    parser.add_argument("--share", action="store_true", help="a host's ranks share its batch of --rows")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "nodes" / "nodes.csv", help="the CSV")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

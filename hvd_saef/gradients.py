@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.communicator import Communicator
-from hvd_saef.layout import Layout
+from hvd_saef.layout import Layout, is_dense
 from hvd_saef.statistics import Statistics, ring_bytes
 
 
@@ -29,6 +29,11 @@ def takes_sparse_only(optimizer: torch.optim.Optimizer) -> bool:
 def values(gradient: Tensor) -> Tensor:
     """The gradient itself, or the values that a sparse one has: in its memory."""
     return gradient._values() if gradient.is_sparse else gradient
+
+
+def writable(gradient: Tensor) -> Tensor:
+    """The gradient itself, or what a mean can be written to where it is sparse or expanded."""
+    return gradient if not gradient.is_sparse and is_dense(gradient) else gradient.to_dense().clone()
 
 
 def sparse_refused(name: str) -> TypeError:
@@ -56,7 +61,7 @@ def average_gradients(
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
             if slot.parameter.grad.is_sparse and alone:
                 continue
-            slot.parameter.grad = slot.parameter.grad.to_dense()  # itself, if it is dense
+            slot.parameter.grad = writable(slot.parameter.grad)
             gradients.append(slot.parameter.grad)
             views.append(slot.view(flat))
         if not gradients:
