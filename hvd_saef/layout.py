@@ -18,6 +18,8 @@ from hvd_saef.compression import Blocks, Compression, Compressor, state_dtype
 from hvd_saef.settings import Settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LAST_TO_LEAVE = 8
+"""How many times smaller the first bucket is: backward completes it last, and nothing hides its trip."""
 ChooseCompressor = Callable[[str, Tensor], Compressor]
 Entry = tuple[str, Tensor, Compressor]
 """A parameter with its name and what compresses it."""
@@ -205,10 +207,8 @@ def build_layout(
             dtype = state_dtype(parameter.dtype)
             key = (dtype, parameter.device, compressor.description)
             entries = open_buckets.setdefault(key, [])
-            if (
-                entries
-                and _bytes(entries, dtype) + parameter.numel() * dtype.itemsize > settings.bucket_bytes
-            ):
+            most = settings.bucket_bytes if full or earlier else settings.bucket_bytes // LAST_TO_LEAVE
+            if entries and _bytes(entries, dtype) + parameter.numel() * dtype.itemsize > most:
                 full.append(entries)
                 entries = open_buckets[key] = []
             entries.append((name, parameter, compressor))

@@ -95,7 +95,7 @@ def DistributedOptimizer(
         dense_below: blocks of fewer elements travel as they are, in the same payload; their error stays 0.
         server: "sharded" cuts the server of DC between the workers, "replicated" runs it on each;
             "auto" is sharded with β = 0.
-        bucket_bytes: bytes of x that travel together.
+        bucket_bytes: bytes of x that travel together; an eighth in the first bucket, which leaves last.
         overlap: step and send each bucket while backward computes the others' gradients. Rules out
             whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip",
             and optimizers whose step writes to its parameter group. Those of torch.optim step in a thread of

@@ -246,6 +246,19 @@ def test_empty_and_0_dim(compressor: str, bucket_bytes: int, block_size: int | N
     assert oracle_distance(setup, [np.zeros((0, 3)), np.zeros(0)], bucket_bytes=bucket_bytes) == 0
 
 
+def test_the_first_bucket_is_small() -> None:
+    """Backward completes it last, so that all wait for its trip; but not one that follows earlier ones."""
+    parameters = [nn.Parameter(torch.zeros(25)) for _ in range(20)]  # 100 bytes each
+    layout = layout_of(parameters, bucket_bytes=800)
+    assert [len(bucket.slots) for bucket in layout.buckets] == [1, 8, 8, 3]
+    assert [len(bucket.slots) for bucket in layout_of(parameters[:1], bucket_bytes=800).buckets] == [1]
+    more = [nn.Parameter(torch.zeros(25)) for _ in range(3)]
+    names: dict[Tensor, str] = {p: f"p{i}" for i, p in enumerate(parameters + more)}
+    groups = [{"params": parameters + more}]
+    grown = build_layout(groups, names, lambda *_: Compression.sign, Settings(bucket_bytes=800), layout)
+    assert [len(bucket.slots) for bucket in grown.buckets] == [1, 8, 8, 3, 3]
+
+
 def test_compressors_by_parameter() -> None:
     """Biases dense and the rest Top-K: each parameter as the oracle of its compressor has it."""
 
