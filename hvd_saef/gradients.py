@@ -31,9 +31,9 @@ def values(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def writable(gradient: Tensor) -> bool:
-    """Whether a mean can be written over it: not if it is sparse or expanded."""
-    return not gradient.is_sparse and is_dense(gradient)
+def writable(gradient: Tensor) -> Tensor:
+    """The gradient itself, or what a mean can be written to where it is sparse or expanded."""
+    return gradient if not gradient.is_sparse and is_dense(gradient) else gradient.to_dense().clone()
 
 
 def sparse_refused(name: str) -> TypeError:
@@ -59,11 +59,9 @@ def average_gradients(
         for slot in bucket.slots:
             if slot.parameter.grad is None:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
-            gradient = slot.parameter.grad
-            if gradient.is_sparse and alone:
+            if slot.parameter.grad.is_sparse and alone:
                 continue
-            if not writable(gradient):
-                slot.parameter.grad = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+            slot.parameter.grad = writable(slot.parameter.grad)
             gradients.append(slot.parameter.grad)
             views.append(slot.view(flat))
         if not gradients:

@@ -189,7 +189,20 @@ def build_layout(
                 known = parameter.dtype in DTYPES  # a table of integers, say, is nothing to compress
                 frozen.append((name, parameter, choose(name, parameter) if known else Compression.none))
                 continue
-            _check(name, parameter)
+            if parameter.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
+                    "float64 are allowed. Leave it out of the optimizer."
+                )
+            if parameter.numel() and any(
+                stride == 0 and size > 1
+                for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} is expanded (strides "
+                    f"{parameter.stride()}): several of its elements are one number in memory. clone() it "
+                    "before it becomes a parameter."
+                )
             compressor = choose(name, parameter)
             dtype = state_dtype(parameter.dtype)
             key = (dtype, parameter.device, compressor.description)
@@ -218,23 +231,6 @@ def build_layout(
         "frozen": [name for name, _, _ in frozen],
     }
     return Layout(before + buckets, description, tuple(frozen))
-
-
-def _check(name: str, parameter: Tensor) -> None:
-    """Raise for a parameter that cannot be laid out."""
-    if parameter.dtype not in DTYPES:
-        raise TypeError(
-            f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
-            "float64 are allowed. Leave it out of the optimizer."
-        )
-    if parameter.numel() and any(
-        stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
-    ):
-        raise ValueError(
-            f"parameter {name!r} of shape {tuple(parameter.shape)} is expanded (strides "
-            f"{parameter.stride()}): several of its elements are one number in memory. clone() it "
-            "before it becomes a parameter."
-        )
 
 
 def takes_part(parameter: Tensor) -> bool:

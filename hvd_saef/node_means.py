@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hvd_saef.buffers import Buffers
 from hvd_saef.communicator import Channel, Communicator
-from hvd_saef.gradients import writable
-from hvd_saef.layout import Bucket, Layout
+from hvd_saef.layout import Bucket, Layout, is_dense
 from hvd_saef.statistics import Statistics, ring_bytes
 
 TOGETHER = 24 << 20
@@ -103,8 +102,8 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
         if as_sparse:
             parameter.grad = slot.view(flat).to(parameter.dtype).to_sparse(min(1, parameter.dim()))
             continue
-        if parameter.grad is None or not writable(parameter.grad):
-            parameter.grad = torch.empty_like(parameter)
+        if parameter.grad is None or parameter.grad.is_sparse or not is_dense(parameter.grad):
+            parameter.grad = torch.empty_like(parameter)  # an expanded one cannot be written to
         gradients.append(parameter.grad)
         views.append(slot.view(flat))
     if gradients:
