@@ -25,8 +25,8 @@ sanitize: setup  ## kernels with AddressSanitizer and UBSan, under their tests a
 	cp -r tests benchmarks pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && OMP_NUM_THREADS=2 HVD_SAEF_FUZZ=500 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(CURDIR)/.venv/bin/python -m pytest -q -p no:cacheprovider -k 'not compiler' tests/test_fuzz.py tests/test_kernels.py \
-	  tests/test_kernels_sign.py tests/test_kernels_topk.py
+	  $(CURDIR)/.venv/bin/python -m pytest -q -p no:cacheprovider -k 'not compiler' tests/compression/test_fuzz.py tests/kernels/test_kernels.py \
+	  tests/kernels/test_kernels_sign.py tests/kernels/test_kernels_topk.py
 
 lint: setup  ## ruff, mypy, shellcheck and hadolint
 	.venv/bin/ruff check .

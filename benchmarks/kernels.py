@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.models import SHAPES
 from hvd_saef import Compression, Compressor, kernels
-from hvd_saef.algorithm import PlainRows
 from hvd_saef.compression import BlockedTensor, Blocks, Fused, Memory
+from hvd_saef.memory.algorithm import PlainRows
 
 WORKERS = 4
 COMPRESSORS: dict[str, Compressor] = {"sign": Compression.sign, "top-k 1 %": Compression.topk(0.01)}

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hvd_saef
 from benchmarks.models import Shape, StandIn
 from benchmarks.timings import BASELINE, LOCAL
-from hvd_saef import plan
+from hvd_saef.planning import plan
 
 ONE_BUCKET = 4096
 """MB of a bucket that takes every model here whole."""

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.pages import fill, table
-from hvd_saef.plan import Constants, Job, Method, methods, predict
+from hvd_saef.planning.plan import Constants, Job, Method, methods, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "nodes.md"

@@ -33,9 +33,10 @@ from mpi4py import MPI
 
 from benchmarks.methods import Memory
 from benchmarks.models import SHAPES
-from hvd_saef import local_steps, watch
-from hvd_saef.agreement import Word
-from hvd_saef.guard import Guard
+from hvd_saef.round import local_steps
+from hvd_saef.round.agreement import Word
+from hvd_saef.round.guard import Guard
+from hvd_saef.transport import watch
 
 
 def _plain_wait(self: Any, done: Callable[[], bool], *_: Any) -> None:

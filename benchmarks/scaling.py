@@ -3,8 +3,8 @@
     python benchmarks/scaling.py                    # reads runs/cluster/, writes runs/scaling/
     python benchmarks/scaling.py --save             # and makes the fit what `hvd-saef plan` answers from
 
-The latency-bandwidth-compute model is `hvd_saef.plan`. It is fitted by least squares of the relative error
-on some pieces (a rate and a number of hosts each), then held against those that it has not seen. Whatever
+The latency-bandwidth-compute model is `hvd_saef.planning.plan`. It is fitted by least squares of the relative
+error on some pieces (a rate and a number of hosts each), then held against those that it has not seen. What
 it says of more workers than were measured is a prediction; every table and plot says so.
 """
 
@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.hosts import bits_per_second
 from benchmarks.models import SHAPES
 from benchmarks.timings import LOCAL, Timing, read, summarize
-from hvd_saef import plan
-from hvd_saef.plan import CLOSE, FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict
+from hvd_saef.planning import plan
+from hvd_saef.planning.plan import CLOSE, FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict
 
 LABEL = "MODEL, not a measurement"
 PLANNED = {method.name: method for method in METHODS}
@@ -235,7 +235,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compute", type=float, help="seconds, for predictions; as measured if not given")
     parser.add_argument("--out", type=Path, default=runs / "scaling", help="folder for results")
     parser.add_argument("--note", help="what is to be said of the runs wherever the fit is shown")
-    parser.add_argument("--save", action="store_true", help="write hvd_saef/plan.json as well")
+    parser.add_argument("--save", action="store_true", help="write hvd_saef/planning/plan.json as well")
     return parser.parse_args()
 
 
@@ -272,7 +272,7 @@ def main() -> int:
     (args.out / "scaling.txt").write_text(text + "\n")
     constants.save(args.out / "constants.json")
     if args.save:
-        constants.save(ROOT / "hvd_saef" / "plan.json")
+        constants.save(ROOT / "hvd_saef" / "planning" / "plan.json")
     write_csv(job, constants, args.out / "predictions.csv")
     plot(job, constants, args.out / "scaling.png")
     print(text, f"\n\nWritten: {args.out}/scaling.txt, constants.json, predictions.csv, scaling.png")

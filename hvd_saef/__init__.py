@@ -6,9 +6,8 @@
 """
 
 from hvd_saef import diagnostics
-from hvd_saef.agreement import common_steps
 from hvd_saef.batchnorm import recalibrate_batchnorm
-from hvd_saef.checkpoint import load_checkpoint, save_checkpoint
+from hvd_saef.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from hvd_saef.compression import Compression, Compressor
 from hvd_saef.errors import (
     CheckpointError,
@@ -21,8 +20,9 @@ from hvd_saef.errors import (
 )
 from hvd_saef.optimizer import DistributedOptimizer
 from hvd_saef.preemption import GracefulStop
-from hvd_saef.process_sets import process_sets
+from hvd_saef.round.agreement import common_steps
 from hvd_saef.simulation import run_workers
+from hvd_saef.transport.process_sets import process_sets
 
 __version__ = "0.1.0"
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
-from hvd_saef.layout import ChooseCompressor
-from hvd_saef.mpi import hvd
+from hvd_saef.memory.layout import ChooseCompressor
 from hvd_saef.settings import Settings
+from hvd_saef.transport.mpi import hvd
 
 AVERAGE: Any = hvd.Average if hvd else None
 OTHER_OPS: dict[Any, str] = {

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_saef.communicator import Communicator
-from hvd_saef.find import find_communicator
-from hvd_saef.modes import at_consensus
+from hvd_saef.round.modes import at_consensus
+from hvd_saef.transport.communicator import Communicator
+from hvd_saef.transport.find import find_communicator
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvd_saef.plan import UNCOMPRESSED, Constants, Job, methods, predict, recommend
+from hvd_saef.planning.plan import UNCOMPRESSED, Constants, Job, methods, predict, recommend
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 TENSOR = 160_000

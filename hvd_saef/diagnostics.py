@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef import algorithm
-from hvd_saef.averaging import whole_server_error
 from hvd_saef.compression import BlockedTensor, Compression
-from hvd_saef.session import Session
-from hvd_saef.state import BucketState
+from hvd_saef.memory import algorithm
+from hvd_saef.memory.state import BucketState
+from hvd_saef.round.averaging import whole_server_error
+from hvd_saef.round.session import Session
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from hvd_saef.arguments import (
     name_parameters,
 )
 from hvd_saef.compression import Compression
-from hvd_saef.find import find_communicator
-from hvd_saef.modes import ModelHooks
-from hvd_saef.nodes import Workers, find_workers, groups_of
-from hvd_saef.session import Session
+from hvd_saef.round.modes import ModelHooks
+from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
+from hvd_saef.transport.find import find_communicator
+from hvd_saef.transport.nodes import Workers, find_workers, groups_of
 
 
 def DistributedOptimizer(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from hvd_saef.session import Session
+from hvd_saef.round.session import Session
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REQUEUE = os.EX_TEMPFAIL

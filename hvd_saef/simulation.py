@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from hvd_saef.errors import StalledExchangeError, WorkerError
-from hvd_saef.find import set_thread_communicator
-from hvd_saef.threads import Meetings, ThreadCommunicator
-from hvd_saef.watch import CALM, LOOK
+from hvd_saef.transport.find import set_thread_communicator
+from hvd_saef.transport.threads import Meetings, ThreadCommunicator
+from hvd_saef.transport.watch import CALM, LOOK
 
 T = TypeVar("T")
 

@@ -28,6 +28,9 @@ BOTH = {
 }
 """Files of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
+STARTS_MPI_JOBS = ("tests/mpi/", "tests/doctor/")
+"""Folders of tests that start MPI jobs."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -67,7 +70,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """xdist's, with all of tests/mpi in one group: MPI jobs run one after another, in one process.
+    """xdist's, with all tests of MPI jobs in one group: these run one after another, in one process.
 
     Not by xdist_group marks: xdist 3.8 forgets them under pytest 9.2 (pytest-dev/pytest-xdist#1386).
     """
@@ -77,6 +80,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadGroupScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "mpi" if "tests/mpi/" in nodeid else nodeid
+            return "mpi" if nodeid.startswith(STARTS_MPI_JOBS) else nodeid
 
     return Scheduling(config, log)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import hvd_saef
-from hvd_saef.manifest import MANIFEST
+from hvd_saef.checkpoints.manifest import MANIFEST
 from tests.mpi.launch import ENVIRONMENT, ROOT
 from tests.workers import draw
 

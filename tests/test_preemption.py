@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import hvd_saef
 from hvd_saef import GracefulStop
-from hvd_saef.communicator import SoloCommunicator
-from hvd_saef.find import set_thread_communicator
+from hvd_saef.transport.communicator import SoloCommunicator
+from hvd_saef.transport.find import set_thread_communicator
 from tests.workers import together
 
 STEPS = 9

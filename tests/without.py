@@ -59,14 +59,14 @@ def fine(*_: Any, **__: Any) -> bool:
 
 def no_word(*_: Any) -> Any:
     """A worker's word: nothing is wrong here."""
-    from hvd_saef.agreement import Word
+    from hvd_saef.round.agreement import Word
 
     return Word.NOTHING
 
 
 def raise_alone(communicator: Any, word: Any, failure: Exception | None) -> Any:
     """An agreement of which those who fail do not take part."""
-    from hvd_saef.agreement import Word
+    from hvd_saef.round.agreement import Word
 
     if failure is not None:
         raise failure
@@ -119,26 +119,27 @@ def job(name: str, *ranks: int) -> list[str]:
     return [f"tests/mpi/test_stalls.py::{name}[{number}]" for number in ranks]
 
 
-NONFINITE = "tests/test_nonfinite.py"
+NONFINITE = "tests/round/test_nonfinite.py"
+DISAGREEMENT = "tests/round/test_disagreement.py"
 PROTECTIONS: dict[str, Protection] = {
     "agreement at the start": Protection(
         "workers that differ in settings or parameters",
         "not compared",
         [
-            "tests/test_disagreement.py::test_different_settings[step_ahead 1.0 on ranks 0, 2 0.5 on rank 1]",
-            "tests/test_disagreement.py::test_different_parameters[{}-strides of 'w']",
+            f"{DISAGREEMENT}::test_different_settings[step_ahead 1.0 on ranks 0, 2 0.5 on rank 1]",
+            f"{DISAGREEMENT}::test_different_parameters[{{}}-strides of 'w']",
             *check("everyone_is_told_of_a_mismatch", 2, 4),
         ],
-        {"origin:check_configuration": nothing},
+        {"round.origin:check_configuration": nothing},
     ),
     "same start": Protection(
         "workers that start from different parameters",
         "x is not compared",
         [
-            "tests/test_disagreement.py::test_different_start_parameters_and_how_it_goes_on[{}]",
+            f"{DISAGREEMENT}::test_different_start_parameters_and_how_it_goes_on[{{}}]",
             *check("everyone_is_told_of_different_starts", 2, 4),
         ],
-        {"origin:check_consensus": nothing},
+        {"round.origin:check_consensus": nothing},
     ),
     "watch": Protection(
         "a rank that does not arrive",
@@ -147,16 +148,16 @@ PROTECTIONS: dict[str, Protection] = {
             *job("test_those_who_wait_name_the_missing_rank_and_end_the_job", 2, 4),
             *job("test_a_pause_costs_nothing_but_time", 2, 4),
             *job("test_a_rank_that_never_wraps", 2, 4),
-            "tests/test_watch.py::test_a_thread_that_never_arrives",
-            "tests/test_watch.py::test_a_thread_that_is_late",
+            "tests/transport/test_watch.py::test_a_thread_that_never_arrives",
+            "tests/transport/test_watch.py::test_a_thread_that_is_late",
         ],
-        {"watch:Stall.look": nothing},
+        {"transport.watch:Stall.look": nothing},
     ),
     "goodbye": Protection(
         "a rank that ends early",
         "it tells nobody",
         job("test_a_rank_that_ends_early_is_told_at_once", 2, 4),
-        {"mpi:say_goodbye_at_exit": nothing},
+        {"transport.mpi:say_goodbye_at_exit": nothing},
     ),
     "abort": Protection(
         "a rank that fails between two steps",
@@ -168,20 +169,20 @@ PROTECTIONS: dict[str, Protection] = {
         "an exception in a closure or a local step",
         "who fails raises before the agreement",
         [
-            "tests/test_simulation.py::test_an_exception_in_a_closure[kernels-who0]",
+            "tests/transport/test_simulation.py::test_an_exception_in_a_closure[kernels-who0]",
             f"{NONFINITE}::test_an_exception_in_the_local_step",
             *check("everyone_is_told_of_an_exception_in_a_closure", 2, 4),
         ],
-        {"session:agree": raise_alone, "local_steps:agree": raise_alone},
+        {"round.session:agree": raise_alone, "round.local_steps:agree": raise_alone},
     ),
     "gradients are looked at": Protection(
         "a NaN or an infinity in a gradient",
         "not looked for",
         [
-            "tests/test_gradients.py::test_a_nonfinite_gradient_raises_on_all",
+            "tests/round/test_gradients.py::test_a_nonfinite_gradient_raises_on_all",
             *check("everyone_is_told_of_a_nan", 2, 4),
         ],
-        {"local_steps:look_at_gradients": no_word},
+        {"round.local_steps:look_at_gradients": no_word},
     ),
     "updates are looked at": Protection(
         "a local step that overflows",
@@ -199,13 +200,13 @@ PROTECTIONS: dict[str, Protection] = {
         "parameters after a local step that overflows",
         "they stay where it left them",
         [f"{NONFINITE}::test_between_local_steps_the_round_begins_anew"],
-        {"modes:Modes.undo_local_steps": nothing},
+        {"round.modes:Modes.undo_local_steps": nothing},
     ),
     "the optimizer's state is put back": Protection(
         "a gradient whose square is infinite",
         "Adam keeps the infinity",
         [f"{NONFINITE}::test_gradients_whose_squares_overflow_leave_the_optimizer_as_it_was"],
-        {"overflow:StateCopy.put_back": nothing},
+        {"round.overflow:StateCopy.put_back": nothing},
     ),
     "room in float16": Protection(
         "sums of compressed updates in float16",
@@ -214,107 +215,107 @@ PROTECTIONS: dict[str, Protection] = {
             f"{NONFINITE}::test_sums_in_float16_do_not_overflow_and_nothing_is_lost[0-{case}]"
             for case in ("2-60000.0", "4-60000.0", "2-65504.0", "4-1000000.0")  # warm-up sends float32
         ],
-        {"exchange:Exchange._with_room": send_all},
+        {"round.exchange:Exchange._with_room": send_all},
     ),
     "sums are looked at": Protection(
         "averaged gradients that overflow in float16",
         "not looked for",
         [f"{NONFINITE}::test_gradients_whose_sum_overflows_in_float16"],
-        {"session:sums_fit": fine},
+        {"round.session:sums_fit": fine},
     ),
     "consensus": Protection(
         "a flipped bit of one rank's x",
         "x is not compared",
         [
-            "tests/test_disagreement.py::test_a_flipped_bit_of_x_is_found[2-4]",
+            f"{DISAGREEMENT}::test_a_flipped_bit_of_x_is_found[2-4]",
             *check("a_flipped_bit_of_x_is_found", 2, 4),
         ],
-        {"session:check_consensus": nothing},
+        {"round.session:check_consensus": nothing},
     ),
     "guard": Protection(
         "a parameter wrapped twice, converted or resized; another thread",
         "not looked for",
         [
-            "tests/test_guard.py::test_a_parameter_that_changes_after_wrapping",
-            "tests/test_guard.py::test_two_wrappers_around_one_parameter",
-            "tests/test_guard.py::test_another_thread",
+            "tests/round/test_guard.py::test_a_parameter_that_changes_after_wrapping",
+            "tests/round/test_guard.py::test_two_wrappers_around_one_parameter",
+            "tests/round/test_guard.py::test_another_thread",
         ],
-        {"guard:Guard.check": nothing},
+        {"round.guard:Guard.check": nothing},
     ),
     "fork": Protection(
         "a forked process",
         "not looked for",
-        ["tests/test_guard.py::test_a_forked_process"],
-        {"guard:Guard.check_process": nothing},
+        ["tests/round/test_guard.py::test_a_forked_process"],
+        {"round.guard:Guard.check_process": nothing},
     ),
     "no gradient": Protection(
         "zero_grad() at the wrong time",
         "not warned of",
-        ["tests/test_guard.py::test_no_gradient_at_all_is_warned_of_once"],
-        {"guard:Guard.check_gradients": nothing},
+        ["tests/round/test_guard.py::test_no_gradient_at_all_is_warned_of_once"],
+        {"round.guard:Guard.check_gradients": nothing},
     ),
     "eval": Protection(
         "step() in eval mode, gradients taken at x",
         "not looked for",
-        ["tests/test_guard.py::test_after_eval_a_step_is_refused_and_gradients_at_x_are_warned_of"],
-        {"modes:Modes.before_step": step_anyhow},
+        ["tests/round/test_guard.py::test_after_eval_a_step_is_refused_and_gradients_at_x_are_warned_of"],
+        {"round.modes:Modes.before_step": step_anyhow},
     ),
     "shutdown": Protection(
         "an optimizer used after hvd.shutdown()",
         "not looked for",
         check("after_shutdown_a_step_says_so", 2, 4),
-        {"mpi:MpiCommunicator.check": nothing},
+        {"transport.mpi:MpiCommunicator.check": nothing},
     ),
     "files whole or not at all": Protection(
         "kill -9 while saving, full and read-only disks",
         "files are written in place",
         [
-            "tests/test_checkpoint_faults.py::test_processes_killed_while_they_save",
-            "tests/test_checkpoint_faults.py::test_a_full_disk",
-            "tests/test_checkpoint_faults.py::test_a_read_only_folder",
+            "tests/checkpoints/test_checkpoint_faults.py::test_processes_killed_while_they_save",
+            "tests/checkpoints/test_checkpoint_faults.py::test_a_full_disk",
+            "tests/checkpoints/test_checkpoint_faults.py::test_a_read_only_folder",
         ],
-        {"checkpoint:write_whole": write_in_place},
+        {"checkpoints.checkpoint:write_whole": write_in_place},
     ),
     "seal": Protection(
         "a damaged manifest",
         "it carries no hash of itself",
-        ["tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[manifest.json-bit]"],
-        {"manifest:_seal": lambda manifest: ""},
+        ["tests/checkpoints/test_checkpoint_faults.py::test_every_damaged_bit_is_found[manifest.json-bit]"],
+        {"checkpoints.manifest:_seal": lambda manifest: ""},
     ),
     "hashes": Protection(
         "damaged and truncated files",
         "not compared with the manifest",
         [
-            "tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-bit]",
-            "tests/test_checkpoint.py::test_damage_is_named_and_changes_nothing[kernels-flipped]",
+            "tests/checkpoints/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-bit]",
+            "tests/checkpoints/test_checkpoint.py::test_damage_is_named_and_changes_nothing[kernels-flipped]",
         ],
-        {"manifest:_hash": lambda path: ""},
+        {"checkpoints.manifest:_hash": lambda path: ""},
     ),
     "sizes and hashes": Protection(
         "lost files, files of another run",
         "not looked for",
         [
-            "tests/test_checkpoint.py::test_a_lost_file_can_be_done_without",
-            "tests/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-longer]",
+            "tests/checkpoints/test_checkpoint.py::test_a_lost_file_can_be_done_without",
+            "tests/checkpoints/test_checkpoint_faults.py::test_every_damaged_bit_is_found[rank-longer]",
         ],
-        {"checkpoint:damage": lambda folder, files: {}},
+        {"checkpoints.checkpoint:damage": lambda folder, files: {}},
     ),
     "names of their own": Protection(
         "files of another run",
         "files of all runs have the same names",
-        ["tests/test_checkpoint_faults.py::test_files_of_another_run"],
-        {"checkpoint:secrets": SimpleNamespace(token_hex=lambda size: "00")},
+        ["tests/checkpoints/test_checkpoint_faults.py::test_files_of_another_run"],
+        {"checkpoints.checkpoint:secrets": SimpleNamespace(token_hex=lambda size: "00")},
     ),
     "weights only": Protection(
         "a stranger's checkpoint",
         "it is unpickled",
-        ["tests/test_checkpoint_faults.py::test_a_strangers_checkpoint_runs_no_code"],
-        {"checkpoint:_read": read_trustingly},
+        ["tests/checkpoints/test_checkpoint_faults.py::test_a_strangers_checkpoint_runs_no_code"],
+        {"checkpoints.checkpoint:_read": read_trustingly},
     ),
     "decoders refuse": Protection(
         "payloads of random bytes, truncated ones",
         "taken for zeros",
-        ["tests/test_fuzz.py::test_decoders_take_or_refuse_any_bytes"],
+        ["tests/compression/test_fuzz.py::test_decoders_take_or_refuse_any_bytes"],
         {
             "compression:SignCompressor.decode_add": decode_anything,
             "compression:TopKCompressor.decode_add": decode_anything,
@@ -323,8 +324,8 @@ PROTECTIONS: dict[str, Protection] = {
     "weak references": Protection(
         "wrappers that are dropped leave nothing",
         "each is kept",
-        ["tests/test_guard.py::test_wrapping_and_dropping_leaves_no_owner"],
-        {"guard:_guards": {}},
+        ["tests/round/test_guard.py::test_wrapping_and_dropping_leaves_no_owner"],
+        {"round.guard:_guards": {}},
     ),
 }
 

@@ -21,9 +21,9 @@ import hvd_saef
 from benchmarks.paper.data import Batch, Data, Split
 from benchmarks.paper.presets import Piece, Task
 from benchmarks.paper.rows import Row, write
-from hvd_saef.communicator import Communicator
 from hvd_saef.diagnostics import Monitor, auxiliary_point
-from hvd_saef.find import find_communicator
+from hvd_saef.transport.communicator import Communicator
+from hvd_saef.transport.find import find_communicator
 
 EVALUATED_AT_ONCE = 250
 CALIBRATION_BATCHES = 8

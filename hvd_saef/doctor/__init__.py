@@ -17,7 +17,7 @@ from hvd_saef.doctor import machine, mpi, software
 from hvd_saef.doctor.findings import Finding, failure, ok, some, warning
 from hvd_saef.doctor.links import Link, time_links
 from hvd_saef.doctor.nodes import spread
-from hvd_saef.mpi import MPI
+from hvd_saef.transport.mpi import MPI
 
 CHECKS: Sequence[Callable[[], Any]] = (
     software.check_python,

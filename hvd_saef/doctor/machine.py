@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hvd_saef.doctor.findings import Finding, failure, ok, warning
-from hvd_saef.mpi import MPI
+from hvd_saef.transport.mpi import MPI
 
 
 def check_cores() -> Finding:

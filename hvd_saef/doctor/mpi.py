@@ -15,7 +15,7 @@ import torch
 
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, output, warning
 from hvd_saef.doctor.software import import_error
-from hvd_saef.mpi import MPI
+from hvd_saef.transport.mpi import MPI
 
 
 def check_mpi() -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvd_saef.doctor.findings import Finding, ok, some, warning
-from hvd_saef.process_sets import find_hosts
+from hvd_saef.transport.process_sets import find_hosts
 
 EVEN = "the same number on each host (mpirun --map-by ppr:2:node, srun --ntasks-per-node=2)"
 OTHERWISE = 'or worker="node" with weights="ranks", where a host counts by its ranks'

@@ -17,7 +17,7 @@ import torch
 import hvd_saef
 from hvd_saef import kernels
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, warning
-from hvd_saef.mpi import MPI, hvd
+from hvd_saef.transport.mpi import MPI, hvd
 
 OLDEST_TORCH = (2, 13)
 

@@ -22,7 +22,8 @@ from mpi4py import MPI
 from torch import nn
 
 import hvd_saef
-from hvd_saef import mpi, run_workers
+from hvd_saef import run_workers
+from hvd_saef.transport import mpi
 from tests.oracle import Setup, run
 from tests.problems import (
     STEPS,
@@ -35,8 +36,8 @@ from tests.problems import (
     worst,
 )
 from tests.problems import wrap as wrap_as
-from tests.test_disagreement import Flipping
-from tests.test_staging import device_of_its_own
+from tests.round.test_disagreement import Flipping
+from tests.transport.test_staging import device_of_its_own
 from tests.workers import Run, everything
 
 TOLERANCE = 1e-10

@@ -1,0 +1,265 @@
+"""Checkpoints of all workers: a file a worker and a manifest, written whole or not at all.
+
+A checkpoint is a folder. Each worker's file holds the model at x, the optimizer with ours in it, and what
+its ranks add; `manifest.json` names the files of one complete set, with their sizes and hashes. It is
+written last, and the set before it is deleted after that, so there is a whole set at any time. All ranks
+must see the folder. Files are loaded with `weights_only=True`: they run no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hvd_saef.checkpoints.manifest import (
+    FORMAT,
+    MANIFEST,
+    damage,
+    describe,
+    read_manifest,
+    sealed,
+    write_whole,
+)
+from hvd_saef.checkpoints.redistribution import mean_state, without_errors
+from hvd_saef.errors import CheckpointError
+from hvd_saef.round.session import Session
+from hvd_saef.transport.communicator import Communicator
+
+OnMismatch = Literal["error", "redistribute", "reset"]
+STALE = ("step*-rank*.pt", ".step*.tmp", f".{MANIFEST}.*.tmp")
+"""The set before, and what killed saves left."""
+T = TypeVar("T")
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, **extra: Any) -> None:
+    """Save the model at x, the optimizer and `extra` into the folder `path`, in place of what is there.
+
+    Collective. `extra` is plain numbers, strings, tensors and containers of them: an epoch, a
+    scheduler's state_dict(), torch.get_rng_state(). Each rank's own is saved.
+
+    Raises CheckpointError on all ranks, naming rank and reason, if any could not write; what was
+    there before is then still whole.
+    """
+    folder = Path(path)
+    session = _session(optimizer)
+    communicator = session.communicator
+    rank = communicator.rank
+    nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
+    rounds = session.origin.rounds
+    first = communicator.groups[communicator.worker][0]
+    name = f"step{rounds:08d}-{nonce}-rank{first:05d}.pt"
+    ranks_own = _gather_on_node(communicator, model, extra)
+
+    def write() -> dict[str, Any] | None:
+        if rank != first:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        with optimizer.consensus():
+            contents: dict[str, Any] = {"format": FORMAT, "extra": extra, "others": ranks_own[1:]}
+            contents |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+            write_whole(folder / name, lambda file: torch.save(contents, file))
+        return describe(folder / name)
+
+    try:
+        files = [file for file in _everyone(communicator, write) if file is not None]
+    except CheckpointError:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+    def publish() -> None:
+        if rank != 0:
+            return
+        manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
+        manifest |= {"layout": session.layout.description, "files": files}
+        write_whole(folder / MANIFEST, lambda file: file.write(sealed(manifest)))
+        current = {file["name"] for file in files}
+        for pattern in STALE:
+            for stale in folder.glob(pattern):
+                if stale.name not in current:
+                    stale.unlink(missing_ok=True)
+
+    _everyone(communicator, publish)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Any, on_mismatch: OnMismatch = "error"
+) -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` wrote into `path`, and return this rank's `extra`.
+
+    Collective. For as many workers as saved it, to the bit. For another number, or where a worker's
+    file is missing or damaged, `on_mismatch` says what to do:
+
+    - "error": CheckpointError, the default;
+    - "redistribute": every worker gets the mean error, the server's error and the mean momentum of the
+      files there are, which is what x̃ depends on; local steps since the last round are dropped;
+    - "reset": x is kept, and errors, momentum and all other optimizer state start anew.
+
+    In both cases `extra` and the model's buffers are those of worker k modulo the files there are; where a
+    worker had another number of ranks, of the rank at the same place in it modulo that number.
+
+    Raises CheckpointError on all ranks, naming file and reason, with model and optimizer as they were.
+    """
+    if on_mismatch not in ("error", "redistribute", "reset"):
+        raise ValueError(f"on_mismatch={on_mismatch!r}: 'error', 'redistribute' and 'reset' are allowed.")
+    folder = Path(path)
+    session = _session(optimizer)
+    communicator = session.communicator
+    _everyone(communicator, session.take_in)
+    found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
+    manifest = found[0]
+    files: list[dict[str, Any]] = manifest["files"]
+    # Who reads which file is agreed on first: from here on all ranks do the same.
+    told = _everyone(communicator, lambda: damage(folder, files[communicator.rank :: communicator.size]))
+    problems = {name: reason for found in told for name, reason in found.items()}
+    same = manifest["workers"] == communicator.workers and not problems
+    if not same and on_mismatch == "error":
+        why = "; ".join(f"{name} {reason}" for name, reason in problems.items())
+        raise CheckpointError(
+            f"{folder}: {why or _counts(manifest, communicator)}. "
+            "Pass on_mismatch='redistribute' or 'reset' to go on with what there is."
+        )
+    whole = [file["name"] for file in files if file["name"] not in problems]
+    if not whole:
+        raise CheckpointError(f"{folder}: none of its {len(files)} files can be read ({problems}).")
+
+    def read() -> dict[str, Any]:
+        own = _read(folder / whole[communicator.worker % len(whole)])
+        _take_ranks_own(own, communicator.node.rank)
+        if not same:
+            own["optimizer"] = (
+                mean_state((_read(folder / name)["optimizer"] for name in whole), communicator.workers)
+                if on_mismatch == "redistribute"
+                else without_errors(own["optimizer"], communicator.workers)
+            )
+        _check_fit(own, model, optimizer)
+        return own
+
+    if not same and communicator.rank == 0:
+        warnings.warn(
+            f"{folder}: {problems or _counts(manifest, communicator)}; on_mismatch={on_mismatch!r}.",
+            stacklevel=2,
+        )
+    own: dict[str, Any] = {}
+    _everyone(communicator, lambda: own.update(read()))  # on its own, not told to the others
+    # The optimizer first: a model's state that is the x it has leaves the errors alone.
+    optimizer.load_state_dict(own["optimizer"])
+    model.load_state_dict(own["model"])
+    extra: dict[str, Any] = own["extra"]
+    return extra
+
+
+def _session(optimizer: Any) -> Session:
+    session = getattr(optimizer, "_saef", None)
+    if not isinstance(session, Session):
+        raise TypeError(f"optimizer={type(optimizer).__name__}: what hvd_saef.DistributedOptimizer returned.")
+    session.check_process()
+    return session
+
+
+def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[str, Any]) -> list[Any]:
+    """What each rank of this worker has of its own, if there are several: `extra` and the model's buffers.
+
+    Collective.
+
+    Raises CheckpointError on all ranks if any rank's cannot be saved.
+    """
+    if communicator.workers == communicator.size:
+        return []
+    mine = io.BytesIO()
+    own = {"extra": extra, "buffers": {name: buffer.detach() for name, buffer in model.named_buffers()}}
+    _everyone(communicator, lambda: torch.save(own, mine))
+    everyone = communicator.node.allgather_object(mine.getvalue())
+    return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in everyone]
+
+
+def _take_ranks_own(contents: dict[str, Any], place: int) -> None:
+    """Put what was the own of the rank at `place` in its worker in place of the first's."""
+    others = contents.get("others", [])
+    place %= 1 + len(others)
+    if place:
+        contents["extra"] = others[place - 1]["extra"]
+        contents["model"] |= {
+            name: buffer for name, buffer in others[place - 1]["buffers"].items() if name in contents["model"]
+        }
+
+
+def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
+    """What `do` returned on every rank; CheckpointError on all if it raised on any. Collective."""
+    outcome: T | None = None
+    failure: Exception | None = None
+    try:
+        outcome = do()
+    except Exception as error:
+        failure = error
+    told = communicator.allgather_object(None if failure is None else _reason(failure))
+    if any(told):
+        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(told) if reason)
+        raise CheckpointError(reasons) from failure
+    return communicator.allgather_object(outcome)
+
+
+def _reason(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
+
+
+def _manifest(folder: Path, session: Session) -> dict[str, Any]:
+    """The manifest in `folder`. Raises CheckpointError unless it is whole and of this model."""
+    manifest = read_manifest(folder)
+    saved = [(p["name"], p["shape"], p["dtype"]) for p in manifest["layout"]["parameters"]]
+    ours = [(p["name"], p["shape"], p["dtype"]) for p in session.layout.description["parameters"]]
+    if sorted(saved) != sorted(ours):
+        odd = next(p for p in sorted(saved + ours) if (p in saved) != (p in ours))
+        where = "the checkpoint" if odd in saved else "the optimizer"
+        frozen = odd[0] in session.layout.description["frozen"]
+        raise CheckpointError(
+            f"{folder / MANIFEST} is of another model: parameter {odd} is in {where} only"
+            f"{'; it is frozen here: set requires_grad before loading' if frozen else ''}"
+        )
+    return manifest
+
+
+def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
+    return f"it was saved by {manifest['workers']} workers, and there are {communicator.workers}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if contents.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint file of this version ({FORMAT!r})")
+    return contents
+
+
+def _check_fit(own: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
+    """Raise before anything is loaded if any of it would not fit."""
+    shapes = {name: _shape(value) for name, value in model.state_dict().items()}
+    saved = {name: _shape(value) for name, value in own["model"].items()}
+    for name in [*shapes, *saved]:
+        if shapes.get(name) != saved.get(name):
+            raise CheckpointError(
+                f"the model's {name!r} is {saved.get(name, 'missing')} in the checkpoint and "
+                f"{shapes.get(name, 'missing')} here"
+            )
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in own["optimizer"]["param_groups"]]
+    if groups != theirs:
+        raise CheckpointError(
+            f"the optimizer has parameter groups of sizes {groups}, the checkpoint of {theirs}"
+        )
+    optimizer._saef.origin.check(own["optimizer"]["hvd_saef"], optimizer._saef.kept)
+
+
+def _shape(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

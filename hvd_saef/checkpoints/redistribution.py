@@ -1,0 +1,105 @@
+"""One state for all workers out of the states of K others: what x̃ depends on is kept. Local but for means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.memory.layout import Layout
+from hvd_saef.transport.communicator import Communicator
+
+
+def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Optimizer state dicts of several workers → one for each of `workers`: mean errors and moments.
+
+    The server's error is put together from the stretches that the workers kept, zero where none is
+    left. Workers of several ranks count as they did. Local steps since the last round are dropped. Sums
+    run in the order given, so every worker gets the same bits. `states` are read one at a time and used up.
+    """
+    merged = _counted(next(states))
+    ours = merged["hvd_saef"]
+    served = {name: torch.zeros_like(x).flatten() for name, x in ours.get("x", {}).items()}
+    _place(ours.get("server_errors", {}), served)
+    count = ours.get("count", 1)
+    for state in map(_counted, states):
+        count += state["hvd_saef"].get("count", 1)
+        for name, error in state["hvd_saef"].get("errors", {}).items():
+            ours["errors"][name] += error
+        _place(state["hvd_saef"].get("server_errors", {}), served)
+        for index, moments in state["state"].items():
+            if index not in merged["state"]:
+                merged["state"][index] = moments  # others had no gradient yet, and add zero
+                continue
+            for key, value in moments.items():
+                if _is_moment(key, value):
+                    merged["state"][index][key] += value
+    for error in ours.get("errors", {}).values():
+        error /= count
+    for moments in merged["state"].values():
+        for key, value in moments.items():
+            if _is_moment(key, value):
+                value /= count
+    if ours.get("server_errors"):
+        ours["server_errors"] = {name: {"start": 0, "values": values} for name, values in served.items()}
+    return _for_everyone(merged, workers)
+
+
+def _counted(state: dict[str, Any]) -> dict[str, Any]:
+    """A worker's state dict with errors and moments times what the worker counts."""
+    count = state["hvd_saef"].get("count", 1)
+    if count != 1:
+        moments = [v for m in state["state"].values() for key, v in m.items() if _is_moment(key, v)]
+        for summand in (*state["hvd_saef"].get("errors", {}).values(), *moments):
+            summand *= count
+    return state
+
+
+def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:
+    """One worker's optimizer state dict → one for each of `workers`, with x and the groups alone kept."""
+    ours = state["hvd_saef"]
+    for error in ours.get("errors", {}).values():
+        error.zero_()
+    if ours.get("server_errors"):
+        values = {name: torch.zeros_like(x).flatten() for name, x in ours["x"].items()}
+        ours["server_errors"] = {name: {"start": 0, "values": zeros} for name, zeros in values.items()}
+    return _for_everyone(state | {"state": {}}, workers)
+
+
+def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
+    """Replace the optimizer's moments by the workers' means. Collective.
+
+    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
+    count of steps is none, though it has the shape of a parameter without dimensions.
+    """
+    mine: dict[str, bool] = {}
+    for slot in layout.slots:
+        for key, value in optimizer.state.get(slot.parameter, {}).items():
+            fits = isinstance(value, Tensor) and value.is_floating_point()
+            mine[key] = mine.get(key, True) and fits and value.shape == slot.parameter.shape
+    everyone = communicator.allgather_object(mine)
+    moments = {
+        key for keys in everyone for key in keys if key != "step" and all(k.get(key, True) for k in everyone)
+    }
+    for slot in layout.slots:
+        state = optimizer.state.get(slot.parameter, {})
+        for key in sorted(moments):
+            # A worker that has had no gradient yet adds zero, and keeps its empty state.
+            moment = state.get(key, torch.zeros_like(slot.parameter))
+            communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")
+
+
+def _for_everyone(state: dict[str, Any], workers: int) -> dict[str, Any]:
+    ours = {"workers": workers, "consolidated": True, "local_steps_done": 0, "reached": None}
+    return state | {"hvd_saef": state["hvd_saef"] | ours}
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    return key != "step" and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _place(pieces: dict[str, Any], whole: dict[str, Tensor]) -> None:
+    for name, piece in pieces.items():
+        whole[name][piece["start"] : piece["start"] + piece["values"].numel()] = piece["values"]

@@ -1,0 +1,294 @@
+"""x, e and s, bucket by bucket, and what of them goes into and comes out of a state dict. Local."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.compression import Memory
+from hvd_saef.memory.layout import Bucket, Layout, Part, is_dense
+from hvd_saef.settings import Settings
+
+
+@dataclass
+class BucketState:
+    """One bucket's x, e and s, flat; and which of its blocks this worker is the server of."""
+
+    bucket: Bucket
+    x: Tensor
+    """The consensus point, [numel]: the same bits on every worker."""
+    e: Tensor
+    """This worker's error, [numel]."""
+    s: Tensor | None
+    """The server's error for `parts[mine]`; None with single-way compression."""
+    parts: list[Part]
+    """The servers' shares: part k is worker k's if the server is sharded, else there is one, the bucket."""
+    mine: int
+    """The part that this worker serves."""
+    _where: Any = None
+    _memories: list[Memory] = field(default_factory=list)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether other workers serve other parts."""
+        return len(self.parts) > 1
+
+    @torch.no_grad()
+    def show(self, flat: Tensor) -> None:
+        """Write `flat` ([numel]) into the parameters, rounded to their dtype."""
+        if self.bucket.parameters:
+            torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
+
+    def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
+        """The memory of parts of the bucket, in their order, for a pass over each.
+
+        Made anew if a parameter's memory is elsewhere than before, or there are other parts.
+        """
+        where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts)
+        if where != self._where:
+            self._where, self._memories = where, []
+            for part, pieces in zip(parts, _cut(self._points(), parts), strict=True):
+                stretch = slice(part.start, part.stop)
+                s = self.s if beta else None  # with β > 0 the server is replicated: one part
+                self._memories.append(
+                    Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta)
+                )
+        return self._memories
+
+    def _points(self) -> list[Tensor]:
+        """The parameters' own memory, 1-D, end to end; none if it is not plain memory of x's dtype."""
+        parameters = self.bucket.parameters
+        if not all(p.dtype == self.bucket.dtype and is_dense(p) for p in parameters):
+            return []
+        return [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
+
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Take x from the parameters and clear the errors."""
+        if self.bucket.parameters:
+            torch._foreach_copy_(self.bucket.views(self.x), self.bucket.parameters)
+        self.e.zero_()
+        if self.s is not None:
+            self.s.zero_()
+
+
+class State:
+    """The state of all buckets. `rounds` is t, the number of completed rounds."""
+
+    def __init__(self, layout: Layout, settings: Settings, rank: int, workers: int) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.rounds = 0
+        self.buckets: list[BucketState] = []
+        self._rank, self._workers = rank, workers
+        self._loads = [0] * workers
+        for bucket in layout.buckets:
+            self._add(bucket)
+
+    def _add(self, bucket: Bucket) -> BucketState:
+        workers = self._workers
+        sharded = self.settings.sharded(workers) and not bucket.dense and workers > 1
+        parts = _assign(bucket.parts(workers), self._loads) if sharded else bucket.parts(1)
+        mine = self._rank if sharded else 0
+        served = parts[mine].stop - parts[mine].start
+        s = bucket.new_flat()[:served].clone() if self.settings.double_compression else None
+        self.buckets.append(BucketState(bucket, bucket.new_flat(), bucket.new_flat(), s, parts, mine))
+        return self.buckets[-1]
+
+    def grow(self, layout: Layout) -> None:
+        """Take up the buckets that `layout` has beyond the ones here, x from their parameters."""
+        for bucket in layout.buckets[len(self.buckets) :]:
+            self._add(bucket).anchor()
+        self.layout = layout
+
+    def anchor(self) -> None:
+        """Take x from the parameters and clear all errors."""
+        for state in self.buckets:
+            state.anchor()
+
+    def shows_x(self) -> bool:
+        """Whether the parameters hold x, as far as their dtypes can."""
+        return all(
+            torch.equal(view.to(parameter.dtype), parameter)
+            for state in self.buckets
+            for view, parameter in zip(state.bucket.views(state.x), state.bucket.parameters, strict=True)
+        )
+
+    def show_x(self) -> None:
+        """Write x into the parameters."""
+        for state in self.buckets:
+            state.show(state.x)
+
+    def views_of(self, which: str) -> dict[str, Tensor]:
+        """`"x"` or `"e"` of every parameter, by name and in its shape: views."""
+        return {
+            slot.name: slot.view(getattr(state, which))
+            for state in self.buckets
+            for slot in state.bucket.slots
+        }
+
+    def own(self) -> dict[str, Tensor]:
+        """What is this worker's alone, by what to call it: views of e, and the s that is here."""
+        own = {f"the error of {name!r}": view for name, view in self.views_of("e").items()}
+        served = {
+            f"the server's error {state.bucket.index}": state.s
+            for state in self.buckets
+            if state.s is not None
+        }
+        return own | served
+
+    def error_norms(self) -> tuple[float, float]:
+        """Euclidean norms of this worker's e and of the s that it holds."""
+        e = [state.e for state in self.buckets]
+        s = [state.s for state in self.buckets if state.s is not None]
+        return _norm(e), _norm(s)
+
+    def export(self) -> dict[str, Any]:
+        """Copies of t, x, e and s as plain tensors by parameter name.
+
+        x and errors have the parameter's shape. A server error is {"start", "values"}: the served
+        stretch of the parameter's flat memory, from element `start`.
+        """
+        server: dict[str, Any] = {}
+        for state in self.buckets:
+            if state.s is not None:
+                server |= cut_stretches(state.bucket, state.s, state.parts[state.mine].start)
+        return {
+            "rounds": self.rounds,
+            "x": {name: view.clone() for name, view in self.views_of("x").items()},
+            "errors": {name: view.clone() for name, view in self.views_of("e").items()},
+            "server_errors": server,
+        }
+
+    @staticmethod
+    def is_in(saved: Mapping[str, Any]) -> bool:
+        """Whether anything that :meth:`export` gives is in `saved`."""
+        return any(key in saved for key in EXPORTED)
+
+    @staticmethod
+    def check(saved: Mapping[str, Any], layout: Layout) -> None:
+        """Raise ValueError if what :meth:`export` gave does not fit these parameters."""
+        for key in EXPORTED:
+            if key not in saved:
+                raise misfit(f"it has no {key!r}")
+        for key in ("x", "errors"):
+            check_shapes(key, saved[key], layout)
+        slots = {slot.name: slot for slot in layout.slots}
+        for name, piece in saved["server_errors"].items():
+            if (
+                name not in slots
+                or int(piece["start"]) + piece["values"].numel() > slots[name].parameter.numel()
+            ):
+                raise misfit(f"the server's error of {name!r} is larger than the parameter")
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Any]) -> bool:
+        """Take what :meth:`check` found fitting. Returns whether all of s that is served here was in it."""
+        found = 0
+        for state in self.buckets:
+            for slot in state.bucket.slots:
+                slot.view(state.x).copy_(saved["x"][slot.name])
+                slot.view(state.e).copy_(saved["errors"][slot.name])
+            if state.s is not None:
+                part = state.parts[state.mine]
+                found += place_stretches(state.bucket, saved["server_errors"], state.s.zero_(), part.start)
+        self.rounds = int(saved["rounds"])
+        return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
+
+    def clear_errors(self) -> None:
+        """Set e to zero."""
+        for state in self.buckets:
+            state.e.zero_()
+
+    def clear_server_errors(self) -> None:
+        """Set s to zero."""
+        for state in self.buckets:
+            if state.s is not None:
+                state.s.zero_()
+
+
+def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:
+    """Copy what `stretches`, by parameter, hold of the bucket's memory from `start` on into `out`.
+
+    Returns the number of elements found; the others stay as they are.
+    """
+    found = 0
+    for slot in bucket.slots:
+        if slot.name in stretches:
+            values = stretches[slot.name]["values"]
+            begin = slot.start + int(stretches[slot.name]["start"])
+            first, last = max(begin, start), min(begin + values.numel(), start + out.numel())
+            if first < last:
+                out[first - start : last - start].copy_(values[first - begin : last - begin])
+                found += last - first
+    return found
+
+
+def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
+    """The inverse: `values` of the bucket's memory from `start` on, by parameter, as copies."""
+    stretches: dict[str, Any] = {}
+    for slot in bucket.slots:
+        first, last = max(slot.start, start), min(slot.stop, start + values.numel())
+        if first < last:
+            stretches[slot.name] = {
+                "start": first - slot.start,
+                "values": values[first - start : last - start].clone(),
+            }
+    return stretches
+
+
+def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[list[Tensor]]:
+    """Of memory that consists of `pieces`, end to end, what lies in each part."""
+    starts = list(itertools.accumulate((piece.numel() for piece in pieces), initial=0))
+    for part in parts:
+        inside = []
+        for i in range(bisect.bisect_right(starts, part.start) - 1, len(pieces)):
+            if starts[i] >= part.stop:
+                break
+            piece = pieces[i][max(0, part.start - starts[i]) : part.stop - starts[i]]
+            if piece.numel():
+                inside.append(piece)
+        yield inside
+
+
+def _assign(parts: list[Part], loads: list[int]) -> list[Part]:
+    """The parts in the order of the workers that serve them: the largest to who serves least so far.
+
+    `loads`, elements by worker, goes on. Blocks are not cut, so one bucket's parts may be uneven.
+    """
+    workers = sorted(range(len(parts)), key=lambda worker: loads[worker])
+    assigned = dict(zip(workers, sorted(parts, key=lambda part: part.start - part.stop), strict=True))
+    for worker, part in assigned.items():
+        loads[worker] += part.stop - part.start
+    return [assigned[worker] for worker in range(len(parts))]
+
+
+EXPORTED = ("rounds", "x", "errors", "server_errors")
+
+
+def misfit(reason: str) -> ValueError:
+    """An error that says why a loaded state cannot be taken."""
+    return ValueError(f"the loaded state under 'hvd_saef' does not fit: {reason}.")
+
+
+def check_shapes(what: str, saved: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raise ValueError unless `saved` has a tensor of the right shape for every parameter, by name."""
+    shapes = {slot.name: tuple(slot.parameter.shape) for slot in layout.slots}
+    if set(shapes) != set(saved):
+        odd = min(set(shapes).symmetric_difference(saved))
+        where = "the state dict" if odd in saved else "the optimizer"
+        raise misfit(f"{what} of {odd!r} is in {where} only")
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            raise misfit(f"{what} of {name!r} has shape {tuple(saved[name].shape)}, the parameter {shape}")
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors))

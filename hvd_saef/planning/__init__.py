@@ -1,0 +1,1 @@
+"""A model of a step's time, to say beforehand which method would pay."""

@@ -1,0 +1,159 @@
+"""The small word that all workers exchange before the local step and after it, so that all decide alike.
+
+A later feature that needs all workers to do the same thing adds a bit here, not a collective.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
+from hvd_saef.memory.layout import Layout
+from hvd_saef.transport.communicator import Communicator, bytes_of
+from hvd_saef.transport.find import find_communicator
+
+
+class Word(enum.IntFlag):
+    """What a worker has to say before a local step, or after it; all see the bitwise or."""
+
+    NOTHING = 0
+    ANCHOR = enum.auto()
+    """I was just wrapped or loaded: let us agree where x, e and s come from."""
+    FAILED = enum.auto()
+    """An exception was raised here."""
+    OVERFLOW = enum.auto()
+    """A GradScaler found an overflow here: skip this step."""
+    NONFINITE = enum.auto()
+    """A gradient here, or what the local step made of it, holds a NaN, an infinity, or nearly that."""
+    HUGE = enum.auto()
+    """A gradient's square is infinite: keep what the optimizer has, in case that its step overflows."""
+    UNDER_WAY = enum.auto()
+    """With overlap=True: updates of this round are on the wire already."""
+    STOP = enum.auto()
+    """A signal came here: let us stop after this step."""
+
+
+def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:
+    """Everyone's words together. Collective; where any says FAILED, :func:`raise_failure` comes next."""
+    return Word(communicator.combine(int(word | (Word.FAILED if failure else Word.NOTHING))))
+
+
+def raise_failure(communicator: Communicator, failure: Exception | None) -> NoReturn:
+    """The worker that failed raises its own exception, the others WorkerError. Collective."""
+    reasons = communicator.allgather_object(
+        None if failure is None else f"{type(failure).__name__}: {failure}"
+    )
+    if failure is not None:
+        raise failure
+    raise WorkerError("; ".join(f"rank {k} raised {why}" for k, why in enumerate(reasons) if why))
+
+
+def check_configuration(communicator: Communicator, layout: Layout) -> None:
+    """Raise ConfigurationMismatchError on all workers if settings or parameters differ. Collective."""
+    if len(set(communicator.allgather_object(layout.digest))) == 1:
+        return
+    everyone = communicator.allgather_object(layout.description)
+    flattened = [_flatten(description) for description in everyone]
+    keys = {key: None for items in flattened for key in items}
+    # What all have and one has otherwise says more than what one has not.
+    for key in sorted(keys, key=lambda key: not all(key in items for items in flattened)):
+        values = [items.get(key, "(missing)") for items in flattened]
+        if len({repr(value) for value in values}) > 1:
+            raise ConfigurationMismatchError(
+                f"workers disagree on {key}: {who_has_what(values)}. Make it the same on all of them."
+            )
+    raise ConfigurationMismatchError("workers disagree on the order of their parameters.")
+
+
+def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice: str) -> None:
+    """Raise ConsensusError on all workers unless x has the same bits everywhere. Collective.
+
+    Costs a hash of x and one gather of 16 bytes a rank.
+    """
+    digests, together = _digests(x)
+    if len(set(communicator.allgather_object(together))) == 1:
+        return
+    everyone = communicator.allgather_object(digests)
+    for name in digests:
+        values = [theirs[name] for theirs in everyone]
+        if len(set(values)) > 1:
+            raise ConsensusError(f"x differs between workers in {name!r}: {who_has_what(values)}. {advice}")
+    raise ConsensusError(f"x differs between workers. {advice}")
+
+
+def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advice: str) -> None:
+    """Raise ConsensusError on all ranks unless `state` has the same bits on each worker's ranks. Collective.
+
+    Costs a hash of the state and one gather of 16 bytes a rank, where workers have several ranks.
+    """
+    if communicator.workers == communicator.size:
+        return
+    digests, together = _digests(state)
+    summary = communicator.allgather_object(together)
+    if all(len({summary[rank] for rank in group}) == 1 for group in communicator.groups):
+        return
+    everyone = communicator.allgather_object(digests)
+    for group in communicator.groups:
+        for name in {name: None for rank in group for name in everyone[rank]}:
+            values = [everyone[rank].get(name, "(missing)") for rank in group]
+            if len(set(values)) > 1:
+                who = who_has_what(values, group)
+                raise ConsensusError(f"{name} differs between the ranks of one worker: {who}. {advice}")
+
+
+def common_steps(steps: int, process_set: Any = None) -> int:
+    """The number of steps that every worker has data for: the least of all workers' `steps`. Collective.
+
+    For ranks with different numbers of batches: step() is collective, so all must call it equally often.
+
+    >>> steps = hvd_saef.common_steps(len(loader))
+    >>> for batch in itertools.islice(loader, steps): ...
+
+    Raises ValueError on this worker for a `steps` below 0. `process_set`: None is all ranks.
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
+    communicator, _ = find_communicator(process_set)
+    return int(min(communicator.allgather_object(int(steps))))
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
+    """A hash of each, and one of all."""
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    return digests, hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(bytes_of(tensor).numpy().data, digest_size=16).hexdigest()
+
+
+def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry for each thing to agree on, under a name that a reader understands."""
+    items: dict[str, Any] = dict(description["settings"])
+    frozen: Sequence[str] = description["frozen"]
+    items["the number of parameters"] = len(description["parameters"]) + len(frozen)
+    taking_part = {parameter["name"]: True for parameter in description["parameters"]}
+    for name, takes_part in (taking_part | dict.fromkeys(frozen, False)).items():
+        items[f"whether {name!r} takes part"] = takes_part
+    for place, parameter in enumerate(description["parameters"]):
+        items[f"the name of parameter {place}"] = parameter["name"]
+        for key, value in parameter.items():
+            if key != "name":
+                items[f"{key} of {parameter['name']!r}"] = value
+    return items
+
+
+def who_has_what(values: Sequence[Any], whose: Sequence[int] | None = None) -> str:
+    """Which ranks have which value, in words; values[i] is rank whose[i]'s, or rank i's."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in zip(range(len(values)) if whose is None else whose, values, strict=True):
+        ranks.setdefault(repr(value), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        for value, who in ranks.items()
+    )

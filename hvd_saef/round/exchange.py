@@ -1,0 +1,305 @@
+"""A round: each bucket's trip from the workers to the server and back. Collective.
+
+A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. What
+is between encoding and decoding runs in the background: one thread takes payloads up to the server, one
+serves and takes the answers down, each one bucket after the other. With overlap, one more encodes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_saef.compression import BlockedTensor, Compression, Fused, Memory
+from hvd_saef.memory import algorithm
+from hvd_saef.memory.buffers import Buffers
+from hvd_saef.memory.state import BucketState, State
+from hvd_saef.round.averaging import average_errors, averages_next
+from hvd_saef.round.node_means import NodeMeans
+from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Channel, Communicator
+
+P = ParamSpec("P")
+T = TypeVar("T")
+BOTH_WAYS = (Channel.UP, Channel.DOWN)
+AT_A_TIME = 3
+"""Buckets under way at a time: one encoded, one on the wire, one decoded."""
+
+
+class Here(Executor):
+    """Does what it is given at once, in this thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+HERE = Here()
+
+
+@dataclass
+class Trip:
+    """One bucket's payloads on their way."""
+
+    state: BucketState
+    plain: bool
+    """Whether the parameters are plain memory that a pass can go through; else they are copied."""
+    rows: Fused
+    memories: list[Memory]
+    wire: torch.dtype | None
+    """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
+    served: BlockedTensor | None
+    """The s that this worker serves (DC)."""
+    buffers: Buffers
+    what: str
+    """Its bucket and round, for messages."""
+    sent: list[Tensor] = field(default_factory=list)
+    """This worker's payload of each part, in one buffer."""
+    encoded: Future[None] = field(default_factory=Future)
+    """Whether row 4 is done."""
+    gathered: Future[list[Tensor]] = field(default_factory=Future)
+    """The payloads for this worker's server."""
+    arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
+    """For each part the payloads to apply, once the background has them."""
+    landed: Future[None] | None = None
+    """Rows 6 and 2, where the background does them."""
+
+
+class Exchange:
+    """Carries the rounds of one optimizer over its communicator and counts what they cost."""
+
+    def __init__(self, communicator: Communicator, settings: Settings, statistics: Statistics) -> None:
+        self.communicator = communicator
+        self.settings = settings
+        self.statistics = statistics
+        self.means = NodeMeans(communicator, statistics)
+        self._idle = [Buffers() for _ in range(AT_A_TIME)]
+        self._under_way: deque[Trip] = deque()
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef encoding {communicator.rank}")
+        """Waits for no other worker, so that this one may wait for it at any time."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any bucket is under way."""
+        return bool(self._under_way)
+
+    # -- the parameters' start points -------------------------------------------------------------
+
+    def start_point(self, state: BucketState) -> Tensor:
+        """Row 2's b, flat, in new memory, rounded as the parameters round it."""
+        b = algorithm.step_ahead(state.x, state.e, state.s, self.settings.alpha, self.settings.beta)
+        for slot in state.bucket.slots:
+            if slot.parameter.dtype != b.dtype:
+                view = slot.view(b)
+                view.copy_(view.to(slot.parameter.dtype))
+        return b
+
+    @torch.no_grad()
+    def show_start_points(self, buckets: Iterable[BucketState]) -> None:
+        """Write b into the parameters."""
+        for bucket_state in buckets:
+            bucket_state.show(self.start_point(bucket_state))
+
+    # -- a round ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def complete_round(self, state: State) -> None:
+        """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
+        early = list(self._under_way)
+        for bucket_state in self._waiting(state):
+            if not self._idle and not early:
+                self._take_down(state)
+            self.depart(state, bucket_state)
+        # What was sent during backward has arrived, and the background is free to land half of it.
+        down = self.communicator.background(Channel.DOWN) if early else HERE
+        for trip in early[1::2]:
+            trip.landed = down.submit(self._land, state, trip)
+        while self._under_way:
+            self._take_down(state)
+        due = [one for one in state.buckets if averages_next(self.settings, state, one)]
+        state.rounds += 1
+        wire_dtype = torch.float16 if self.settings.averaging_fp16 else None
+        average_errors(self.communicator, self.statistics, due, wire_dtype)
+        self.show_start_points(due)
+
+    @staticmethod
+    def order(state: State) -> list[BucketState]:
+        """The buckets in the order in which all workers send them: as backward gets to them."""
+        return [bucket_state for bucket_state in reversed(state.buckets) if bucket_state.bucket.numel]
+
+    def _waiting(self, state: State) -> list[BucketState]:
+        """Those of them that have not left."""
+        gone = {id(trip.state) for trip in self._under_way}
+        return [bucket_state for bucket_state in self.order(state) if id(bucket_state) not in gone]
+
+    # -- a bucket's trip --------------------------------------------------------------------------
+
+    def depart(
+        self, state: State, bucket_state: BucketState, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too.
+
+        So is `before`, which must not raise: the other workers expect the bucket. A bucket that is the only
+        one has nothing to be overlapped with, and threads cost time.
+        """
+        trip = self._prepare(bucket_state, state.rounds)
+        overlap, alone = self.settings.overlap, len(state.buckets) == 1
+        up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
+        trip.encoded = (self._aside if overlap else HERE).submit(self._encode, trip, before)
+        trip.gathered = up.submit(self._gather, trip)
+        trip.arrived = down.submit(self._answer, trip)
+        self._under_way.append(trip)
+
+    def wait_until_encoded(self) -> None:
+        """Until nothing in the background steps the parameters or reads them any more."""
+        for trip in self._under_way:
+            trip.encoded.result()
+
+    def abandon(self, state: State) -> None:
+        """Send the buckets that have not left, and drop what arrives. For workers that all gave up."""
+        for bucket_state in self._waiting(state):
+            self.depart(state, bucket_state)
+        while self._under_way:
+            trip = self._under_way.popleft()
+            trip.arrived.result()
+            self._idle.append(trip.buffers)
+
+    def _prepare(self, state: BucketState, rounds: int) -> Trip:
+        bucket, settings = state.bucket, self.settings
+        warmup = rounds < settings.warmup_steps
+        compressor = Compression.none if warmup else bucket.compressor
+        fits = bucket.device.type == "cpu" and self.communicator.alike
+        rows = compressor.fused if fits else None
+        wire = compressor.wire_dtype(bucket.dtype)
+        parts = state.parts if wire is None else bucket.parts(1)
+        sizes = [compressor.payload_bytes(part.blocks) for part in parts]
+        buffers = self._idle.pop() if self._idle else Buffers()
+        memories = state.memories(parts, settings.alpha, settings.beta)
+        served = None
+        if state.s is not None and not warmup:
+            served = BlockedTensor(state.s, parts[state.mine].blocks)
+        return Trip(
+            state=state,
+            plain=any(memory.points for memory in memories),
+            rows=rows or algorithm.PlainRows(compressor),
+            memories=memories,
+            wire=wire,
+            served=served,
+            buffers=buffers,
+            what=f"bucket {bucket.index}, round {rounds + 1}",
+            sent=buffers.pieces("sent", sizes, bucket.device),
+        )
+
+    def _take_down(self, state: State) -> None:
+        """Let the earliest trip land, if the background does not, and be done with it."""
+        trip = self._under_way.popleft()
+        if trip.landed is None:
+            self._land(state, trip)
+        else:
+            trip.landed.result()
+        self._idle.append(trip.buffers)
+        self._count(trip)
+
+    @torch.no_grad()
+    def _land(self, all_of_it: State, trip: Trip) -> None:
+        """Rows 6 and 2 of a trip, once it has arrived."""
+        state = trip.state
+        # Where row 1 comes next, the parameters are written once that is done.
+        shows = not averages_next(self.settings, all_of_it, state)
+        with self.statistics.phase("exchange"):
+            arrived = trip.arrived.result()
+        weights = [1.0] if trip.served or trip.wire else self.communicator.weights
+        with self.statistics.phase("decode"):
+            for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
+                shown = memory if shows else replace(memory, points=())
+                trip.rows.receive(shown, sent, payloads, weights)
+            if self.settings.feedback == "none":
+                state.e.zero_()
+                if state.s is not None:
+                    state.s.zero_()
+            if shows and not trip.plain:
+                state.show(self.start_point(state))
+
+    @torch.no_grad()
+    def _encode(self, trip: Trip, before: Callable[[], None]) -> None:
+        """Row 4, after `before`."""
+        before()
+        state = trip.state
+        with self.statistics.phase("encode"):
+            if not trip.plain:
+                y = state.bucket.new_flat()
+                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
+                algorithm.add_update(state.e, self.start_point(state), y)
+            for memory, piece in zip(trip.memories, trip.sent, strict=True):
+                trip.rows.send(memory, piece)
+            if trip.wire is not None and trip.wire != state.bucket.dtype:
+                sent = trip.sent[0].view(trip.wire)
+                sent.copy_(self._with_room(sent, state.e))
+
+    def _with_room(self, sent: Tensor, e: Tensor) -> Tensor:
+        """`sent`, so much of it that the sum over workers fits its dtype; the rest is added to e."""
+        most = torch.finfo(sent.dtype).max / self.communicator.size
+        fits = sent.clamp(-most, most)
+        e.add_(sent.to(e.dtype) - fits.to(e.dtype))
+        return fits
+
+    @torch.no_grad()
+    def _gather(self, trip: Trip) -> list[Tensor]:
+        """The payloads that this worker's server needs, or their mean where that is itself a payload."""
+        trip.encoded.result()  # raises what it raised
+        state, communicator = trip.state, self.communicator
+        communicator.doing[Channel.UP] = trip.what
+        if trip.wire is not None:
+            name = f"dense.{state.bucket.index}"
+            communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
+            return trip.sent
+        size = trip.sent[state.mine].numel()
+        payloads = trip.buffers.pieces("incoming", communicator.workers * [size], state.bucket.device)
+        if state.sharded:
+            communicator.alltoall(trip.sent, payloads)
+        else:
+            communicator.allgather(trip.sent[0], payloads, Channel.UP)
+        return payloads
+
+    @torch.no_grad()
+    def _answer(self, trip: Trip) -> list[list[Tensor]]:
+        """Row 5', and the answers for each part; or what was gathered, with single-way compression."""
+        payloads = trip.gathered.result()
+        if trip.served is None:
+            return [payloads]
+        state, device = trip.state, trip.state.bucket.device
+        (answer,) = trip.buffers.pieces("answer", [trip.sent[state.mine].numel()], device)
+        weights = [1.0] if trip.wire else self.communicator.weights  # what was averaged is one payload
+        trip.rows.serve(payloads, weights, trip.served, answer)
+        if len(trip.sent) == 1:
+            return [[answer]]
+        self.communicator.doing[Channel.DOWN] = trip.what
+        answers = trip.buffers.pieces("answers", [piece.numel() for piece in trip.sent], device)
+        self.communicator.allgather(answer, answers, Channel.DOWN)
+        return [[answer] for answer in answers]
+
+    def _count(self, trip: Trip) -> None:
+        statistics, others = self.statistics, self.communicator.workers - 1
+        sizes = [piece.numel() for piece in trip.sent]
+        total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
+        if trip.wire:
+            statistics.dense_bytes_sent += ring_bytes(self.communicator.workers, total)
+            statistics.node_bytes_sent += self.communicator.passed_on_of_mean(trip.sent[0].view(trip.wire))
+        elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
+            statistics.payload_bytes_sent += total - own + others * own
+            statistics.payload_bytes_received += others * own + total - own
+            answers = [size for k, size in enumerate(sizes) if k != trip.state.mine]
+            statistics.node_bytes_sent += self.communicator.passed_on(others * [own] + answers)
+        else:
+            statistics.payload_bytes_sent += others * total
+            statistics.payload_bytes_received += others * total
+            statistics.node_bytes_sent += self.communicator.passed_on(others * [total])
+        statistics.ring_allreduce_bytes += ring_bytes(self.communicator.workers, 4 * trip.state.bucket.numel)

@@ -1,0 +1,79 @@
+"""Wrong use of a wrapped optimizer that would train something else in silence: found before a step. Local."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hvd_saef.memory.layout import Layout
+
+
+class Guard:
+    """Who may use one wrapped optimizer, and whether its parameters are what was wrapped."""
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._pid = os.getpid()
+        self._thread = threading.get_ident()
+        self._thread_name = threading.current_thread().name
+        self._give_up = give_up
+        self._taken: str | None = None
+        self._warned = False
+
+    def claim(self, layout: Layout) -> None:
+        """These parameters are ours now; whoever had one of them before is done, and leaves it at its x."""
+        for slot in layout.slots:
+            earlier = _guards.get(id(slot.parameter))
+            if earlier is not None and earlier is not self and earlier._taken is None:
+                earlier._taken = slot.name
+                earlier._give_up()
+        for slot in layout.slots:
+            _guards[id(slot.parameter)] = self
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked off: no other rank knows it."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this process was forked from one that had called hvd_saef.DistributedOptimizer: it cannot "
+                "exchange anything. Train in the process that called hvd.init()."
+            )
+
+    def check(self, layout: Layout) -> None:
+        """Raise RuntimeError for a step that is not what was wrapped, or not by whom."""
+        if self._taken is not None:
+            raise RuntimeError(
+                f"parameter {self._taken!r} was wrapped again by a later hvd_saef.DistributedOptimizer, so "
+                "this one cannot be used any more: two would undo each other's steps. Wrap one optimizer "
+                "over all parameters, or two over different ones."
+            )
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                f"this optimizer was wrapped in thread {self._thread_name!r} and is used in "
+                f"{threading.current_thread().name!r}: all ranks must call collectives in one order. Call "
+                "hvd_saef.DistributedOptimizer in the thread that trains."
+            )
+        for slot in layout.slots:
+            if (change := slot.change()) is not None:
+                raise RuntimeError(
+                    f"parameter {slot.name!r} {change} after hvd_saef.DistributedOptimizer saw it: x and the "
+                    "errors would not fit it. Move, convert and resize the model before wrapping, or wrap a "
+                    "new optimizer after it."
+                )
+
+    def check_gradients(self, gradients: list[Tensor]) -> None:
+        """Warn once of a step without any gradient."""
+        if not gradients and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "step() finds no gradient on any parameter, so this worker's update is zero. If that is "
+                "not meant: zero_grad() between backward() and step() drops them. Call it before backward().",
+                stacklevel=5,
+            )
+
+
+# By parameter: whoever has one keeps it alive, so that its id is its own.
+_guards: weakref.WeakValueDictionary[int, Guard] = weakref.WeakValueDictionary()

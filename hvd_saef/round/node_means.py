@@ -1,0 +1,129 @@
+"""Means of gradients over the ranks of one worker, in full precision, in the background. Collective."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_saef.memory.buffers import Buffers
+from hvd_saef.memory.layout import Bucket, Layout, is_dense
+from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.transport.communicator import Channel, Communicator
+
+TOGETHER = 24 << 20
+"""Bytes of gradients in one allreduce, at most, or one bucket: each waits for Horovod's next cycle."""
+
+
+@dataclass
+class NodeMean:
+    """Some buckets' gradients on their way to their mean."""
+
+    buckets: Sequence[Bucket]
+    flats: Sequence[Tensor]
+    """For each what :func:`pack` gave, and the mean once that is done: in one memory, until it is taken."""
+    done: Future[None]
+    memory: Buffers
+
+
+class NodeMeans:
+    """Takes means over one worker's ranks, one at a time, and keeps the memory for the next."""
+
+    def __init__(self, communicator: Communicator, statistics: Statistics) -> None:
+        self._communicator = communicator
+        self._statistics = statistics
+        self._idle: list[Buffers] = []
+
+    def begin(self, buckets: Sequence[Bucket]) -> NodeMean:
+        """All ranks of the worker begin the same buckets in the same order."""
+        sizes, first = [bucket.numel + len(bucket.slots) for bucket in buckets], buckets[0]
+        memory = self._idle.pop() if self._idle else Buffers()
+        (room,) = memory.pieces("mean", [sum(sizes) * first.dtype.itemsize], first.device)
+        together = room.view(first.dtype)
+        flats = torch.split(together, sizes)
+        for bucket, flat in zip(buckets, flats, strict=True):
+            pack(bucket, flat)
+        self._statistics.node_bytes_sent += ring_bytes(self._communicator.node.size, together.nbytes)
+        work = self._communicator.background(Channel.MEANS)
+        done = work.submit(self._communicator.node.allreduce_mean, together, f"node.{first.index}")
+        return NodeMean(buckets, flats, done, memory)
+
+    def take(self, mean: NodeMean, as_sparse: bool) -> None:
+        """Wait for the mean and put it into the gradients."""
+        mean.done.result()
+        for bucket, flat in zip(mean.buckets, mean.flats, strict=True):
+            unpack(bucket, flat, as_sparse)
+        self._idle.append(mean.memory)
+
+    def average(self, layout: Layout, as_sparse: bool, apart: bool) -> None:
+        """Replace every gradient by its mean.
+
+        A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them,
+        `apart` or up to TOGETHER bytes in one mean, the next packed while one is averaged.
+        """
+        under_way: deque[NodeMean] = deque()
+        with self._statistics.phase("node"):
+            for buckets in _chunks(layout, 0 if apart else TOGETHER):
+                under_way.append(self.begin(buckets))
+                if len(under_way) > 1:
+                    self.take(under_way.popleft(), as_sparse)
+            while under_way:
+                self.take(under_way.popleft(), as_sparse)
+
+
+@torch.no_grad()
+def pack(bucket: Bucket, flat: Tensor) -> None:
+    """Write a bucket's gradients into `flat`, zero where there is none; then whether there is each."""
+    gradients, views = [], []
+    for slot, there in zip(bucket.slots, flat[bucket.numel :], strict=True):
+        gradient = slot.parameter.grad
+        there.fill_(gradient is not None)
+        if gradient is None:
+            slot.view(flat).zero_()
+        else:
+            gradients.append(gradient.to_dense())  # itself, if it is dense
+            views.append(slot.view(flat))
+    if gradients:
+        torch._foreach_copy_(views, gradients)
+
+
+@torch.no_grad()
+def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
+    """The mean of several ranks' :func:`pack` into the gradients; what no rank has stays as it is."""
+    gradients, views = [], []
+    for slot, there in zip(bucket.slots, flat[bucket.numel :].tolist(), strict=True):
+        if there == 0:
+            continue
+        parameter = slot.parameter
+        if as_sparse:
+            parameter.grad = slot.view(flat).to(parameter.dtype).to_sparse(min(1, parameter.dim()))
+            continue
+        if parameter.grad is None or parameter.grad.is_sparse or not is_dense(parameter.grad):
+            parameter.grad = torch.empty_like(parameter)  # an expanded one cannot be written to
+        gradients.append(parameter.grad)
+        views.append(slot.view(flat))
+    if gradients:
+        torch._foreach_copy_(gradients, views)
+
+
+def _chunks(layout: Layout, most: int) -> list[list[Bucket]]:
+    """The buckets, the last first, in runs of one dtype and device of at most so many bytes, or of one."""
+    chunks: list[list[Bucket]] = []
+    held = 0
+    for bucket in reversed(layout.buckets):
+        if not bucket.numel:
+            continue
+        size = bucket.numel * bucket.dtype.itemsize
+        last = chunks[-1][-1] if chunks else None
+        alike = last is not None and (last.dtype, last.device) == (bucket.dtype, bucket.device)
+        if alike and held + size <= most:
+            chunks[-1].append(bucket)
+            held += size
+        else:
+            chunks.append([bucket])
+            held = size
+    return chunks

@@ -1,0 +1,303 @@
+"""Where x, e and s come from: at the first step, after loading, and on reanchor()."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.errors import ConfigurationMismatchError
+from hvd_saef.memory.layout import Layout
+from hvd_saef.memory.state import State, check_shapes, misfit, place_stretches
+from hvd_saef.round.agreement import check_configuration, check_consensus
+from hvd_saef.round.modes import Modes
+from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Communicator
+
+BROADCAST_ADVICE = (
+    "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
+    "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them."
+)
+VERSION = 2
+
+
+class Source(enum.Enum):
+    """Where one worker's x comes from."""
+
+    PARAMETERS = "parameters"
+    """It was just wrapped, or its parameters were replaced: x is what they hold."""
+    LOADED = "loaded"
+    """Its optimizer's state was loaded, ours in it."""
+    KEPT = "kept"
+    """It goes on with what it has."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one worker brings when all agree where x, e and s come from."""
+
+    source: Source
+    rounds: int
+    local_steps_done: int
+    consolidated: bool
+    """Whether its e is everyone's, and it has all of s."""
+    own: bool
+    """Whether its e is its own: not another worker's state was loaded."""
+    serves: bool
+    """Whether it has all of the server's error that it needs."""
+
+
+class Origin:
+    """Takes x, e and s into `modes.state`, once all workers have agreed on where they come from."""
+
+    def __init__(self, communicator: Communicator, settings: Settings, modes: Modes) -> None:
+        self.settled = False
+        """Whether all workers agreed, since the last wrapping, loading or growing here."""
+        self.whole_server_errors: dict[str, Any] | None = None
+        """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
+        self._source = Source.PARAMETERS
+        self._own = self._serves = True
+        self._points: list[Tensor] | None = None
+        self._loaded_server_errors: Mapping[str, Any] = {}
+        self._communicator = communicator
+        self._settings = settings
+        self._modes = modes
+
+    @property
+    def rounds(self) -> int:
+        """t: completed rounds."""
+        return self._modes.state.rounds if self._modes.state else 0
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether e is the same on all workers, and all of s is here."""
+        return self.whole_server_errors is not None
+
+    def x(self, layout: Layout) -> Mapping[str, Tensor]:
+        """The consensus point by parameter name: views. The parameters, where no other x is kept."""
+        kept = self._modes.state.views_of("x") if self._modes.state else {}
+        return kept or {slot.name: slot.parameter for slot in layout.slots}
+
+    # -- at the first step after wrapping or loading, collective --------------------------------------
+
+    def settle(self, layout: Layout, kept: Layout) -> None:
+        """Agree where x, e and s come from, and take them. Collective.
+
+        `layout` is what workers must agree on; `kept` what of it has x and errors of its own.
+        """
+        check_configuration(self._communicator, layout)
+        steps = self._modes.local_steps_done
+        mine = Standing(self._source, self.rounds, steps, self.consolidated, self._own, self._serves)
+        everyone: list[Standing] = self._communicator.allgather_object(mine)
+        loaded = [rank for rank, standing in enumerate(everyone) if standing.source is Source.LOADED]
+        new = [rank for rank, standing in enumerate(everyone) if standing.source is Source.PARAMETERS]
+        if len(loaded) == len(everyone):
+            self._go_on_as_loaded(everyone)
+        elif loaded:
+            self._take_all_from(loaded[0], everyone[loaded[0]], kept)
+        elif new:
+            if len(new) < len(everyone):
+                self._broadcast_parameters(layout, new[0])
+            self._take_parameters(kept)
+        check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
+        self._settle()
+
+    def renew(self, layout: Layout, kept: Layout) -> None:
+        """Take x from rank 0's parameters as they are, and clear the errors. Collective."""
+        check_configuration(self._communicator, layout)
+        self._broadcast_parameters(layout, 0)
+        self._take_parameters(kept)
+        self._settle()
+
+    def _settle(self) -> None:
+        self.settled, self._source, self._points = True, Source.KEPT, None
+        self._loaded_server_errors = {}
+
+    def _broadcast_parameters(self, layout: Layout, root: int) -> None:
+        for slot in layout.slots:
+            self._communicator.broadcast(slot.parameter, root)
+
+    def _new_state(self, kept: Layout) -> State:
+        return State(kept, self._settings, self._communicator.worker, self._communicator.workers)
+
+    def _take_parameters(self, kept: Layout) -> None:
+        state = self._modes.state or self._new_state(kept)
+        state.anchor()
+        self._modes.begin(state)
+
+    def _go_on_as_loaded(self, everyone: list[Standing]) -> None:
+        steps = [(standing.rounds, standing.local_steps_done) for standing in everyone]
+        if len(set(steps)) > 1:
+            raise ConfigurationMismatchError(
+                f"workers loaded states of different steps: (rounds, local steps) are {steps}, by rank. "
+                "Load the same checkpoint everywhere."
+            )
+        state, lost = self._modes.state, []
+        if state and state.buckets and not all(standing.own for standing in everyone):
+            state.clear_errors()
+            lost.append("the workers' errors")
+        served = all(standing.serves for standing in everyone)
+        if state and not served and not self._collect_server_errors(state):
+            state.clear_server_errors()
+            lost.append("the server's error")
+        self._warn_of_loss(lost)
+        self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
+
+    def _collect_server_errors(self, state: State) -> bool:
+        """Put s together from what all workers loaded; whether it was all there. Collective.
+
+        A worker serves another share than when it saved, if parameters joined while training then.
+        """
+        whole = True
+        for bucket in state.buckets:
+            if bucket.s is not None:
+                bucket.s.fill_(torch.nan)
+                for slot in bucket.bucket.slots:  # one at a time: together they are as large as the model
+                    mine = self._loaded_server_errors.get(slot.name)
+                    for piece in self._communicator.allgather_object(mine):
+                        pieces = {} if piece is None else {slot.name: piece}
+                        place_stretches(bucket.bucket, pieces, bucket.s, bucket.parts[bucket.mine].start)
+                whole = whole and not bool(bucket.s.isnan().any())
+        return all(self._communicator.allgather_object(whole))
+
+    def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
+        """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
+        state = self._modes.state or self._new_state(kept)
+        state.rounds = standing.rounds
+        for bucket in state.buckets:
+            self._communicator.broadcast(bucket.x, root)
+            if standing.consolidated:
+                self._communicator.broadcast(bucket.e, root)
+            else:
+                bucket.e.zero_()
+            if bucket.s is not None:
+                whole = bucket.bucket.new_flat()
+                if standing.consolidated:
+                    place_stretches(bucket.bucket, self.whole_server_errors or {}, whole, 0)
+                elif standing.serves and not bucket.sharded:
+                    whole = bucket.s
+                self._communicator.broadcast(whole, root)
+                part = bucket.parts[bucket.mine]
+                bucket.s.copy_(whole[part.start : part.stop])
+        lost = [] if standing.consolidated else ["the workers' errors"]
+        if not standing.consolidated and any(bucket.sharded for bucket in state.buckets):
+            lost.append("the sharded server's error")
+        self._modes.begin(state)
+        if state.buckets:
+            self._warn_of_loss(lost, f"only rank {root} was loaded: ")
+
+    def _warn_of_loss(self, lost: list[str], why: str = "") -> None:
+        if lost and self._communicator.rank == 0:
+            warnings.warn(
+                f"{why}the loaded state does not hold all of {' and '.join(lost)}, cleared on all workers. "
+                "Let every rank save and load its own optimizer.state_dict().",
+                stacklevel=2,
+            )
+
+    def _server_errors(self) -> dict[str, Tensor]:
+        """What a replicated server keeps, which must be the same on all workers, too."""
+        buckets = self._modes.state.buckets if self._modes.state else []
+        return {
+            f"the server's error {state.bucket.index}": state.s
+            for state in buckets
+            if state.s is not None and not state.sharded
+        }
+
+    # -- what happens between two steps, local ---------------------------------------------------------
+
+    def grow(self, layout: Layout) -> None:
+        """Parameters were added: they start at their present values, without errors."""
+        self.settled, self.whole_server_errors = False, None
+        added = self._modes.grow(layout)
+        if self._points is not None:
+            self._points += added
+
+    def parameters_replaced(self) -> None:
+        """A state was loaded into the model: x is that, unless it was so before."""
+        state = self._modes.state
+        if state is None or not state.buckets:
+            return
+        if state.shows_x():
+            self._modes.to_start(self._points)
+            return
+        state.anchor()
+        self._modes.begin(state)
+        self.settled, self._source, self._points = False, Source.PARAMETERS, None
+        warnings.warn(
+            "a state was loaded into the model: the consensus point x is taken from it, and all compression "
+            "errors are cleared. To keep them, load the optimizer's state too.",
+            stacklevel=4,
+        )
+
+    # -- state dicts, local ---------------------------------------------------------------------------
+
+    def export(self) -> dict[str, Any]:
+        """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
+        communicator = self._communicator
+        exported: dict[str, Any] = {
+            "version": VERSION,
+            "rank": communicator.worker,
+            "workers": communicator.workers,
+            "count": communicator.counts[communicator.worker],
+        }
+        exported["consolidated"] = self.consolidated
+        exported["local_steps_done"] = self._modes.local_steps_done
+        points, exported["reached"] = self._modes.points(), None
+        if self._modes.state and points is not None:
+            names = [slot.name for slot in self._modes.state.layout.slots]
+            exported["reached"] = dict(zip(names, points, strict=True))
+        if self._modes.state:
+            exported |= self._modes.state.export()
+        if self.whole_server_errors is not None:
+            exported["server_errors"] = self.whole_server_errors
+        return exported
+
+    def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
+        """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
+        if saved.get("version") != VERSION:
+            raise ValueError(
+                f"the state under 'hvd_saef' is of version {saved.get('version')!r}: {VERSION} is allowed."
+            )
+        for key in ("rank", "workers", "consolidated", "local_steps_done", "reached"):
+            if key not in saved:
+                raise misfit(f"it has no {key!r}")
+        if (saved["reached"] is None) != (saved["local_steps_done"] == 0):
+            raise misfit("it has local steps without the point they reached, or the other way round")
+        if not State.is_in(saved):
+            return
+        for name, _, _ in kept.frozen:
+            if name in saved.get("x", ()):
+                raise misfit(f"{name!r} was trained, and is frozen here: set requires_grad before loading")
+        State.check(saved, kept)
+        if saved["reached"] is not None:
+            check_shapes("the training point", saved["reached"], kept)
+        workers = self._communicator.workers
+        if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
+            raise misfit(
+                f"it was saved by {saved['workers']} workers and is loaded by {workers}, which drops errors; "
+                "call optimizer.consolidate() before saving, or load it on as many workers"
+            )
+
+    def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
+        """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
+        self.settled = False
+        self.whole_server_errors, self._points, self._own, self._serves = None, None, True, True
+        if saved is None or not State.is_in(saved):
+            self._source = Source.PARAMETERS
+            self._modes.begin(None)
+            return
+        self._source = Source.LOADED
+        state = self._modes.state or self._new_state(kept)
+        self._serves = state.restore(saved)
+        self._loaded_server_errors = saved["server_errors"]
+        self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
+        self._own = self.consolidated or saved["rank"] == self._communicator.worker
+        reached = saved["reached"]
+        self._points = None if reached is None else [reached[slot.name] for slot in kept.slots]
+        self._modes.local_steps_done = int(saved["local_steps_done"])
+        self._modes.begin(state, self._points)

@@ -1,0 +1,270 @@
+"""`overlap=True`: buckets step and leave while backward still computes the gradients of others. Collective.
+
+The thread that computes gradients only notes which buckets are complete. Another looks at a bucket's
+gradients, takes its local step and encodes it: bucket by bucket, and whatever goes wrong is noted for step()
+to raise, since the other workers expect the bucket. The payloads are under way when step() begins; x and the
+parameters change in step() alone, once all workers have agreed on it. All workers send their buckets in the
+same order, the last one first. Where a worker has several ranks, a bucket's gradients are averaged over them
+first, in the background as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef import kernels
+from hvd_saef.memory.layout import takes_part
+from hvd_saef.memory.state import BucketState, State
+from hvd_saef.round.exchange import Exchange
+from hvd_saef.round.gradients import (
+    prepare_sparse,
+    sparse_refused,
+    takes_sparse_only,
+    values,
+)
+from hvd_saef.round.modes import Modes
+from hvd_saef.round.node_means import NodeMean
+from hvd_saef.round.partial_steps import LocalStep, StepCode, remove_hooks, step_elsewhere, step_here
+from hvd_saef.transport.staging import so_far
+
+
+@dataclass
+class Armed:
+    """What is expected of the next backward passes."""
+
+    state: State
+    local_step: LocalStep
+    passes: int
+    expected: deque[tuple[BucketState, dict[Tensor, int]]]
+    """The buckets that have not left, in their order; for each parameter the passes still to come."""
+    means: deque[tuple[BucketState, NodeMean]] = field(default_factory=deque)
+    """Of the buckets that have left for their ranks' mean and not been seen since."""
+    used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    """By parameter the gradient that a local step or a mean uses, and its version."""
+    failure: Exception | None = None
+    """What step() is to raise."""
+    nonfinite: bool = False
+    """Whether a gradient held a NaN or an infinity."""
+    overflowed: bool = False
+    """Whether a local step made such a number."""
+    waits: bool | None = None
+    """Whether all is left to step(), which takes unfrozen parameters in; known from the first gradient on."""
+
+
+class Overlap:
+    """Watches the parameters of one optimizer for the gradients of a round's last local step."""
+
+    def __init__(self, exchange: Exchange, modes: Modes, inner: torch.optim.Optimizer) -> None:
+        self._exchange = exchange
+        self._modes = modes
+        self._inner = inner
+        self._step_code = StepCode(inner)
+        self._armed: Armed | None = None
+        self._handles: dict[Tensor, Any] = {}
+        weakref.finalize(self, remove_hooks, self._handles.values())
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any bucket has left in this round."""
+        return self._exchange.busy or (self._armed is not None and bool(self._armed.means))
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether a gradient that came early held a NaN or an infinity."""
+        return self._armed is not None and self._armed.nonfinite
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether an early local step, or a mean of gradients, made a number NaN, infinite, or nearly."""
+        return self._armed is not None and (self._armed.overflowed or self._armed.nonfinite)
+
+    def arm(self, local_step: LocalStep, passes: int) -> None:
+        """A round's last local step comes next: expect its gradients, `passes` for each parameter."""
+        state = self._modes.state
+        if state is None:
+            return
+        self._armed = Armed(state, local_step, passes, deque())
+        for bucket_state in self._exchange.order(state):
+            trained = [p for p in bucket_state.bucket.parameters if p.requires_grad]
+            self._armed.expected.append((bucket_state, dict.fromkeys(trained, passes)))
+            for parameter in trained:
+                if parameter not in self._handles:
+                    attach: Any = parameter.register_post_accumulate_grad_hook
+                    self._handles[parameter] = attach(_weakly(self._on_gradient))
+
+    def disarm(self) -> None:
+        """The round is over: let what comes next go the ordinary way."""
+        self._armed = None
+
+    def used(self, parameter: Tensor) -> bool:
+        """Whether the parameter has taken its local step."""
+        return self._armed is not None and parameter in self._armed.used
+
+    def check(self, closure: object, scale: object) -> None:
+        """Raise ValueError or RuntimeError for what does not go together with overlap=True."""
+        if closure is not None:
+            raise ValueError("step(closure) computes gradients by itself: pass overlap=False.")
+        if scale is not None:
+            raise ValueError(
+                "a GradScaler decides on a step after backward: pass overlap=False, or use bfloat16."
+            )
+        armed = self._armed
+        if armed is None:
+            return
+        self._settle(armed)
+        for parameter, (gradient, version) in armed.used.items():
+            if parameter.grad is not gradient or gradient._version != version:
+                raise RuntimeError(
+                    "a gradient was changed after backward (clipped, scaled or dropped, say), but "
+                    "overlap=True had used it already: pass overlap=False."
+                )
+
+    def finish(self, local_step: LocalStep) -> None:
+        """The local step of the parameters that have not taken it."""
+        if self._armed is None or not self.under_way:
+            local_step()
+            return
+        if self._exchange.communicator.node.size > 1:  # all means are under way before one is waited for
+            while self._armed.expected:
+                self._leave(self._armed, self._armed.expected.popleft()[0])
+            self._take_means(self._armed, wait=True)
+            self._settle(self._armed)
+            return
+        rest = [p for bucket_state, _ in self._armed.expected for p in bucket_state.bucket.parameters]
+        step_here(self._inner, local_step, rest)
+
+    def abandon(self) -> None:
+        """After an error that all workers raise: take from the wire what is on it. Collective."""
+        armed, state = self._armed, self._modes.state
+        self.disarm()
+        if state is None:
+            return
+        if self._exchange.communicator.node.size > 1:
+            order = self._exchange.order(state)
+            here = order if armed is None else [bucket_state for bucket_state, _ in armed.expected]
+            means = [*(armed.means if armed else ()), *map(self._mean, here)]
+            for _, mean in means:
+                mean.done.result()
+        self._exchange.abandon(state)
+
+    @torch.no_grad()
+    def _on_gradient(self, parameter: Tensor) -> None:
+        armed = self._armed
+        if armed is None or self._modes.at_x:  # at x, the local step waits for step()
+            return
+        if armed.waits is None:
+            armed.waits = any(takes_part(p) for _, p, _ in armed.state.layout.frozen)
+        if armed.waits:
+            return
+        if parameter in armed.used:
+            raise RuntimeError(
+                "a second backward pass reached a parameter that has taken its step: with overlap=True, say "
+                f"how many there are before step(): backward_passes_per_step={armed.passes} was given."
+            )
+        for _, missing in armed.expected:
+            if parameter in missing:
+                missing[parameter] -= 1
+                if not missing[parameter]:
+                    del missing[parameter]
+        while armed.expected and not armed.expected[0][1]:
+            self._leave(armed, armed.expected.popleft()[0])
+
+    def _leave(self, armed: Armed, bucket_state: BucketState) -> None:
+        parameters = bucket_state.bucket.parameters
+        for parameter in parameters:
+            prepare_sparse(parameter, self._inner, self._exchange.settings.sparse_as_dense)
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
+        if self._exchange.communicator.node.size > 1:
+            sparse = [p for p, gradient in gradients.items() if gradient.is_sparse]
+            if sparse and not self._exchange.settings.sparse_as_dense:
+                names = {slot.parameter: slot.name for slot in bucket_state.bucket.slots}
+                armed.failure = sparse_refused(names[sparse[0]])
+            self._look(armed, gradients.values())
+            armed.means.append(self._mean(bucket_state))
+            self._take_means(armed)
+        else:
+            self._depart(armed, bucket_state, gradients)
+
+    def _depart(self, armed: Armed, bucket_state: BucketState, gradients: dict[Tensor, Tensor]) -> None:
+        """A bucket's look at its gradients, its local step, and off."""
+        bucket, inner = bucket_state.bucket, self._inner
+        if not self._step_code.suits_other_threads():
+            here = partial(step_here, inner, armed.local_step, bucket.parameters)
+            self._take(armed, here, bucket.parameters, gradients.values())
+            self._exchange.depart(armed.state, bucket_state)
+            return
+        step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
+        # As if they had been stepped now: if backward needs one again, autograd raises, as it does then.
+        torch.autograd.graph.increment_version(gradients)
+
+        def before() -> None:
+            computed()
+            self._take(armed, step, bucket.parameters, gradients.values())
+
+        self._exchange.depart(armed.state, bucket_state, before)
+
+    def _take(
+        self, armed: Armed, step: LocalStep, parameters: list[Tensor], gradients: Iterable[Tensor]
+    ) -> None:
+        """A local step of some parameters, if all went well so far; in whatever thread. Raises nothing."""
+        try:
+            self._look(armed, gradients)
+            if armed.nonfinite or armed.failure:  # step() raises on all workers
+                return
+            with self._exchange.statistics.phase("local_step"):
+                step()
+            armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
+        except Exception as failure:
+            armed.failure = failure
+
+    @staticmethod
+    def _look(armed: Armed, gradients: Iterable[Tensor]) -> None:
+        armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients])
+
+    def _settle(self, armed: Armed) -> None:
+        """Wait for the local steps in the background; raise what one of them raised."""
+        self._exchange.wait_until_encoded()
+        if armed.failure:
+            raise armed.failure
+
+    # -- workers of several ranks -------------------------------------------------------------------
+
+    def _mean(self, bucket_state: BucketState) -> tuple[BucketState, NodeMean]:
+        """Begin to average a bucket's gradients over the worker's ranks."""
+        return bucket_state, self._exchange.means.begin([bucket_state.bucket])
+
+    def _take_means(self, armed: Armed, wait: bool = False) -> None:
+        """The local steps of the buckets whose mean is there, in their order; or of all."""
+        as_sparse = takes_sparse_only(self._inner)
+        while armed.means and (wait or armed.means[0][1].done.done()):
+            bucket_state, mean = armed.means.popleft()
+            with self._exchange.statistics.phase("node"):
+                mean.done.result()
+            if kernels.all_finite(list(mean.flats)):
+                self._exchange.means.take(mean, as_sparse)
+            else:  # whose gradient it was is seen in the ranks' own, which stay
+                armed.nonfinite = True
+            gradients = {p: p.grad for p in bucket_state.bucket.parameters if p.grad is not None}
+            armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
+            self._depart(armed, bucket_state, gradients)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """The method as a hook that does not keep its object."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(parameter: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(parameter)
+
+    return hook

@@ -1,0 +1,354 @@
+"""The order of things in a step, for one wrapped optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.checkpoints.redistribution import average_moments
+from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
+from hvd_saef.memory.layout import ChooseCompressor, Layout, build_layout, takes_part
+from hvd_saef.round.agreement import Word, agree, check_consensus, check_workers, raise_failure
+from hvd_saef.round.averaging import average_errors, whole_server_errors
+from hvd_saef.round.exchange import Exchange
+from hvd_saef.round.gradients import average_gradients, takes_sparse_only
+from hvd_saef.round.guard import Guard
+from hvd_saef.round.local_steps import LocalSteps
+from hvd_saef.round.modes import Modes
+from hvd_saef.round.origin import Origin
+from hvd_saef.round.overflow import sums_fit
+from hvd_saef.round.overlap import Overlap
+from hvd_saef.round.statistics import Statistics
+from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Channel, Communicator
+
+
+class Session:
+    """Everything that is ours about a wrapped optimizer. Methods are local unless they say collective."""
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        names: dict[Tensor, str],
+        choose: ChooseCompressor,
+        settings: Settings,
+        communicator: Communicator,
+    ) -> None:
+        self.inner = inner
+        self.names = names
+        self.settings = settings
+        self.communicator = communicator
+        self.statistics = Statistics()
+        self.exchange = Exchange(communicator, settings, self.statistics)
+        self.modes = Modes(self.exchange)
+        self._choose = choose
+        self._skip_synchronize = self._synchronized = False
+        self.origin = Origin(communicator, settings, self.modes)
+        self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
+        self.before_exchange: list[Callable[[], None]] = []
+        """Called by all workers between a round's last local step and its exchange; may be collective."""
+        self._guard = Guard(self.modes.eval)
+        self._local = LocalSteps(self.exchange, self.modes, self.overlap, self._guard, inner)
+        self.wants_to_stop = False
+        """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
+        self.stop_agreed = False
+        """Some worker's word said so: all workers know it since the same step."""
+
+    # -- what there is ------------------------------------------------------------------------------
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The buckets of all parameters."""
+        layout = build_layout(self.inner.param_groups, self.names, self._choose, self.settings)
+        self._guard.claim(layout)
+        self._warn_of_large_block(layout)
+        return layout
+
+    @property
+    def kept(self) -> Layout:
+        """The buckets that have x and errors: none where gradients are averaged."""
+        return Layout((), {}) if self.averages_gradients else self.layout
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether to do Horovod's arithmetic: nothing is compressed and nothing fed back."""
+        return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
+
+    def _warn_of_large_block(self, layout: Layout) -> None:
+        workers = self.communicator.workers
+        if not self.settings.sharded(workers) or self.communicator.rank != 0:
+            return
+        share, name = layout.largest_share()
+        if share * workers > 2:
+            warnings.warn(
+                f"the largest block, of parameter {name!r}, is {share:.0%} of all that is compressed: the "
+                f"worker that serves it sends {share * workers:.1f} times the others' share. "
+                "Set block_size to cut it, or server='replicated'.",
+                stacklevel=2,
+            )
+
+    # -- a step ---------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        local_step: Callable[[], None],
+        closure: Callable[[], Any] | None,
+        scale: Tensor | None,
+        overflow: Tensor | None,
+    ) -> Any:
+        """One local step, and the exchange if it is the round's last. Collective.
+
+        `scale` and `overflow` are a GradScaler's, or None.
+        """
+        loss, failure, word = None, None, Word.NOTHING
+        try:
+            self._check()
+            self.modes.before_step()
+            if self.overlap:
+                self.overlap.check(closure, scale)
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            word = self._prepare_gradients(scale, overflow)
+        except Exception as error:  # raised again below, once everyone knows
+            failure = error
+        if self._agree(word, failure):
+            self.statistics.skipped += 1
+            return loss
+        if not self._skip_synchronize and not (self.overlap and self.overlap.under_way):
+            if self._synchronized:
+                warnings.warn(
+                    "step() after synchronize() averages the gradients again: take it within "
+                    "`with optimizer.skip_synchronize():`.",
+                    stacklevel=3,
+                )
+            self._average()
+            if self.averages_gradients and not sums_fit(self.layout):
+                if self.settings.on_nonfinite == "raise":
+                    raise NonFiniteUpdateError(
+                        "the sum of all workers' gradients overflowed in float16. The step was not taken "
+                        "anywhere. Use Compression.none, or on_nonfinite='skip' to skip such steps."
+                    )
+                self.statistics.skipped += 1
+                return loss
+        self._synchronized = False
+        if not self._local.take(local_step, self.layout, self.averages_gradients):
+            self.statistics.skipped += 1
+            return loss
+        self.modes.local_steps_done += 1
+        if self.modes.local_steps_done >= self.settings.local_steps:
+            self._complete_round()
+        if self.overlap and self.modes.local_steps_done == self.settings.local_steps - 1:
+            self.overlap.arm(local_step, self.settings.backward_passes_per_step)
+        return loss
+
+    def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
+        """Unscale gradients, and say what is wrong with them."""
+        held = sum(len(group["params"]) for group in self.inner.param_groups)
+        if held != len(self.layout.slots) + len(self.layout.frozen):
+            raise RuntimeError(
+                "the wrapped optimizer's parameters changed behind the wrapper: call add_param_group of what "
+                "hvd_saef.DistributedOptimizer returned."
+            )
+        self.take_in()
+        self._local.prepare_sparse(self.layout, self.averages_gradients)
+        return self._local.prepare(self.layout, scale, overflow)
+
+    def _agree(self, word: Word, failure: Exception | None) -> bool:
+        """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
+        self.check_process()
+        if not self.origin.settled:
+            word |= Word.ANCHOR
+        if self.overlap and self.overlap.under_way:
+            word |= Word.UNDER_WAY
+        if self.wants_to_stop:
+            word |= Word.STOP
+        self.communicator.doing[Channel.WORDS] = f"round {self.origin.rounds + 1}"
+        with self.statistics.phase("agreement"):
+            combined = agree(self.communicator, word, failure)
+            self.stop_agreed |= Word.STOP in combined
+            try:
+                self._decide(combined, failure)
+            except Exception:
+                if Word.UNDER_WAY in combined and self.overlap:
+                    self.overlap.abandon()
+                raise
+        self._local.keeps = Word.HUGE in combined
+        return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
+
+    def _decide(self, combined: Word, failure: Exception | None) -> None:
+        if Word.FAILED in combined:
+            raise_failure(self.communicator, failure)
+        if Word.ANCHOR in combined:
+            if Word.UNDER_WAY in combined:
+                raise RuntimeError(
+                    "a state was loaded on some rank between backward and step(), when overlap=True had "
+                    "sent updates already: load before the forward pass."
+                )
+            self.origin.settle(self.layout, self.kept)
+            self._check_worker(
+                "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, or load "
+                "the same state on all of them."
+            )
+        if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
+            self._local.raise_nonfinite(self.layout)
+
+    def flush(self) -> None:
+        """Complete the round now, if any local step was taken since the last. Collective."""
+        failure: Exception | None = None
+        try:
+            self._check()
+            self._refuse_under_way("flush()")
+            self.take_in()
+        except Exception as error:
+            failure = error
+        self._agree(Word.NOTHING, failure)  # a worker that was loaded since may be elsewhere in its round
+        if self.modes.local_steps_done > 0:
+            self._complete_round()
+
+    def _complete_round(self) -> None:
+        evaluating = self.modes.evaluating
+        self.modes.train()
+        for look in self.before_exchange:
+            look()
+        self.modes.local_steps_done = 0
+        self.origin.whole_server_errors = None
+        if self.modes.state is not None:
+            self.exchange.complete_round(self.modes.state)
+        if self.overlap:
+            self.overlap.disarm()
+        if evaluating:
+            self.modes.eval()
+        every = self.settings.check_consensus_every
+        if every and self.origin.rounds % every == 0:
+            with self.statistics.phase("agreement"):
+                x = self.origin.x(self.layout)
+                check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
+                self._check_worker(
+                    "Gradients are averaged over them, so something else changed on one: a learning rate, a "
+                    "gradient between synchronize() and step(), or memory. Load a checkpoint."
+                )
+
+    def _check_worker(self, advice: str) -> None:
+        """Raise ConsensusError on all ranks if the ranks of a worker differ in its state. Collective."""
+        state = {} if self.modes.state is None else self.modes.state.own()
+        for slot in self.layout.slots:
+            for key, value in sorted(self.inner.state.get(slot.parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    state[f"{key} of {slot.name!r}"] = value
+        for i, group in enumerate(self.inner.param_groups):
+            numbers = [float(v) for v in group.values() if isinstance(v, (int, float, Tensor))]
+            state[f"parameter group {i}"] = torch.tensor(numbers, dtype=torch.float64)
+        try:
+            check_workers(self.communicator, state, advice)
+        except ConsensusError:
+            self.origin.settled = False  # what comes next agrees anew
+            raise
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked off, before it waits for anyone."""
+        self._guard.check_process()
+
+    def _check(self) -> None:
+        self._guard.check(self.layout)
+        self.communicator.check()
+
+    def _refuse_under_way(self, what: str) -> None:
+        if self.overlap and self.overlap.under_way:
+            raise RuntimeError(
+                f"{what} between backward and step(), when overlap=True had sent updates already: call "
+                "step() first."
+            )
+
+    def take_in(self) -> None:
+        """Lay out the parameters that were frozen and now take part, if any; the next step agrees on it."""
+        if any(takes_part(parameter) for _, parameter, _ in self.layout.frozen):
+            self.grow()
+
+    def grow(self) -> None:
+        """Lay out the parameters that were added or unfrozen; once training began, after the others."""
+        self._refuse_under_way("adding or unfreezing parameters")
+        for i, group in enumerate(self.inner.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                self.names.setdefault(parameter, f"noname.{i}.{j}")
+        layout = build_layout(
+            self.inner.param_groups,
+            self.names,
+            self._choose,
+            self.settings,
+            earlier=self.layout if self.modes.state else None,
+        )
+        if self.averages_gradients and not layout.dense:
+            raise ValueError(
+                "a compressed parameter was added to an optimizer that averages dense gradients."
+            )
+        self._guard.claim(layout)
+        self.layout = layout
+        self.origin.grow(self.kept)
+
+    # -- synchronize, consolidate ---------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
+        if self.averages_gradients or self.communicator.node.size > 1:
+            failure: Exception | None = None
+            try:
+                self._refuse_under_way("synchronize()")
+                self._check()
+                self.take_in()
+                self._local.prepare_sparse(self.layout, self.averages_gradients)
+            except Exception as error:
+                failure = error
+            self._agree(Word.NOTHING, failure)
+            self._average()
+            self._synchronized = True
+
+    def _average(self) -> None:
+        """Average the gradients that are averaged: over the worker's ranks, over all workers. Collective."""
+        as_sparse = takes_sparse_only(self.inner)
+        if self.communicator.node.size > 1:
+            self.exchange.means.average(self.layout, as_sparse, apart=self.settings.overlap)
+        if self.averages_gradients:
+            average_gradients(self.communicator, self.statistics, self.layout, as_sparse)
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Horovod's: step() inside does not average gradients again."""
+        self._skip_synchronize = True
+        try:
+            yield
+        finally:
+            self._skip_synchronize = False
+
+    def consolidate(self) -> None:
+        """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
+        self.flush()
+        if self.modes.state is not None:
+            buckets = [bucket for bucket in self.modes.state.buckets if bucket.bucket.numel]
+            average_errors(self.communicator, self.statistics, buckets)
+            self.origin.whole_server_errors = whole_server_errors(self.communicator, self.modes.state)
+            self.modes.to_start()
+        average_moments(self.communicator, self.inner, self.layout)
+
+    def reanchor(self) -> None:
+        """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        self.check_process()
+        self._check()
+        self._refuse_under_way("reanchor()")
+        self.take_in()
+        self.origin.renew(self.layout, self.kept)
+
+    def stats(self) -> dict[str, float]:
+        """See :func:`hvd_saef.DistributedOptimizer`."""
+        e, s = (0.0, 0.0) if self.modes.state is None else self.modes.state.error_norms()
+        return (
+            {"rounds": self.origin.rounds}
+            | self.statistics.as_dict()
+            | {"error_norm": e, "server_error_norm": s}
+        )

@@ -1,0 +1,68 @@
+"""Which communicator an optimizer gets: its thread's, or that of a Horovod process set."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from hvd_saef.transport.communicator import Communicator, SoloCommunicator
+from hvd_saef.transport.mpi import MPI, MpiCommunicator, abort_on_exceptions, hvd, missing
+
+_here = threading.local()
+_of_process_sets: dict[tuple[int, ...], MpiCommunicator] = {}
+
+
+def set_thread_communicator(communicator: Communicator | None) -> None:
+    """Make `communicator` the one that this thread's optimizers find."""
+    _here.communicator = communicator
+
+
+def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
+    """The communicator of this thread or of a Horovod process set, and whether this rank is in the set.
+
+    Collective over the process set the first time; the communicator lives as long as the process.
+    Raises RuntimeError if there is no Horovod on MPI to talk through, ValueError for a process set
+    that Horovod does not know.
+    """
+    own: Communicator | None = getattr(_here, "communicator", None)
+    if own is not None:
+        if process_set is not None and process_set is not (hvd and hvd.global_process_set):
+            raise ValueError(f"process_set={process_set}: a simulation has the global process set only.")
+        return own, True
+    if missing:
+        raise RuntimeError(
+            f"{'; '.join(missing)}: both are needed; launch/bootstrap.sh makes an environment with them. "
+            "hvd_saef.simulation.run_workers works without."
+        )
+    if not hvd.is_initialized():
+        raise RuntimeError(
+            "Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer."
+        )
+    world = MPI.COMM_WORLD
+    if (hvd.rank(), hvd.size()) != (world.Get_rank(), world.Get_size()):
+        raise RuntimeError(
+            f"Horovod says rank {hvd.rank()} of {hvd.size()}, MPI says rank {world.Get_rank()} of "
+            f"{world.Get_size()}. Payloads travel by MPI: start the job with mpirun, srun --mpi or "
+            "horovodrun --mpi (not --gloo), and call hvd.init() without a communicator."
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            "MPI was initialized without MPI_THREAD_MULTIPLE, but Horovod and hvd_saef both talk through it, "
+            "from two threads. Leave mpi4py.rc.threads alone, or use an MPI that supports it."
+        )
+    process_set = hvd.global_process_set if process_set is None else process_set
+    ranks = tuple(range(hvd.size())) if process_set is hvd.global_process_set else process_set.ranks
+    if ranks is None or process_set.process_set_id is None:
+        raise ValueError(
+            f"process_set={process_set}: Horovod does not know it. Pass it to hvd.init(process_sets=[...]) "
+            "or hvd.add_process_set(...) first."
+        )
+    if hvd.rank() not in ranks:
+        return SoloCommunicator(), False
+    key = tuple(ranks)
+    if not _of_process_sets and hvd.size() > 1:
+        abort_on_exceptions()
+    if key not in _of_process_sets:
+        _of_process_sets[key] = MpiCommunicator(key)
+    _of_process_sets[key].process_set = process_set  # Horovod's may have been removed and added anew
+    return _of_process_sets[key], True

@@ -1,0 +1,234 @@
+"""The ranks of an MPI job: payloads by mpi4py, means by Horovod."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of
+from hvd_saef.transport.staging import Staging, reaches_mpi
+from hvd_saef.transport.watch import Patience, Watch, say_goodbye_at_exit, start
+
+
+def _import(name: str) -> Any:
+    """The module, or None where it cannot be had: then only the simulation works."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library: RuntimeError
+        missing.append(f"{name} cannot be imported ({error})")
+        return None
+
+
+missing: list[str] = []
+"""Why there is no MPI or no Horovod, if so."""
+# mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
+MPI: Any = _import("mpi4py.MPI")
+hvd: Any = _import("horovod.torch")
+if hvd and hvd.is_initialized():  # pragma: no cover - the tests import us first
+    warnings.warn(
+        "hvd_saef was imported after hvd.init(): Horovod then ends MPI under other ranks' feet when the job "
+        "ends. Put `import hvd_saef` before hvd.init().",
+        stacklevel=2,
+    )
+
+CHUNK_BYTES = 1 << 30
+"""The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
+
+
+class MpiCommunicator(Communicator):
+    """Some ranks: payloads by mpi4py, means by Horovod's allreduce.
+
+    `ranks` are MPI's and Horovod's; messages about who does not arrive call them by `names`.
+    """
+
+    process_set: Any
+    """Horovod's, of these ranks."""
+
+    def __init__(self, ranks: Sequence[int], names: Sequence[int] | None = None) -> None:
+        world, patience = MPI.COMM_WORLD, Patience.of_environment()
+        self.ranks = ranks
+
+        def create() -> tuple[Any, dict[Channel, Any]]:
+            # Create_group involves the set's ranks alone; Split or Dup would need every rank.
+            own = world.Create_group(world.Get_group().Incl(list(ranks)))
+            return own, {channel: own.Dup() for channel in Channel if channel is not Channel.MEANS}
+
+        created = start(create)
+        _arrivals(patience).wait(created.done, f"creation {ranks}", "hvd_saef.DistributedOptimizer", ranks)
+        own, self._mpi = created.result()
+        self.rank, self.size = own.Get_rank(), own.Get_size()
+        self._watch = Watch(own, patience, names)
+        self._staging = {channel: Staging() for channel in Channel}
+        say_goodbye_at_exit(self._watch, MPI.Is_finalized)
+
+    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
+        if len(ranks) == 1:
+            return SoloCommunicator()
+        key = tuple(self.ranks[rank] for rank in ranks), tuple(ranks)
+        if key not in _of_parts:
+            _of_parts[key] = MpiCommunicator(*key)
+        return _of_parts[key]
+
+    def find_hosts(self) -> list[list[int]]:  # noqa: D102
+        shares = self._mpi[Channel.WORDS].Split_type(MPI.COMM_TYPE_SHARED)
+        first = self.allgather_object(shares.bcast(self.rank))
+        shares.Free()
+        return [[rank for rank in range(self.size) if first[rank] == host] for host in sorted(set(first))]
+
+    def check(self) -> None:  # noqa: D102
+        if not hvd.is_initialized():
+            raise RuntimeError("Horovod was shut down: step() comes before hvd.shutdown().")
+
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
+        self._move(
+            channel,
+            lambda send, into: self._mpi[channel].Iallgatherv([_memory(send[0]), MPI.BYTE], _message(into)),
+            [payload],
+            out,
+        )
+
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        self._move(
+            Channel.UP,
+            lambda send, into: self._mpi[Channel.UP].Ialltoallv(_message(send), _message(into)),
+            pieces,
+            out,
+        )
+
+    def _move(
+        self,
+        channel: Channel,
+        start: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
+        pieces: Sequence[Tensor],
+        out: Sequence[Tensor],
+    ) -> None:
+        """In as many calls as the longest piece of any worker asks for: as many on all of them."""
+        operation = "payloads to the server" if channel is Channel.UP else "the server's answers"
+        # What goes out or what comes in says all workers' sizes, and the other is among these.
+        longest = max(piece.numel() for piece in (*pieces, *out))
+        most = max(1, CHUNK_BYTES // self.size)
+        staging = self._staging[channel]
+        if longest <= most and reaches_mpi(out[0].device):
+            staging.ready(out[0].device)
+            self._wait(channel, start(pieces, out), operation)
+            return
+        for first in range(0, longest, most):
+            places = [place[first : first + most] for place in out]
+            leaving, landed = (
+                staging.leaving([piece[first : first + most] for piece in pieces]),
+                staging.room(places),
+            )
+            self._wait(channel, start(leaving, landed), operation)
+            staging.landed(landed, places)
+
+    def _wait(self, channel: Channel, request: Any, operation: str) -> None:
+        """Until the request is done, which holds the memory that it works on."""
+        self._watch.wait(
+            request.Test, channel.name, f"{operation}, {self.doing.get(channel, 'at the start')}"
+        )
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
+        # how tensors are fused decides how sums round.
+        handle = hvd.allreduce_async_(
+            tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self.process_set
+        )
+        what = f"the mean of {name}, {self.doing.get(Channel.WORDS, 'at the start')}"
+        self._watch.wait(lambda: hvd.poll(handle), Channel.MEANS.name, what)
+        hvd.synchronize(handle)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        flat = bytes_of(tensor).numpy()
+        for first in range(0, flat.size, CHUNK_BYTES):
+            chunk = [flat[first : first + CHUNK_BYTES], MPI.BYTE]
+            self._wait(Channel.WORDS, self._mpi[Channel.WORDS].Ibcast(chunk, root=root), "a broadcast")
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        words = self._mpi[Channel.WORDS]
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self._wait(
+            Channel.WORDS, words.Iallgather(np.array([mine.size], np.int64), sizes), "a gather of objects"
+        )
+        together = np.empty(sizes.sum(), np.uint8)
+        places = (sizes.tolist(), (np.cumsum(sizes) - sizes).tolist())
+        self._wait(
+            Channel.WORDS,
+            words.Iallgatherv([mine, MPI.BYTE], [together, places, MPI.BYTE]),
+            "a gather of objects",
+        )
+        return [pickle.loads(piece.tobytes()) for piece in np.split(together, np.cumsum(sizes)[:-1])]
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
+        request = self._mpi[Channel.WORDS].Iallreduce(mine, all_of_them, op=MPI.BOR)
+        self._wait(Channel.WORDS, request, "the agreement of all ranks")
+        self._watch.tidy()
+        return int(all_of_them[0])
+
+    def finish(self) -> None:
+        """Wait for all workers; where these are all ranks, also end Horovod and MPI.
+
+        Once MPI is ended, `python -m mpi4py` does not take an exit code for a failure to abort the job on.
+        """
+        if MPI.Is_finalized():  # by another optimizer's
+            return
+        super().finish()
+        if self.size == MPI.COMM_WORLD.Get_size():
+            hvd.shutdown()
+            MPI.Finalize()
+
+
+@cache
+def _arrivals(patience: Patience) -> Watch:
+    """The watch over the creation of communicators, when the world's is the only one there is."""
+    return Watch(MPI.COMM_WORLD, patience)
+
+
+def _message(views: Sequence[Tensor]) -> Any:
+    """Views of one buffer, as mpi4py takes the pieces of a collective on vectors."""
+    buffer = torch.empty(0, dtype=torch.uint8, device=views[0].device).set_(views[0].untyped_storage())
+    counts = [view.numel() for view in views]
+    return [_memory(buffer), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
+
+
+def _memory(buffer: Tensor) -> Any:
+    """As mpi4py takes it; a tensor on a GPU as it is, by its __cuda_array_interface__."""
+    return buffer.numpy() if buffer.is_cpu else buffer
+
+
+_of_parts: dict[tuple[tuple[int, ...], tuple[int, ...]], MpiCommunicator] = {}
+
+
+def abort_on_exceptions() -> None:
+    """Let an exception that ends this rank end the job: the others would wait for it for ever.
+
+    HVD_SAEF_NO_ABORT=1 leaves it to the launcher.
+    """
+    if os.environ.get("HVD_SAEF_NO_ABORT") == "1":
+        return
+    earlier, pid = sys.excepthook, os.getpid()
+
+    def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        earlier(kind, error, traceback)
+        if os.getpid() != pid:  # a process that was forked from this rank
+            return
+        print(f"hvd_saef: rank {MPI.COMM_WORLD.Get_rank()} failed and ends the job.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = abort

@@ -1,0 +1,216 @@
+"""Workers of several ranks: full precision inside a node, compressed between nodes.
+
+All ranks of a node hold the same bits of x, e, s and the optimizer's state, and so the same payload. Each
+sends its slice of it to the ranks of the same place on other nodes (its lane), and the slices are put
+together inside the node: between nodes go the bytes of one rank a node, over all of a node's lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hvd_saef.errors import ConfigurationMismatchError
+from hvd_saef.round.agreement import who_has_what
+from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
+from hvd_saef.transport.mpi import MpiCommunicator, hvd
+from hvd_saef.transport.process_sets import lanes, ranks_of, register, remember
+
+Workers = Literal["rank", "node"] | Sequence[Any]
+
+
+def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
+    """The communicator in which a worker is what the settings say. Collective over `everyone`.
+
+    Raises ValueError if the workers are no partition of its ranks, differ in size without weights="ranks", or
+    have no process sets in Horovod; ConfigurationMismatchError if ranks ask for different workers.
+    """
+    groups, weights = settings.worker, settings.weights
+    asked = everyone.allgather_object((groups, weights))
+    for name, values in (("worker", [a for a, _ in asked]), ("weights", [b for _, b in asked])):
+        if len(set(map(repr, values))) > 1:
+            raise ConfigurationMismatchError(
+                f"workers disagree on {name}: {who_has_what(values)}. Make it the same on all of them."
+            )
+    if groups == "rank":
+        return everyone
+    if isinstance(groups, str):
+        found = everyone.find_hosts()
+    else:
+        numbers = {rank: number for number, rank in enumerate(everyone.ranks)}
+        if sorted(rank for group in groups for rank in group) != sorted(numbers):
+            raise ValueError(f"worker={groups}: each of the ranks {sorted(numbers)} is allowed, once.")
+        found = [[numbers[rank] for rank in group] for group in groups]
+    sizes = [len(group) for group in found]
+    if len(set(sizes)) > 1 and weights != "ranks":
+        raise ValueError(
+            f"worker={groups!r}: the workers have {sizes} ranks; the same number each is allowed, or pass "
+            "weights='ranks' for a mean that is weighted by them."
+        )
+    if set(sizes) == {1}:
+        return everyone
+    key = repr(found), weights
+    nodes = everyone.kin.get(key)
+    if not isinstance(nodes, NodeCommunicator):
+        nodes = everyone.kin[key] = NodeCommunicator(everyone, found, by_ranks=weights == "ranks")
+    nodes.find_process_sets()
+    return nodes
+
+
+def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...], ...]:
+    """What `worker` asks for in plain values. Raises TypeError for what it cannot be. Local."""
+    if worker == "rank" or worker == "node":
+        return worker
+    allowed = '"rank", "node", or a list of Horovod process sets (or of lists of ranks) is allowed'
+    if isinstance(worker, str):
+        raise ValueError(f"worker={worker!r}: {allowed}.")
+    try:
+        groups = sorted(tuple(ranks_of(group)) for group in worker)
+    except TypeError:
+        raise TypeError(f"worker={worker!r}: {allowed}.") from None
+    if not groups or not all(groups) or not all(type(rank) is int for group in groups for rank in group):
+        raise TypeError(f"worker={worker!r}: {allowed}.")
+    if hvd:
+        remember(worker)
+    return tuple(groups)
+
+
+class NodeCommunicator(Communicator):
+    """Workers are `groups` of the ranks of `everyone`. Making it is collective over `everyone`.
+
+    `by_ranks`: a worker counts by its number of ranks in means over workers, else all count alike.
+    """
+
+    def __init__(self, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> None:
+        self.rank, self.size, self.ranks = everyone.rank, everyone.size, everyone.ranks
+        self._everyone, self._groups = everyone, groups
+        self._worker = next(k for k, group in enumerate(groups) if self.rank in group)
+        mine, across = groups[self._worker], lanes(groups)
+        self._place, self._lanes = mine.index(self.rank), len(across)
+        self._counts = [len(group) if by_ranks else 1 for group in groups]
+        self._node = everyone.part(mine)
+        # A node may have more ranks than another: its last ones have no lane.
+        self._lane = everyone.part(across[self._place]) if self._place < self._lanes else None
+        for part in (self, self._node, self._lane):
+            if part is not None:
+                part.doing = everyone.doing
+
+    def find_process_sets(self) -> None:
+        """Horovod's, which may have been removed and added anew. Collective over all ranks, or ValueError."""
+        if not isinstance(self._everyone, MpiCommunicator):
+            return
+        groups = [[self.ranks[rank] for rank in group] for group in self._groups]
+        known = register(groups, add=self._everyone.process_set is hvd.global_process_set)
+        for part in (self._node, self._lane):
+            if isinstance(part, MpiCommunicator):
+                part.process_set = known[tuple(sorted(part.ranks))]
+
+    @property
+    def worker(self) -> int:  # noqa: D102
+        return self._worker
+
+    @property
+    def workers(self) -> int:  # noqa: D102
+        return len(self._groups)
+
+    @property
+    def counts(self) -> Sequence[int]:  # noqa: D102
+        return self._counts
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:  # noqa: D102
+        return self._groups
+
+    @property
+    def node(self) -> Communicator:  # noqa: D102
+        return self._node
+
+    def passed_on(self, sizes: Iterable[int]) -> int:  # noqa: D102
+        return (self.node.size - 1) * sum(self._span(size, self._place)[1] for size in sizes)
+
+    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
+        return self._everyone.part(ranks)
+
+    def find_hosts(self) -> list[list[int]]:  # noqa: D102
+        return self._everyone.find_hosts()
+
+    def finish(self) -> None:  # noqa: D102
+        self._everyone.finish()
+
+    def check(self) -> None:  # noqa: D102
+        self._everyone.check()
+
+    def close(self) -> None:  # noqa: D102
+        for communicator in (self._node, self._lane):
+            if communicator is not None:
+                communicator.close()
+        super().close()
+
+    # -- workers ----------------------------------------------------------------------------------
+
+    def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
+        if self._lane is not None:
+            self._lane.allgather(self._cut(payload), self._cuts(out), channel)
+        self._put_together(payload, out, channel)
+
+    def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
+        if self._lane is not None:
+            self._lane.alltoall(self._cuts(pieces), self._cuts(out))
+        self._put_together(pieces[self.worker], out, Channel.UP)
+
+    def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
+        if self.workers == 1:
+            return
+        flat = tensor.detach().reshape(-1)
+        if not self.alike:
+            flat.mul_(self.weights[self.worker] * self.workers)
+        mine = self._cut(flat)
+        if self._lane is not None and mine.numel():
+            self._lane.allreduce_mean(mine, name)
+        if self.node.size > 1:
+            slices = [self._cut(flat, place).view(torch.uint8) for place in range(self.node.size)]
+            self.node.allgather(mine.clone().view(torch.uint8), slices, Channel.UP)
+        if flat.data_ptr() != tensor.data_ptr():
+            with torch.no_grad():
+                tensor.copy_(flat.view(tensor.shape))
+
+    def _put_together(self, own: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
+        """Inside the node: out[k] whole, of which each rank has its slice; and this worker's own."""
+        out[self.worker].copy_(own)
+        others = [piece for k, piece in enumerate(out) if k != self.worker]
+        if self.node.size == 1 or not others:
+            return
+        places = range(self.node.size)
+        sizes = [sum(self._span(piece.numel(), place)[1] for piece in others) for place in places]
+        landed = torch.split(own.new_empty(sum(sizes)), sizes)
+        self.node.allgather(torch.cat(self._cuts(others)), landed, channel)
+        for place in places:
+            if place != self._place:
+                slices = self._cuts(others, place)
+                copy_pieces(torch.split(landed[place], [one.numel() for one in slices]), slices)
+
+    def _span(self, size: int, place: int) -> tuple[int, int]:
+        """Where the slice of the rank at `place` in its node begins in `size` elements, and its length."""
+        start, stop = (min(p, self._lanes) * size // self._lanes for p in (place, place + 1))
+        return start, stop - start
+
+    def _cut(self, tensor: Tensor, place: int | None = None) -> Tensor:
+        return tensor.narrow(0, *self._span(tensor.numel(), self._place if place is None else place))
+
+    def _cuts(self, tensors: Sequence[Tensor], place: int | None = None) -> list[Tensor]:
+        return [self._cut(tensor, place) for tensor in tensors]
+
+    # -- ranks ------------------------------------------------------------------------------------
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
+        self._everyone.broadcast(tensor, root)
+
+    def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return self._everyone.allgather_object(value)
+
+    def combine(self, word: int) -> int:  # noqa: D102
+        return self._everyone.combine(word)

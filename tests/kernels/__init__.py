@@ -1,0 +1,1 @@
+"""Tests of hvd_saef.kernels."""

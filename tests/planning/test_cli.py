@@ -1,0 +1,111 @@
+"""`hvd-saef plan` reads what users write, and prints what the model says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from hvd_saef.cli import bandwidth, count, duration, main
+from hvd_saef.planning.plan import FEATURES, METHODS, Constants
+
+SLOW = ["--parameters", "25.6M", "--workers", "64", "--bandwidth", "100Mbit", "--compute", "0.12"]
+
+
+def ask(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main(["plan", *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def cheap(tmp_path: Path) -> str:
+    """Constants of a machine on which the wire is all that costs."""
+    path = tmp_path / "cheap.json"
+    Constants(**{name: float(name == "wire") for name in FEATURES}, source="a test").save(path)
+    return str(path)
+
+
+def test_a_slow_wire_pays(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    text = ask([*SLOW, "--constants", cheap], capsys)
+    assert "MODEL" in text
+    assert "Fitted on: a test." in text
+    for method in METHODS:
+        assert f"\n{method.name} " in text
+    assert "hvd_saef.DistributedOptimizer(compression=hvd_saef.Compression." in text
+    # 2·(63/64)·102.4 MB at 100 Mbit/s and 0.12 s
+    assert "16.2480 s" in text
+
+
+def test_a_fast_wire_does_not(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    fast = [argument.replace("100Mbit", "100Tbit") for argument in SLOW]
+    text = ask([*fast, "--constants", cheap], capsys)
+    assert "Advice: do not compress" in text
+    assert "Advice: do not compress" not in ask([*SLOW, "--constants", cheap], capsys)
+
+
+def test_ranks_of_a_node(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    text = ask([*SLOW, "--ranks-per-node", "8", "--inside", "200Gbit", "--constants", cheap], capsys)
+    assert "64 ranks, 8 a node, whose nodes send 0.1 Gbit/s (each rank 200 inside)" in text
+    assert "\nsign DC, node " in text
+    assert 'worker="node")' in text
+    assert ", node" not in ask([*SLOW, "--constants", cheap], capsys)
+    with pytest.raises(SystemExit):
+        ask([*SLOW, "--ranks-per-node", "7"], capsys)
+    assert "a divisor of --workers 64" in capsys.readouterr().err
+
+
+def test_the_packages_own_constants(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Constants.load().source in ask(SLOW, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("25.6M", 25_600_000), ("7B", 7_000_000_000), ("64", 64), ("1.5k", 1500)]
+)
+def test_counts(text: str, number: int) -> None:
+    assert count(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("10Gbit", 1e10), ("100 mbit/s", 1e8), ("2.5Gbit/s", 2.5e9), ("9bit", 9.0)]
+)
+def test_bandwidths(text: str, number: float) -> None:
+    assert bandwidth(text) == number
+
+
+@pytest.mark.parametrize(("read", "text"), [(count, "many"), (count, "0"), (count, "1.2.3M"), (count, "-5")])
+def test_wrong_counts(read: object, text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        count(text)
+
+
+@pytest.mark.parametrize("text", ["10", "10GB", "0Gbit", "1..Gbit"])
+def test_wrong_bandwidths(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="a rate is allowed"):
+        bandwidth(text)
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_wrong_durations(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="seconds"):
+        duration(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--workers", "none"], "'none': a number >= 1"),
+        (["--constants", "/no/such/file"], "No such file"),
+        (["--bandwith", "1Gbit"], "--bandwith"),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], change: list[str], says: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *SLOW, *change])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_entry_point() -> None:
+    declared = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    assert 'hvd-saef = "hvd_saef.cli:main"' in declared
