@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_saef.round.modes import at_consensus
+from hvd_saef.round.model_hooks import at_consensus
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 

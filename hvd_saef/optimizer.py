@@ -23,7 +23,7 @@ from hvd_saef.arguments import (
     name_parameters,
 )
 from hvd_saef.compression import Compression
-from hvd_saef.round.modes import ModelHooks
+from hvd_saef.round.model_hooks import ModelHooks
 from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
 from hvd_saef.transport.find import find_communicator
