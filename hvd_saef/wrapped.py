@@ -1,0 +1,177 @@
+"""The class of what users hold: the wrapped optimizer's own, with ours in front of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_saef.arguments import HOROVODS_MODULE
+from hvd_saef.round.session import Session
+
+
+class SaefMethods:
+    """What the returned optimizer has beside the wrapped optimizer's own methods."""
+
+    _saef: Session
+
+    def synchronize(self) -> None:
+        """Horovod's recipe for clipping. The gradients seen after it are this worker's own.
+
+        A worker of several ranks has their mean (collective). With feedback="none" and a dense compressor
+        it is the mean over all workers, as Horovod's.
+        """
+        self._saef.synchronize()
+
+    def skip_synchronize(self) -> AbstractContextManager[None]:
+        """Horovod's recipe for clipping: take step() within `with optimizer.skip_synchronize():`."""
+        return self._saef.skip_synchronize()
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """As Horovod's: how many backward passes add up before a step. Gradients add up by themselves."""
+        self._saef.settings = dataclasses.replace(self._saef.settings, backward_passes_per_step=passes)
+
+    def train(self) -> None:
+        """Move the parameters to b (x, stepped ahead), where this worker trains. Idempotent, local."""
+        self._saef.modes.train()
+
+    def eval(self) -> None:
+        """Move the parameters to x, the same on all workers: to evaluate or save. Idempotent, local."""
+        self._saef.modes.eval()
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """`with optimizer.consensus():` the parameters are x; afterwards where they were. Local."""
+        evaluating = self._saef.modes.evaluating
+        self.eval()
+        try:
+            yield
+        finally:
+            if not evaluating:
+                self.train()
+
+    def flush(self) -> None:
+        """Complete a round early, for the last steps of an epoch with local_steps > 1. Collective."""
+        self._saef.flush()
+
+    def consolidate(self) -> None:
+        """Average errors and momentum over the workers, once; completes a round first. Collective."""
+        self._saef.consolidate()
+
+    def reanchor(self) -> None:
+        """Take x anew from rank 0's parameters as they are, and clear the errors. Collective.
+
+        For parameters that were changed behind the optimizer's back.
+        """
+        self._saef.reanchor()
+
+    def stats(self) -> dict[str, float]:
+        """Numbers of this worker since it was wrapped. Local.
+
+        rounds, skipped (steps); payload_bytes_sent and _received, averaging_bytes_sent,
+        dense_bytes_sent; ring_allreduce_bytes, what a float32 ring allreduce would have sent in the
+        same rounds; compression_ratio, that over all bytes sent. These are between workers, of all of this
+        worker's ranks together; node_bytes_sent is what this rank sent to the others of its worker.
+        error_norm and server_error_norm (Euclidean, of e and of the part of s that is here);
+        seconds_<phase>.
+        """
+        return self._saef.stats()
+
+
+@functools.cache
+def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A subclass of `base` with SaefMethods, under base's name as Horovod's is."""
+
+    # SaefMethods has no step(): Horovod's broadcast_optimizer_state calls
+    # super(optimizer.__class__, optimizer).step(), which must be a local step of torch.
+    class Wrapped(SaefMethods, base):  # type: ignore[misc, valid-type]
+        _step_supports_amp_scaling = True
+        _in_step = False
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            """One local step, and every `local_steps`-th time the exchange. Collective."""
+            scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            return self._saef.step(self._local_step, closure, scale, overflow)
+
+        step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in super().step()
+
+        def _local_step(self) -> None:
+            # Gradients are unscaled by now; a fused optimizer that saw the scale would do it again.
+            scaler = {
+                name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)
+            }
+            self.__dict__.update(dict.fromkeys(scaler))
+            self._in_step = True
+            try:
+                super().step()
+            finally:
+                self._in_step = False
+                self.__dict__.update(scaler)
+
+        def state_dict(self) -> dict[str, Any]:
+            """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
+            self._saef.take_in()
+            self._saef.exchange.wait_until_encoded()
+            state_dict: dict[str, Any] = super().state_dict()
+            return state_dict | {"hvd_saef": self._saef.origin.export()}
+
+        def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+            """The inverse. Local; at the next step all workers agree who loaded what."""
+            state_dict = dict(state_dict)
+            ours = state_dict.pop("hvd_saef", None)
+            self._saef.take_in()
+            self._saef.exchange.wait_until_encoded()
+            if ours is not None:
+                self._saef.origin.check(ours, self._saef.kept)
+            super().load_state_dict(state_dict)
+            inner = self._saef.inner  # torch has replaced these two here
+            inner.state, inner.param_groups = self.state, self.param_groups
+            self._saef.origin.restore(ours, self._saef.kept)
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            """As torch's. All workers must add the same, between two rounds; its errors start at 0."""
+            if self._saef.modes.local_steps_done:
+                raise RuntimeError("add_param_group between local steps: call flush() first.")
+            super().add_param_group(param_group)
+            self._saef.grow()
+
+    Wrapped.__name__, Wrapped.__qualname__ = base.__name__, base.__qualname__
+    # Horovod's broadcast_optimizer_state tells by the module whether step() is collective.
+    Wrapped.__module__ = HOROVODS_MODULE or __name__
+    return Wrapped
+
+
+def share(inner: torch.optim.Optimizer) -> Any:
+    """An instance of the wrapped class that shares everything with `inner`: groups, state and hooks."""
+    wrapped = object.__new__(_wrapped_class(type(inner)))  # type: ignore[arg-type]
+    # Not "step": a scheduler made before wrapping has put a patch of the inner step() there.
+    vars(wrapped).update({name: value for name, value in vars(inner).items() if name != "step"})
+    return wrapped
+
+
+def undo_horovods_initial_step(wrapped: Any) -> None:
+    """Put parameters back that Horovod moves.
+
+    hvd.broadcast_optimizer_state takes a step with zero gradients on ranks without state, past our
+    step(), and weight decay moves the parameters there.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not getattr(optimizer, "_in_step", True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            before[:] = [(p, p.detach().clone()) for p in parameters if p.grad is not None]
+
+    def put_back(optimizer: Any, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        before.clear()
+
+    wrapped.register_step_pre_hook(remember)
+    wrapped.register_step_post_hook(put_back)
