@@ -20,9 +20,9 @@ from hvd_saef.errors import (
 )
 from hvd_saef.optimizer import DistributedOptimizer
 from hvd_saef.preemption import GracefulStop
-from hvd_saef.round.agreement import common_steps
 from hvd_saef.simulation import run_workers
 from hvd_saef.transport.process_sets import process_sets
+from hvd_saef.uneven_data import common_steps
 
 __version__ = "0.1.0"
 

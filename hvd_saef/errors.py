@@ -5,6 +5,11 @@ the optimizer's state as they were before it. Wrong arguments are ValueError and
 they are given.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class SaefError(RuntimeError):
     """Base class of every error that concerns more than one worker."""
@@ -39,3 +44,14 @@ class StalledExchangeError(SaefError):
 
 class CheckpointError(SaefError):
     """A checkpoint could not be written or read; names the file and the reason."""
+
+
+def who_has_what(values: Sequence[Any], whose: Sequence[int] | None = None) -> str:
+    """Which ranks have which value, in words; values[i] is rank whose[i]'s, or rank i's."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in zip(range(len(values)) if whose is None else whose, values, strict=True):
+        ranks.setdefault(repr(value), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
+        for value, who in ranks.items()
+    )

@@ -1,4 +1,4 @@
-"""One state for all workers out of the states of K others: what x̃ depends on is kept. Local but for means."""
+"""One state for all workers out of the states of K others: what x̃ depends on is kept. Local."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from hvd_saef.memory.layout import Layout
-from hvd_saef.transport.communicator import Communicator
 
 
 def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]:
@@ -66,29 +63,6 @@ def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:
         values = {name: torch.zeros_like(x).flatten() for name, x in ours["x"].items()}
         ours["server_errors"] = {name: {"start": 0, "values": zeros} for name, zeros in values.items()}
     return _for_everyone(state | {"state": {}}, workers)
-
-
-def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
-    """Replace the optimizer's moments by the workers' means. Collective.
-
-    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
-    count of steps is none, though it has the shape of a parameter without dimensions.
-    """
-    mine: dict[str, bool] = {}
-    for slot in layout.slots:
-        for key, value in optimizer.state.get(slot.parameter, {}).items():
-            fits = isinstance(value, Tensor) and value.is_floating_point()
-            mine[key] = mine.get(key, True) and fits and value.shape == slot.parameter.shape
-    everyone = communicator.allgather_object(mine)
-    moments = {
-        key for keys in everyone for key in keys if key != "step" and all(k.get(key, True) for k in everyone)
-    }
-    for slot in layout.slots:
-        state = optimizer.state.get(slot.parameter, {})
-        for key in sorted(moments):
-            # A worker that has had no gradient yet adds zero, and keeps its empty state.
-            moment = state.get(key, torch.zeros_like(slot.parameter))
-            communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")
 
 
 def _for_everyone(state: dict[str, Any], workers: int) -> dict[str, Any]:

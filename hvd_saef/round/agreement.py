@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError
+from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError, who_has_what
 from hvd_saef.memory.layout import Layout
 from hvd_saef.transport.communicator import Communicator, bytes_of
-from hvd_saef.transport.find import find_communicator
 
 
 class Word(enum.IntFlag):
@@ -106,22 +105,6 @@ def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advic
                 raise ConsensusError(f"{name} differs between the ranks of one worker: {who}. {advice}")
 
 
-def common_steps(steps: int, process_set: Any = None) -> int:
-    """The number of steps that every worker has data for: the least of all workers' `steps`. Collective.
-
-    For ranks with different numbers of batches: step() is collective, so all must call it equally often.
-
-    >>> steps = hvd_saef.common_steps(len(loader))
-    >>> for batch in itertools.islice(loader, steps): ...
-
-    Raises ValueError on this worker for a `steps` below 0. `process_set`: None is all ranks.
-    """
-    if steps < 0:
-        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
-    communicator, _ = find_communicator(process_set)
-    return int(min(communicator.allgather_object(int(steps))))
-
-
 def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
     """A hash of each, and one of all."""
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
@@ -146,14 +129,3 @@ def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
             if key != "name":
                 items[f"{key} of {parameter['name']!r}"] = value
     return items
-
-
-def who_has_what(values: Sequence[Any], whose: Sequence[int] | None = None) -> str:
-    """Which ranks have which value, in words; values[i] is rank whose[i]'s, or rank i's."""
-    ranks: dict[str, list[int]] = {}
-    for rank, value in zip(range(len(values)) if whose is None else whose, values, strict=True):
-        ranks.setdefault(repr(value), []).append(rank)
-    return ", ".join(
-        f"{value} on rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"
-        for value, who in ranks.items()
-    )

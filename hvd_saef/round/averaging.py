@@ -1,4 +1,4 @@
-"""Errors over all workers: row 1, when and how; and s whole, from the parts that are served. Collective."""
+"""Means over all workers, of errors (row 1) and of moments; and s whole, from its parts. Collective."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.state import BucketState, State, cut_stretches
 from hvd_saef.round.statistics import Statistics, ring_bytes
 from hvd_saef.settings import Settings
@@ -67,3 +68,26 @@ def whole_server_errors(communicator: Communicator, state: State) -> dict[str, A
         if s is not None:
             whole |= cut_stretches(bucket_state.bucket, s, 0)
     return whole
+
+
+def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
+    """Replace the optimizer's moments by the workers' means. Collective.
+
+    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
+    count of steps is none, though it has the shape of a parameter without dimensions.
+    """
+    mine: dict[str, bool] = {}
+    for slot in layout.slots:
+        for key, value in optimizer.state.get(slot.parameter, {}).items():
+            fits = isinstance(value, Tensor) and value.is_floating_point()
+            mine[key] = mine.get(key, True) and fits and value.shape == slot.parameter.shape
+    everyone = communicator.allgather_object(mine)
+    moments = {
+        key for keys in everyone for key in keys if key != "step" and all(k.get(key, True) for k in everyone)
+    }
+    for slot in layout.slots:
+        state = optimizer.state.get(slot.parameter, {})
+        for key in sorted(moments):
+            # A worker that has had no gradient yet adds zero, and keeps its empty state.
+            moment = state.get(key, torch.zeros_like(slot.parameter))
+            communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")

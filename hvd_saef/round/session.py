@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.checkpoints.redistribution import average_moments
 from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
 from hvd_saef.memory.layout import ChooseCompressor, Layout, build_layout, takes_part
 from hvd_saef.round.agreement import Word, agree, check_consensus, check_workers, raise_failure
-from hvd_saef.round.averaging import average_errors, whole_server_errors
+from hvd_saef.round.averaging import average_errors, average_moments, whole_server_errors
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.gradients import average_gradients, takes_sparse_only
 from hvd_saef.round.guard import Guard

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hvd_saef.errors import ConfigurationMismatchError
-from hvd_saef.round.agreement import who_has_what
+from hvd_saef.errors import ConfigurationMismatchError, who_has_what
 from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
 from hvd_saef.transport.mpi import MpiCommunicator, hvd

@@ -1,0 +1,23 @@
+"""Ranks with different numbers of batches: how many steps all of them can take. Collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvd_saef.transport.find import find_communicator
+
+
+def common_steps(steps: int, process_set: Any = None) -> int:
+    """The number of steps that every worker has data for: the least of all workers' `steps`. Collective.
+
+    For ranks with different numbers of batches: step() is collective, so all must call it equally often.
+
+    >>> steps = hvd_saef.common_steps(len(loader))
+    >>> for batch in itertools.islice(loader, steps): ...
+
+    Raises ValueError on this worker for a `steps` below 0. `process_set`: None is all ranks.
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
+    communicator, _ = find_communicator(process_set)
+    return int(min(communicator.allgather_object(int(steps))))
