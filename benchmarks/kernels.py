@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.models import SHAPES
+from benchmarks.pictures import save
 from hvd_saef import Compression, Compressor, kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Fused, Memory
 from hvd_saef.memory.algorithm import PlainRows
@@ -164,8 +165,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def layout_of(name: str) -> tuple[str, list[int]]:

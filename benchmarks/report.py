@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.pictures import save
+
 
 @dataclass(frozen=True)
 class Row:
@@ -176,5 +178,4 @@ def plot(grouped: Curves, path: Path) -> None:
     right.set(xlabel="MB sent by a worker", xscale="log" if any(sent) else "linear")
     left.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.hosts import bits_per_second
 from benchmarks.models import SHAPES
+from benchmarks.pictures import save
 from benchmarks.timings import LOCAL, Timing, read, summarize
 from hvd_saef.planning import plan
 from hvd_saef.planning.plan import CLOSE, FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict
@@ -204,8 +205,7 @@ def plot(job: Job, constants: Constants, path: Path) -> None:
     grid[0].set_ylabel("predicted seconds a step")
     grid[-1].legend(fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def write_csv(job: Job, constants: Constants, path: Path) -> None:

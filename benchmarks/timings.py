@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.pictures import save
+
 BASELINE = "Horovod float32"
 """The method whose time all others are compared with."""
 LOCAL = "no exchange"
@@ -180,5 +182,4 @@ def plot(pieces: Sequence[Sequence[Timing]], path: Path) -> None:
         axes.set(xlabel="seconds a step", xscale="log", title=title(timings).split(":")[0])
         axes.tick_params(axis="y", labelsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)

@@ -26,6 +26,7 @@ from benchmarks.paper.presets import (
     SPARSE_AVERAGED,
 )
 from benchmarks.paper.rows import Row, accuracy, test_loss, training_loss
+from benchmarks.pictures import save
 
 Measure = Callable[[Row], float | None]
 
@@ -222,8 +223,7 @@ def draw_figure(name: str, runs: Runs, folder: Path) -> Path:
             draw(panel, axes, runs)
     figure.tight_layout()
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
     return path
 
 

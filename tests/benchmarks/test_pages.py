@@ -1,7 +1,8 @@
-"""Tables in pages are what their commands write, and have their places."""
+"""Tables in pages are what their commands write, and have their places; pictures are few and small."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ from benchmarks import nodes_model
 from benchmarks.pages import fill, table
 from benchmarks.paper import page
 from benchmarks.paper.comparison import RESULTS, load_runs, report
+from tests.mpi.launch import ROOT
+
+PAGES = (
+    *(ROOT / name for name in ("README.md", "launch/README.md", "benchmarks/paper/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+MOST_BYTES = 60_000
+"""Of a picture in git, where each drawing of it stays for ever."""
 
 
 def test_a_table_goes_to_its_place(tmp_path: Path) -> None:
@@ -32,3 +41,18 @@ def test_pages_are_up_to_date() -> None:
     lines = report(runs, load_runs(RESULTS, unfinished=True))
     assert (RESULTS / "summary.txt").read_text().splitlines() == list(lines)
     assert nodes_model.prediction() in nodes_model.PAGE.read_text()
+
+
+def shown(page: Path) -> list[Path]:
+    """The pictures that a page shows."""
+    return [page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^):]+)\)", page.read_text())]
+
+
+def test_a_page_shows_one_small_picture_and_no_other_is_kept() -> None:
+    pictures = {page: shown(page) for page in PAGES}
+    assert sum(map(len, pictures.values())) >= 3
+    assert all(len(found) <= 1 for found in pictures.values()), pictures
+    of_pages = {path.resolve() for found in pictures.values() for path in found}
+    assert all(path.stat().st_size < MOST_BYTES for path in of_pages)
+    folders = (ROOT / "docs", ROOT / "benchmarks" / "results", RESULTS)
+    assert {path for folder in folders for path in folder.rglob("*.png")} == of_pages
