@@ -135,7 +135,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             """As torch's. All workers must add the same, between two rounds; its errors start at 0."""
-            if self._saef.modes.local_steps_done:
+            if self._saef.progress.local_steps_done:
                 raise RuntimeError("add_param_group between local steps: call flush() first.")
             super().add_param_group(param_group)
             self._saef.grow()

@@ -54,7 +54,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     communicator = session.communicator
     rank = communicator.rank
     nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
-    rounds = session.origin.rounds
+    rounds = session.progress.rounds
     first = communicator.groups[communicator.worker][0]
     name = f"step{rounds:08d}-{nonce}-rank{first:05d}.pt"
     ranks_own = _gather_on_node(communicator, model, extra)

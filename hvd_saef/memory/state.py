@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvd_saef.compression import Memory
 from hvd_saef.memory.layout import Bucket, Layout, Part, is_dense
+from hvd_saef.memory.progress import Progress
 from hvd_saef.settings import Settings
 
 
@@ -80,17 +81,24 @@ class BucketState:
 
 
 class State:
-    """The state of all buckets. `rounds` is t, the number of completed rounds."""
+    """The state of all buckets, and how far it is."""
 
-    def __init__(self, layout: Layout, settings: Settings, rank: int, workers: int) -> None:
+    def __init__(
+        self, layout: Layout, settings: Settings, rank: int, workers: int, progress: Progress
+    ) -> None:
         self.layout = layout
         self.settings = settings
-        self.rounds = 0
+        self.progress = progress
         self.buckets: list[BucketState] = []
         self._rank, self._workers = rank, workers
         self._loads = [0] * workers
         for bucket in layout.buckets:
             self._add(bucket)
+
+    @property
+    def rounds(self) -> int:
+        """t, the number of completed rounds."""
+        return self.progress.rounds
 
     def _add(self, bucket: Bucket) -> BucketState:
         workers = self._workers
@@ -199,7 +207,6 @@ class State:
             if state.s is not None:
                 part = state.parts[state.mine]
                 found += place_stretches(state.bucket, saved["server_errors"], state.s.zero_(), part.start)
-        self.rounds = int(saved["rounds"])
         return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
 
     def clear_errors(self) -> None:

@@ -125,7 +125,7 @@ class Exchange:
         while self._under_way:
             self._take_down(state)
         due = [one for one in state.buckets if averages_next(self.settings, state, one)]
-        state.rounds += 1
+        state.progress.completed_round()
         wire_dtype = torch.float16 if self.settings.averaging_fp16 else None
         average_errors(self.communicator, self.statistics, due, wire_dtype)
         self.show_start_points(due)

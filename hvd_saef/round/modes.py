@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.memory.layout import Layout
+from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.exchange import Exchange
 
@@ -18,16 +19,15 @@ class Modes:
     Before x is taken (`state` is None) the parameters are x, and only the mode is remembered.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, progress: Progress) -> None:
         self._exchange = exchange
+        self._progress = progress
         self.state: State | None = None
         self.evaluating = False
         """The user called eval(): the parameters stay at x until train()."""
         self._visiting = False
         """A hook of the model brought the parameters to x; the next training forward brings them back."""
         self._gradients_at_x = False
-        self.local_steps_done = 0
-        """Local steps since the round began; above 0 the training point is the one reached, not b."""
         self._reached: list[Tensor] | None = None
 
     @property
@@ -80,7 +80,7 @@ class Modes:
         """Train on `state` from a round's start, or from `points` within one."""
         self.state = state
         if points is None:
-            self.local_steps_done = 0
+            self._progress.undid_steps()
         self.to_start(points)
 
     @torch.no_grad()
@@ -112,13 +112,13 @@ class Modes:
 
     def undo_local_steps(self) -> None:
         """Put the parameters back to where the round began."""
-        self.local_steps_done = 0
+        self._progress.undid_steps()
         self.to_start()
 
     @torch.no_grad()
     def points(self) -> list[Tensor] | None:
         """Copies of the training point between local steps, a tensor a parameter; None at a round's start."""
-        if self.state is None or self.local_steps_done == 0:
+        if self.state is None or self._progress.local_steps_done == 0:
             return None
         source = self._reached if self._reached is not None else self._parameters(self.state)
         return [tensor.clone() for tensor in source]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.memory.layout import Layout
+from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State, check_shapes, misfit, place_stretches
 from hvd_saef.round.agreement import check_configuration, check_consensus
 from hvd_saef.round.modes import Modes
@@ -55,7 +56,9 @@ class Standing:
 class Origin:
     """Takes x, e and s into `modes.state`, once all workers have agreed on where they come from."""
 
-    def __init__(self, communicator: Communicator, settings: Settings, modes: Modes) -> None:
+    def __init__(
+        self, communicator: Communicator, settings: Settings, modes: Modes, progress: Progress
+    ) -> None:
         self.settled = False
         """Whether all workers agreed, since the last wrapping, loading or growing here."""
         self.whole_server_errors: dict[str, Any] | None = None
@@ -67,11 +70,7 @@ class Origin:
         self._communicator = communicator
         self._settings = settings
         self._modes = modes
-
-    @property
-    def rounds(self) -> int:
-        """t: completed rounds."""
-        return self._modes.state.rounds if self._modes.state else 0
+        self._progress = progress
 
     @property
     def consolidated(self) -> bool:
@@ -91,8 +90,8 @@ class Origin:
         `layout` is what workers must agree on; `kept` what of it has x and errors of its own.
         """
         check_configuration(self._communicator, layout)
-        steps = self._modes.local_steps_done
-        mine = Standing(self._source, self.rounds, steps, self.consolidated, self._own, self._serves)
+        rounds, steps = self._progress.rounds, self._progress.local_steps_done
+        mine = Standing(self._source, rounds, steps, self.consolidated, self._own, self._serves)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
         loaded = [rank for rank, standing in enumerate(everyone) if standing.source is Source.LOADED]
         new = [rank for rank, standing in enumerate(everyone) if standing.source is Source.PARAMETERS]
@@ -123,7 +122,8 @@ class Origin:
             self._communicator.broadcast(slot.parameter, root)
 
     def _new_state(self, kept: Layout) -> State:
-        return State(kept, self._settings, self._communicator.worker, self._communicator.workers)
+        communicator = self._communicator
+        return State(kept, self._settings, communicator.worker, communicator.workers, self._progress)
 
     def _take_parameters(self, kept: Layout) -> None:
         state = self._modes.state or self._new_state(kept)
@@ -168,7 +168,7 @@ class Origin:
     def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
         """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
         state = self._modes.state or self._new_state(kept)
-        state.rounds = standing.rounds
+        self._progress.restored(standing.rounds)
         for bucket in state.buckets:
             self._communicator.broadcast(bucket.x, root)
             if standing.consolidated:
@@ -246,7 +246,7 @@ class Origin:
             "count": communicator.counts[communicator.worker],
         }
         exported["consolidated"] = self.consolidated
-        exported["local_steps_done"] = self._modes.local_steps_done
+        exported["local_steps_done"] = self._progress.local_steps_done
         points, exported["reached"] = self._modes.points(), None
         if self._modes.state and points is not None:
             names = [slot.name for slot in self._modes.state.layout.slots]
@@ -289,6 +289,7 @@ class Origin:
         self.whole_server_errors, self._points, self._own, self._serves = None, None, True, True
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
+            self._progress.restored()
             self._modes.begin(None)
             return
         self._source = Source.LOADED
@@ -299,5 +300,5 @@ class Origin:
         self._own = self.consolidated or saved["rank"] == self._communicator.worker
         reached = saved["reached"]
         self._points = None if reached is None else [reached[slot.name] for slot in kept.slots]
-        self._modes.local_steps_done = int(saved["local_steps_done"])
+        self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))
         self._modes.begin(state, self._points)

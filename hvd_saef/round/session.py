@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
 from hvd_saef.memory.layout import ChooseCompressor, Layout, build_layout, takes_part
+from hvd_saef.memory.progress import Progress
 from hvd_saef.round.agreement import Word, agree, check_consensus, check_workers, raise_failure
 from hvd_saef.round.averaging import average_errors, average_moments, whole_server_errors
 from hvd_saef.round.exchange import Exchange
@@ -45,10 +46,11 @@ class Session:
         self.communicator = communicator
         self.statistics = Statistics()
         self.exchange = Exchange(communicator, settings, self.statistics)
-        self.modes = Modes(self.exchange)
+        self.progress = Progress()
+        self.modes = Modes(self.exchange, self.progress)
         self._choose = choose
         self._skip_synchronize = self._synchronized = False
-        self.origin = Origin(communicator, settings, self.modes)
+        self.origin = Origin(communicator, settings, self.modes, self.progress)
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
         self.before_exchange: list[Callable[[], None]] = []
         """Called by all workers between a round's last local step and its exchange; may be collective."""
@@ -140,10 +142,10 @@ class Session:
         if not self._local.take(local_step, self.layout, self.averages_gradients):
             self.statistics.skipped += 1
             return loss
-        self.modes.local_steps_done += 1
-        if self.modes.local_steps_done >= self.settings.local_steps:
+        self.progress.took_step()
+        if self.progress.local_steps_done >= self.settings.local_steps:
             self._complete_round()
-        if self.overlap and self.modes.local_steps_done == self.settings.local_steps - 1:
+        if self.overlap and self.progress.local_steps_done == self.settings.local_steps - 1:
             self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss
 
@@ -168,7 +170,7 @@ class Session:
             word |= Word.UNDER_WAY
         if self.wants_to_stop:
             word |= Word.STOP
-        self.communicator.doing[Channel.WORDS] = f"round {self.origin.rounds + 1}"
+        self.communicator.doing[Channel.WORDS] = f"round {self.progress.rounds + 1}"
         with self.statistics.phase("agreement"):
             combined = agree(self.communicator, word, failure)
             self.stop_agreed |= Word.STOP in combined
@@ -208,7 +210,7 @@ class Session:
         except Exception as error:
             failure = error
         self._agree(Word.NOTHING, failure)  # a worker that was loaded since may be elsewhere in its round
-        if self.modes.local_steps_done > 0:
+        if self.progress.local_steps_done > 0:
             self._complete_round()
 
     def _complete_round(self) -> None:
@@ -216,7 +218,6 @@ class Session:
         self.modes.train()
         for look in self.before_exchange:
             look()
-        self.modes.local_steps_done = 0
         self.origin.whole_server_errors = None
         if self.modes.state is not None:
             self.exchange.complete_round(self.modes.state)
@@ -225,7 +226,7 @@ class Session:
         if evaluating:
             self.modes.eval()
         every = self.settings.check_consensus_every
-        if every and self.origin.rounds % every == 0:
+        if every and self.progress.rounds % every == 0:
             with self.statistics.phase("agreement"):
                 x = self.origin.x(self.layout)
                 check_consensus(self.communicator, x, "Call optimizer.reanchor() to go on from rank 0's.")
@@ -347,7 +348,7 @@ class Session:
         """See :func:`hvd_saef.DistributedOptimizer`."""
         e, s = (0.0, 0.0) if self.modes.state is None else self.modes.state.error_norms()
         return (
-            {"rounds": self.origin.rounds}
+            {"rounds": self.progress.rounds}
             | self.statistics.as_dict()
             | {"error_norm": e, "server_error_norm": s}
         )
