@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.arguments import HOROVODS_MODULE
+from hvd_saef.checkpoints.loadable import python_numbers
 from hvd_saef.round.session import Session
 
 
@@ -114,10 +115,13 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
                 self.__dict__.update(scaler)
 
         def state_dict(self) -> dict[str, Any]:
-            """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own."""
+            """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own.
+
+            NumPy's numbers (a learning rate, say) become Python's, so that torch.load takes it as it is.
+            """
             self._saef.take_in()
             self._saef.exchange.wait_until_encoded()
-            state_dict: dict[str, Any] = super().state_dict()
+            state_dict: dict[str, Any] = python_numbers(super().state_dict())
             return state_dict | {"hvd_saef": self._saef.origin.export()}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -96,11 +96,11 @@ def write_in_place(path: Path, write: Callable[[Any], Any]) -> None:
             time.sleep(0.02)
 
 
-def read_trustingly(path: Path) -> Any:
+def read_trustingly(path: Path, device: str = "cpu") -> Any:
     """Unpickle whatever is there."""
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(path, map_location=device, weights_only=False)
 
 
 def decode_anything(compressor: Any, payload: Any, out: Any, weight: float) -> None:
@@ -305,6 +305,21 @@ PROTECTIONS: dict[str, Protection] = {
         "files of all runs have the same names",
         ["tests/checkpoints/test_checkpoint_faults.py::test_files_of_another_run"],
         {"checkpoints.checkpoint:secrets": SimpleNamespace(token_hex=lambda size: "00")},
+    ),
+    "read back": Protection(
+        "what would not load is not saved",
+        "neither tried nor read back",
+        ["tests/checkpoints/test_loadable.py::test_extra_state_of_modules_is_looked_at"],
+        {
+            "checkpoints.checkpoint:as_loadable": lambda value, place: value,
+            "checkpoints.checkpoint:_read": read_trustingly,
+        },
+    ),
+    "exact names": Protection(
+        "foreign files in a checkpoint's folder",
+        "whatever looks like ours is deleted",
+        ["tests/checkpoints/test_folders.py::test_only_files_of_our_exact_names_are_deleted"],
+        {"checkpoints.manifest:OURS": re.compile(r"step.*-rank.*\.pt|\.step.*\.tmp")},
     ),
     "weights only": Protection(
         "a stranger's checkpoint",

@@ -9,10 +9,12 @@ must see the folder. Files are loaded with `weights_only=True`: they run no code
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import secrets
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,12 +22,16 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hvd_saef.checkpoints.loadable import as_loadable
 from hvd_saef.checkpoints.manifest import (
     FORMAT,
     MANIFEST,
     damage,
     describe,
+    file_of,
+    opened,
     read_manifest,
+    remove_others,
     sealed,
     write_whole,
 )
@@ -35,58 +41,65 @@ from hvd_saef.round.session import Session
 from hvd_saef.transport.communicator import Communicator
 
 OnMismatch = Literal["error", "redistribute", "reset"]
-STALE = ("step*-rank*.pt", ".step*.tmp", f".{MANIFEST}.*.tmp")
-"""The set before, and what killed saves left."""
 T = TypeVar("T")
+_writers: weakref.WeakKeyDictionary[Session, str] = weakref.WeakKeyDictionary()
+"""The optimizers of this process that have saved, with what their manifests call them."""
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, **extra: Any) -> None:
     """Save the model at x, the optimizer and `extra` into the folder `path`, in place of what is there.
 
-    Collective. `extra` is plain numbers, strings, tensors and containers of them: an epoch, a
-    scheduler's state_dict(), torch.get_rng_state(). Each rank's own is saved.
+    Collective. `extra` is plain numbers, strings, tensors and lists, tuples and dicts of them: an epoch, a
+    scheduler's state_dict(), torch.get_rng_state(). Each rank's own is saved. NumPy's numbers become
+    Python's, here and in the optimizer's state. Each optimizer needs a folder of its own.
 
-    Raises CheckpointError on all ranks, naming rank and reason, if any could not write; what was
-    there before is then still whole.
+    Raises CheckpointError on all ranks, naming rank and reason, if any could not write, or holds what
+    :func:`load_checkpoint` would refuse (by its place); what was there before is then still whole.
     """
-    folder = Path(path)
     session = _session(optimizer)
     communicator = session.communicator
     rank = communicator.rank
     nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
     rounds = session.progress.rounds
     first = communicator.groups[communicator.worker][0]
-    name = f"step{rounds:08d}-{nonce}-rank{first:05d}.pt"
+    name = file_of(rounds, nonce, first)
     ranks_own = _gather_on_node(communicator, model, extra)
 
     def write() -> dict[str, Any] | None:
+        folder = Path(path)
+        if rank == 0:
+            _refuse_anothers(folder, session)
         if rank != first:
             return None
         folder.mkdir(parents=True, exist_ok=True)
         with optimizer.consensus():
-            contents: dict[str, Any] = {"format": FORMAT, "extra": extra, "others": ranks_own[1:]}
-            contents |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+            held = {"extra": extra, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            contents = {what: as_loadable(value, what) for what, value in held.items()}
+            contents |= {"format": FORMAT, "others": ranks_own[1:]}
             write_whole(folder / name, lambda file: torch.save(contents, file))
+        _read(folder / name, "meta")  # all but the numbers in the tensors, of which the hash speaks
         return describe(folder / name)
 
     try:
         files = [file for file in _everyone(communicator, write) if file is not None]
     except CheckpointError:
-        with contextlib.suppress(OSError):
-            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, TypeError):
+            (Path(path) / name).unlink(missing_ok=True)
         raise
 
     def publish() -> None:
         if rank != 0:
             return
+        folder = Path(path)
+        for file in files:
+            if not (folder / file["name"]).is_file():
+                raise CheckpointError(f"{folder / file['name']} was written, but rank 0 does not see it")
+        writer = _writers.setdefault(session, secrets.token_hex(8))
         manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
-        manifest |= {"layout": session.layout.description, "files": files}
+        manifest |= {"writer": writer, "layout": session.layout.description, "files": files}
+        opened(folder / MANIFEST, sealed(manifest))
         write_whole(folder / MANIFEST, lambda file: file.write(sealed(manifest)))
-        current = {file["name"] for file in files}
-        for pattern in STALE:
-            for stale in folder.glob(pattern):
-                if stale.name not in current:
-                    stale.unlink(missing_ok=True)
+        remove_others(folder, files)
 
     _everyone(communicator, publish)
 
@@ -111,9 +124,9 @@ def load_checkpoint(
     """
     if on_mismatch not in ("error", "redistribute", "reset"):
         raise ValueError(f"on_mismatch={on_mismatch!r}: 'error', 'redistribute' and 'reset' are allowed.")
-    folder = Path(path)
     session = _session(optimizer)
     communicator = session.communicator
+    folder = _everyone(communicator, lambda: Path(path))[communicator.rank]
     _everyone(communicator, session.take_in)
     found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
     manifest = found[0]
@@ -176,8 +189,13 @@ def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[st
     if communicator.workers == communicator.size:
         return []
     mine = io.BytesIO()
-    own = {"extra": extra, "buffers": {name: buffer.detach() for name, buffer in model.named_buffers()}}
-    _everyone(communicator, lambda: torch.save(own, mine))
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+
+    def pack() -> None:
+        own = {"extra": as_loadable(extra, "extra"), "buffers": as_loadable(buffers, "buffers")}
+        torch.save(own, mine)
+
+    _everyone(communicator, pack)
     everyone = communicator.node.allgather_object(mine.getvalue())
     return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in everyone]
 
@@ -191,6 +209,31 @@ def _take_ranks_own(contents: dict[str, Any], place: int) -> None:
         contents["model"] |= {
             name: buffer for name, buffer in others[place - 1]["buffers"].items() if name in contents["model"]
         }
+
+
+def _refuse_anothers(folder: Path, session: Session) -> None:
+    """Raise CheckpointError if the folder holds what another optimizer of this process saved."""
+    try:
+        writer = read_manifest(folder).get("writer")
+    except CheckpointError:
+        return
+
+    def others() -> list[Session]:
+        others = [other for other, name in list(_writers.items()) if name == writer and other is not session]
+        return [other for other in others if _parameters(other).isdisjoint(_parameters(session))]
+
+    if others():
+        gc.collect()  # one that was dropped does not count
+    if not others():
+        return
+    raise CheckpointError(
+        f"{folder} holds the checkpoint of another optimizer, which this one would delete: save each into a "
+        "folder of its own"
+    )
+
+
+def _parameters(session: Session) -> set[Tensor]:
+    return {parameter for group in session.inner.param_groups for parameter in group["params"]}
 
 
 def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
@@ -232,9 +275,10 @@ def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
     return f"it was saved by {manifest['workers']} workers, and there are {communicator.workers}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """What a worker's file holds; its tensors on "meta" have no numbers, and none are read."""
     try:
-        contents: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        contents: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if contents.get("format") != FORMAT:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,22 @@ from hvd_saef.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = "hvd_saef checkpoint 1"
+_WORKERS = r"step\d{8,}-[0-9a-f]{8}-rank\d{5,}\.pt"
+OURS = re.compile(rf"{_WORKERS}|\.({_WORKERS}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
+"""The exact names of workers' files, and of what a killed save leaves."""
+
+
+def file_of(rounds: int, nonce: str, rank: int) -> str:
+    """What the file of a worker is called, by its first rank and the set's nonce (8 hexadecimal digits)."""
+    return f"step{rounds:08d}-{nonce}-rank{rank:05d}.pt"
+
+
+def remove_others(folder: Path, files: list[dict[str, Any]]) -> None:
+    """Delete the sets that came before these files, and what killed saves left; nothing else."""
+    current = {file["name"] for file in files}
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in current and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
@@ -75,9 +92,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        manifest: dict[str, Any] = json.loads(content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): no checkpoint is there") from error
+    return opened(path, content)
+
+
+def opened(path: Path, content: bytes) -> dict[str, Any]:
+    """The manifest that a file holds. Raises CheckpointError, naming the file and what is wrong with it."""
+    try:
+        manifest: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -1,0 +1,101 @@
+"""What `torch.load(weights_only=True)` takes: NumPy's numbers become Python's, what else it refuses is named.
+
+Local.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvd_saef.errors import CheckpointError
+
+Leaf = Callable[[Any, str], Any]
+"""What becomes of a value that is no container, at a place."""
+
+
+def python_numbers(value: Any) -> Any:
+    """`value` with NumPy's numbers as Python's, also within dicts, lists and tuples, and their keys."""
+    return _rebuilt(value, "", lambda one, place: _python(one))
+
+
+def as_loadable(value: Any, place: str) -> Any:
+    """The same, if `torch.load(weights_only=True)` takes all of it.
+
+    Raises CheckpointError for the first part that it does not take, by its place: `place['key'][0]`.
+    """
+    try:
+        return _rebuilt(value, place, _loadable)
+    except RecursionError as error:
+        raise CheckpointError(f"{place} contains itself, or is nested too deeply") from error
+
+
+def _rebuilt(value: Any, place: str, leaf: Leaf) -> Any:
+    """`value` with its leaves replaced; itself, where all of them stay."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        items = [
+            (_rebuilt(key, f"the key {key!r} of {place}", leaf), _rebuilt(one, f"{place}[{key!r}]", leaf))
+            for key, one in value.items()
+        ]
+        if all(a is b and c is d for (a, c), (b, d) in zip(items, value.items(), strict=True)):
+            return value
+        rebuilt = kind(items)
+        if kind is OrderedDict:  # a module's state dict carries the versions of its parts
+            vars(rebuilt).update(vars(value))
+        return rebuilt
+    if kind in (list, tuple):
+        parts = [_rebuilt(one, f"{place}[{i}]", leaf) for i, one in enumerate(value)]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else kind(parts)
+    return leaf(value, place)
+
+
+def _python(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _loadable(value: Any, place: str) -> Any:
+    value = _python(value)
+    if type(value) in (bool, int, float, complex, str, bytes, type(None)) or _is_plain(value):
+        return value
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise CheckpointError(
+            f"{place} is a {kind.removeprefix('builtins.')}, which would not load again: files are loaded "
+            "without running code (weights_only=True). Numbers, strings, tensors, None, and lists, tuples "
+            f"and dicts of them are allowed: save {_instead(value)}"
+        ) from error
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of the kind that always loads; others are tried."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and not value.is_quantized
+    )
+
+
+def _instead(value: Any) -> str:
+    """What to save in place of it."""
+    if isinstance(value, np.ndarray):
+        return "torch.from_numpy(array), or array.tolist()"
+    if isinstance(value, os.PathLike):
+        return "str(path)"
+    if hasattr(value, "state_dict"):
+        return "its state_dict()"
+    return "what it holds in these"
