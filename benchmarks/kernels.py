@@ -30,12 +30,20 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.models import SHAPES
 from benchmarks.pictures import save
-from hvd_saef import Compression, Compressor, kernels
-from hvd_saef.compression import BlockedTensor, Blocks, Fused, Memory
+from hvd_saef import Compressor, kernels
+from hvd_saef.compression import BUILT_IN, BlockedTensor, Blocks, Fused, Memory
 from hvd_saef.memory.algorithm import PlainRows
 
 WORKERS = 4
-COMPRESSORS: dict[str, Compressor] = {"sign": Compression.sign, "top-k 1 %": Compression.topk(0.01)}
+COMPRESSORS: dict[str, Compressor] = {
+    found[0].title: found[0].compressor
+    for found in (
+        [one for one in compressor.considered() if one.double_compression and one.compressor.fused]
+        for compressor in BUILT_IN
+    )
+    if found
+}
+"""Of each kind of compressor that has kernels the first setting, by its title."""
 Work = Callable[[], object]
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hvd_saef
 from benchmarks.models import Shape, StandIn
 from benchmarks.timings import BASELINE, LOCAL
+from hvd_saef.compression import BUILT_IN, Considered, DenseCompressor
 from hvd_saef.planning import plan
 
 ONE_BUCKET = 4096
@@ -155,13 +156,17 @@ def powersgd_bytes(rank: int, shapes: Sequence[Shape], workers: int) -> float:
 _PLANNED = {method.name: method for method in plan.METHODS}
 
 
-def _own(key: str, name: str, options: dict[str, Any]) -> dict[str, Method]:
+def _own(considered: Considered) -> dict[str, Method]:
     """One of the library's methods, without error averaging and with it."""
+    options = {
+        "compression": considered.compressor,
+        "double_compression": considered.double_compression,
+    }
     return {
-        key + suffix: Method(
-            name + ending,
+        considered.spelling + suffix: Method(
+            considered.title + ending,
             partial(_ours, options | {"averaging_period": period}),
-            partial(_by_plan, _PLANNED[name + ending]),
+            partial(_by_plan, _PLANNED[considered.title + ending]),
             period=period or 1,
             kept=False,
         )
@@ -181,16 +186,19 @@ def _power(rank: int) -> dict[str, Method]:
 
 METHODS: dict[str, Method] = {
     "local": Method(LOCAL, _local, _nothing),
-    **_own("sign-dc", "sign DC", {}),
     "sign-dc-overlap": Method(
         "sign DC, overlap",
         partial(_ours, {"overlap": True}),
         partial(_by_plan, _PLANNED["sign DC"]),
         kept=False,
     ),
-    **_own("sign-sc", "sign SC", {"double_compression": False}),
-    **_own("topk-1", "Top-K 1 %", {"compression": hvd_saef.Compression.topk(0.01)}),
-    **_own("topk-0.1", "Top-K 0.1 %", {"compression": hvd_saef.Compression.topk(0.001)}),
+    **{
+        spelling: method
+        for compressor in BUILT_IN
+        if not issubclass(compressor, DenseCompressor)
+        for considered in compressor.considered()
+        for spelling, method in _own(considered).items()
+    },
     **_ring("hvd", BASELINE, BASELINE, partial(_horovod, hvd.Compression.none, "float32")),
     **_ring("hvd-fp16", "Horovod fp16", "Horovod fp16", partial(_horovod, hvd.Compression.fp16, "fp16")),
     **_ring("ddp", "DDP", BASELINE, partial(_ddp, None), gloo=True),

@@ -112,7 +112,7 @@ def fit(observations: Sequence[Observation], source: str) -> Constants:
     matrix = np.array([[o.features[name] for name in FEATURES] for o in observations]) * weights[:, None]
     wanted = np.array([o.seconds - o.job.compute for o in observations]) * weights
     found = nonnegative(matrix, wanted)
-    return Constants(**dict(zip(FEATURES, map(float, found), strict=True)), source=source)
+    return Constants(dict(zip(FEATURES, map(float, found), strict=True)), source)
 
 
 def check_table(title: str, observations: Sequence[Observation], constants: Constants) -> list[str]:

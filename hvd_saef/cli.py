@@ -61,13 +61,12 @@ def constants(text: str) -> Constants:
 def table(job: Job, known: Constants) -> str:
     """All methods, the least lossy first: bytes, predicted step and gain."""
     plain = predict(UNCOMPRESSED, job, known)
-    lines = [f"{'method':<25}{'k':>7}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
+    lines = [f"{'method':<25}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
     for method in methods(job):
         step = predict(method, job, known)
-        ratio = f"{100 * method.ratio:g} %" if method.wire == "topk" else "-"
         sent = method.bytes_between_nodes(job) / 1e6
         lines.append(
-            f"{method.name:<25}{ratio:>7}{method.averaging_period or '-':>5}{sent:>12.3f}"
+            f"{method.name:<25}{method.averaging_period or '-':>5}{sent:>12.3f}"
             f"{step:>10.4f} s{step - job.compute:>10.4f} s{plain / step:>8.2f}×"
         )
     return "\n".join(lines)
@@ -106,7 +105,7 @@ def plan(args: argparse.Namespace) -> str:
             "",
             f"Advice: {advice}.",
             "It is the least lossy method whose step is within 5 % of the fastest; what a method costs in",
-            "convergence is not in the model. p is the averaging period (rounds), k what Top-K keeps.",
+            "convergence is not in the model. p is the averaging period (rounds).",
         ]
     )
 

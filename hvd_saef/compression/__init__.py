@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
-from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below, state_dtype
+from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below, state_dtype
 from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
 from hvd_saef.compression.sign import SignCompressor
 from hvd_saef.compression.topk import TopKCompressor
@@ -32,11 +32,16 @@ class Compression:
         return TopKCompressor(ratio, value_dtype)
 
 
+BUILT_IN: tuple[type[Compressor], ...] = (NoneCompressor, FP16Compressor, SignCompressor, TopKCompressor)
+"""The compressors that come with the package, the least lossy first: all that lists compressors asks here."""
+
 __all__ = [
+    "BUILT_IN",
     "BlockedTensor",
     "Blocks",
     "Compression",
     "Compressor",
+    "Considered",
     "DenseCompressor",
     "FP16Compressor",
     "Fused",

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,20 @@ class Fused(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class Considered:
+    """One setting of a compressor that `hvd-saef plan` and the benchmarks consider."""
+
+    title: str
+    """What tables call the setting."""
+    spelling: str
+    """What command lines call the setting: `--methods sign-dc`."""
+    compressor: Compressor
+    double_compression: bool = True
+    averaging_periods: tuple[int, ...] = (16, 64)
+    """The averaging periods that are considered besides none, from the shortest."""
+
+
 class Compressor(abc.ABC):
     """C: turns a bucket's blocks into a payload of bytes and back. Frozen; local, no collectives.
 
@@ -89,6 +103,26 @@ class Compressor(abc.ABC):
         Averaged payloads are one number of that dtype an element, and their mean is the mean's payload.
         """
         return None
+
+    @property
+    def call(self) -> str:
+        """How a user asks for the compressor in code."""
+        return f"{type(self).__name__}(...)"
+
+    costs: ClassVar[tuple[str, ...]] = ()
+    """The names of what the compressor's work costs, for `hvd-saef plan`: seconds for each unit of it."""
+
+    def work(self, encoded: float, decoded: float) -> dict[str, float]:
+        """Units of each of its `costs` in a step that encodes and decodes so many elements.
+
+        Elements whose payloads Horovod averages count as encoded.
+        """
+        return {}
+
+    @classmethod
+    def considered(cls) -> Sequence[Considered]:
+        """The settings that `hvd-saef plan` and the benchmarks consider, the least lossy first."""
+        return ()
 
     @property
     def description(self) -> str:

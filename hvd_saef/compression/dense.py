@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef.compression.blocks import BlockedTensor, Blocks
-from hvd_saef.compression.compressor import Compressor
+from hvd_saef.compression.compressor import Compressor, Considered
 
 
 class DenseCompressor(Compressor):
@@ -45,10 +47,34 @@ class DenseCompressor(Compressor):
 class NoneCompressor(DenseCompressor):
     """C = the identity."""
 
+    call = "hvd_saef.Compression.none"
+    costs: ClassVar[tuple[str, ...]] = ("float32",)
+
+    def work(self, encoded: float, decoded: float) -> dict[str, float]:
+        """See :meth:`Compressor.work`."""
+        return {"float32": encoded}
+
+    @classmethod
+    def considered(cls) -> Sequence[Considered]:
+        """See :meth:`Compressor.considered`."""
+        return [Considered("Horovod float32", "hvd", cls(), averaging_periods=())]
+
 
 @dataclass(frozen=True)
 class FP16Compressor(DenseCompressor):
     """C rounds to float16. The sum rounds on the wire too, and that rounding is lost."""
+
+    call = "hvd_saef.Compression.fp16"
+    costs: ClassVar[tuple[str, ...]] = ("float16",)
+
+    def work(self, encoded: float, decoded: float) -> dict[str, float]:
+        """See :meth:`Compressor.work`."""
+        return {"float16": encoded}
+
+    @classmethod
+    def considered(cls) -> Sequence[Considered]:
+        """See :meth:`Compressor.considered`."""
+        return [Considered("Horovod fp16", "hvd-fp16", cls(), averaging_periods=())]
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float16, whatever x is."""

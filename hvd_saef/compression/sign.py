@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
-from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below
+from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,21 @@ class SignCompressor(Compressor):
     def dense(self, size: int) -> bool:
         """Whether blocks of `size` elements travel as they are."""
         return size < self.dense_below
+
+    call = "hvd_saef.Compression.sign"
+    costs: ClassVar[tuple[str, ...]] = ("sign_encode", "sign_decode")
+
+    def work(self, encoded: float, decoded: float) -> dict[str, float]:
+        """See :meth:`Compressor.work`."""
+        return {"sign_encode": encoded, "sign_decode": decoded}
+
+    @classmethod
+    def considered(cls) -> Sequence[Considered]:
+        """See :meth:`Compressor.considered`."""
+        return [
+            Considered("sign SC", "sign-sc", cls(), double_compression=False, averaging_periods=(16,)),
+            Considered("sign DC", "sign-dc", cls()),
+        ]
 
     def payload_bytes(self, layout: Blocks) -> int:
         """One number of x's dtype a block and a bit an element, each block's bits in whole bytes."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
-from hvd_saef.compression.compressor import Compressor, Fused, check_dense_below
+from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
 
 PAGE = 1 << 16  # elements that a uint16 offset reaches
 COUNT, OFFSET = torch.int32, torch.uint16
@@ -51,6 +51,23 @@ class TopKCompressor(Compressor):
                 "and torch.bfloat16 are allowed."
             )
         object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are the same setting
+
+    costs: ClassVar[tuple[str, ...]] = ("topk_encode", "topk_decode")
+
+    @property
+    def call(self) -> str:
+        """See :attr:`Compressor.call`."""
+        values = f", {self.value_dtype}" if self.value_dtype else ""
+        return f"hvd_saef.Compression.topk({self.ratio:g}{values})"
+
+    def work(self, encoded: float, decoded: float) -> dict[str, float]:
+        """See :meth:`Compressor.work`. Only kept entries are decoded."""
+        return {"topk_encode": encoded, "topk_decode": self.ratio * decoded}
+
+    @classmethod
+    def considered(cls) -> Sequence[Considered]:
+        """See :meth:`Compressor.considered`."""
+        return [Considered(f"Top-K {100 * k:g} %", f"topk-{100 * k:g}", cls(k)) for k in (0.01, 0.001)]
 
     def kept(self, size: int) -> int:
         """How many of a block's `size` elements travel."""

@@ -16,68 +16,65 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from hvd_saef.compression import Blocks, Compression, Compressor
+from hvd_saef.compression import BUILT_IN, Blocks, Compressor, Considered, DenseCompressor
 from hvd_saef.settings import Settings
 
 CLOSE = 1.05
 """A method within 5 % of the fastest is as good as it, and the least lossy of those is recommended."""
 
 
+GENERAL = ("wire", "byte", "message", "fixed")
+"""The features that every method has:
+
+- wire: of the bytes a worker sends over the bandwidth; 1 where the wire is full all the time;
+- byte: for each byte sent, whatever the bandwidth: what the network costs the processor;
+- message: for each message that a worker sends one after the other;
+- fixed: for each step with an exchange, however little it sends.
+"""
+FEATURES = (*GENERAL, *(cost for compressor in BUILT_IN for cost in compressor.costs))
+"""The features of a step's time: the general ones, and what each compressor says that its work costs."""
+
+
 @dataclass(frozen=True)
 class Constants:
-    """Seconds that each unit of a feature takes; `wire` is a factor, since its feature is in seconds."""
+    """Seconds that each unit of a feature takes; `wire` is a factor, since its feature is in seconds.
 
-    wire: float
-    """Of the bytes a worker sends over the bandwidth: 1 where the wire is full all the time."""
-    byte: float
-    """For each byte sent, whatever the bandwidth: what the network costs the processor."""
-    message: float
-    """For each message that a worker sends one after the other."""
-    fixed: float
-    """For each step with an exchange, however little it sends."""
-    float32: float
-    """For each parameter in Horovod's float32 ring allreduce."""
-    float16: float
-    """For each parameter in its fp16 one."""
-    sign_encode: float
-    """For each parameter encoded as a sign, by a worker or a server."""
-    sign_decode: float
-    """For each parameter of each sign payload decoded."""
-    topk_encode: float
-    """For each parameter that Top-K chooses from, by a worker or a server."""
-    topk_decode: float
-    """For each entry of each Top-K payload decoded."""
+    Raises ValueError for a feature that is missing, unknown or no number >= 0.
+    """
+
+    seconds: Mapping[str, float]
+    """By feature."""
     source: str = ""
-    """What they were fitted on."""
+    """What the constants were fitted on."""
 
     def __post_init__(self) -> None:
-        for name in FEATURES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: a number >= 0 is allowed.")
+        for name in (*self.seconds, *FEATURES):  # what is unknown says more than what is missing
+            value = self.seconds.get(name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name not in FEATURES or not number or not 0 <= float(value or 0) < math.inf:
+                raise ValueError(
+                    f"{name}={value!r}: a number >= 0 is allowed, for each of {', '.join(FEATURES)}."
+                )
 
     def save(self, path: Path) -> None:
-        """Write them as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write the constants as JSON."""
+        path.write_text(json.dumps({**self.seconds, "source": self.source}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path | None = None) -> Constants:
-        """Those of the file, or those that come with the package.
+        """The constants in the file, or those that come with the package.
 
         Raises ValueError for a file that does not hold them, OSError for one that cannot be read.
         """
         text = (path or resources.files("hvd_saef.planning") / "plan.json").read_text()
         try:
-            return cls(**json.loads(text))
+            found = dict(json.loads(text))
+            return cls(source=str(found.pop("source", "")), seconds=found)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: no constants of the model: {error}") from None
-
-
-FEATURES = tuple(field.name for field in dataclasses.fields(Constants) if field.name != "source")
 
 
 @dataclass(frozen=True)
@@ -114,9 +111,7 @@ class Method:
     """A way to exchange: Horovod's ring allreduce, or one of this library's."""
 
     name: str
-    wire: Literal["float32", "fp16", "sign", "topk"]
-    ratio: float = 1.0
-    """Of Top-K."""
+    compressor: Compressor
     double: bool = True
     """Double-way compression with a sharded server; False is single-way."""
     averaging_period: int | None = None
@@ -125,22 +120,15 @@ class Method:
 
     @property
     def dense(self) -> bool:
-        """Whether it is Horovod's own."""
-        return self.wire in ("float32", "fp16")
-
-    @property
-    def compressor(self) -> Compressor:
-        """What it compresses with."""
-        dense = {"float32": Compression.none, "fp16": Compression.fp16, "sign": Compression.sign}
-        return dense.get(self.wire) or Compression.topk(self.ratio)
+        """Whether Horovod's allreduce carries the method's numbers."""
+        return isinstance(self.compressor, DenseCompressor)
 
     @property
     def call(self) -> str:
-        """How a user asks for it."""
-        if self.dense:
-            return "hvd.DistributedOptimizer" + ("(compression=hvd.Compression.fp16)" * (self.wire == "fp16"))
-        arguments = [f"compression=hvd_saef.Compression.{self.wire}"]
-        arguments[0] += f"({self.ratio:g})" if self.wire == "topk" else ""
+        """How a user asks for the method."""
+        arguments = [f"compression={self.compressor.call}"]
+        if self.dense:  # Horovod's own arithmetic
+            arguments += ['feedback="none"']
         arguments += [] if self.double else ["double_compression=False"]
         arguments += [f"averaging_period={self.averaging_period}"] if self.averaging_period else []
         arguments += ['worker="node"'] if self.node else []
@@ -148,10 +136,6 @@ class Method:
 
     def payload(self, sizes: Sequence[int]) -> int:
         """Bytes of one worker's update."""
-        if self.wire == "sign":
-            return sum(-(-size // 8) + 4 for size in sizes)
-        if self.dense:
-            return sum(sizes) * (4 if self.wire == "float32" else 2)
         return self.compressor.payload_bytes(Blocks.cut(list(sizes), None, torch.float32))
 
     def bytes_sent(self, sizes: Sequence[int], workers: int) -> float:
@@ -183,10 +167,15 @@ class Method:
         """How much of what each constant stands for is in a step."""
         workers, size = job.workers // (job.ranks if self.node else 1), job.parameters
         found = dict.fromkeys(FEATURES, 0.0)
+
+        def add(work: Mapping[str, float]) -> None:
+            for name, units in work.items():
+                found[name] += units
+
         if (
             self.node and job.ranks > 1
         ):  # the gradients' mean on the node; payloads inside are next to nothing
-            found["float32"] += size
+            add(MEAN.work(size, 0))
             found["wire"] += 8 * 2 * (job.ranks - 1) / job.ranks * 4 * size / job.inside
         if workers == 1:
             return found
@@ -194,23 +183,22 @@ class Method:
         found["wire"] += 8 * self.bytes_between_nodes(job) / job.bandwidth
         found["fixed"] = 1.0
         if self.dense:
-            found[self.wire.replace("fp", "float")] += size
+            add(self.compressor.work(size, 0))
             found["message"] = 2 * (workers - 1)
             return found
-        decoded = (2 if self.double else workers) * size  # the server's K payloads of 1/K, and the answers
-        found[f"{self.wire}_encode"] = size * (1 + self.double / workers)
-        found[f"{self.wire}_decode"] = decoded * (self.ratio if self.wire == "topk" else 1)
+        # A server of 1/K of the model decodes K payloads, and each worker its answers; or all K payloads.
+        add(self.compressor.work(size * (1 + self.double / workers), (2 if self.double else workers) * size))
         buckets = math.ceil(4 * size / Settings.bucket_bytes)
         found["message"] = buckets * (workers - 1) * (1 + self.double) + 2 * math.ceil(math.log2(workers))
         if self.averaging_period:
-            found["float32"] += size / self.averaging_period
+            add(MEAN.work(size / self.averaging_period, 0))
             found["message"] += 2 * (workers - 1) / self.averaging_period
         return found
 
 
 def seconds(features: Mapping[str, float], constants: Constants) -> float:
     """What the features take by the model."""
-    return float(sum(number * getattr(constants, name) for name, number in features.items()))
+    return float(sum(number * constants.seconds[name] for name, number in features.items()))
 
 
 def predict(method: Method, job: Job, constants: Constants) -> float:
@@ -218,21 +206,28 @@ def predict(method: Method, job: Job, constants: Constants) -> float:
     return job.compute + seconds(method.features(job), constants)
 
 
-def _with_averaging(method: Method, period: int = 16) -> Method:
-    return dataclasses.replace(method, name=f"{method.name}, p = {period}", averaging_period=period)
+def _methods(considered: Considered) -> list[Method]:
+    """One setting of a compressor, with each averaging period that is considered and without."""
+    plain = Method(considered.title, considered.compressor, considered.double_compression)
+    return [
+        *(
+            dataclasses.replace(plain, name=f"{plain.name}, p = {period}", averaging_period=period)
+            for period in considered.averaging_periods
+        ),
+        plain,
+    ]
 
 
-UNCOMPRESSED = Method("Horovod float32", "float32")
-_SIGN, _SINGLE = Method("sign DC", "sign"), Method("sign SC", "sign", double=False)
-_TOPK, _TOPK_SMALL = Method("Top-K 1 %", "topk", 0.01), Method("Top-K 0.1 %", "topk", 0.001)
-METHODS = (
-    UNCOMPRESSED,
-    Method("Horovod fp16", "fp16"),
-    *(_with_averaging(_SINGLE), _SINGLE, _with_averaging(_SIGN), _with_averaging(_SIGN, 64), _SIGN),
-    *(_with_averaging(_TOPK), _with_averaging(_TOPK, 64), _TOPK),
-    *(_with_averaging(_TOPK_SMALL), _with_averaging(_TOPK_SMALL, 64), _TOPK_SMALL),
+METHODS = tuple(
+    method
+    for compressor in BUILT_IN
+    for considered in compressor.considered()
+    for method in _methods(considered)
 )
-"""From the least lossy to the most."""
+"""All methods, from the least lossy to the most."""
+UNCOMPRESSED = METHODS[0]
+MEAN = UNCOMPRESSED.compressor
+"""What carries means: of gradients on a node, and of errors."""
 
 
 def methods(job: Job) -> list[Method]:

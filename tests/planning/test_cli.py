@@ -22,7 +22,7 @@ def ask(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def cheap(tmp_path: Path) -> str:
     """Constants of a machine on which the wire is all that costs."""
     path = tmp_path / "cheap.json"
-    Constants(**{name: float(name == "wire") for name in FEATURES}, source="a test").save(path)
+    Constants({name: float(name == "wire") for name in FEATURES}, "a test").save(path)
     return str(path)
 
 
