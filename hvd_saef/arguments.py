@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -56,8 +57,26 @@ ADAPTIVE = (
 """Optimizers of torch that divide by the size of past gradients, and by no more than that."""
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise TypeError unless the optimizer is torch's, not wrapped yet, and takes one gradient a step."""
+def models_of(model: Any) -> list[nn.Module]:
+    """The modules that `model` names. Raises TypeError for anything but modules."""
+    models = [] if model is None else list(model) if isinstance(model, (list, tuple)) else [model]
+    for one in models:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"model={model!r}: a torch.nn.Module, a list of them or None is allowed.")
+    for outer, inner in itertools.permutations(models, 2):
+        if any(part is inner for part in outer.modules()):
+            raise ValueError(
+                f"model=: {type(inner).__name__} is given, and is a part of {type(outer).__name__}, which is "
+                "given too; in different modes they would see different points. Give the one that is called."
+            )
+    return models
+
+
+def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
+    """Raise TypeError unless the optimizer is torch's, not wrapped yet, and takes one gradient a step.
+
+    Nor may it have any of the wrapper's `methods`.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r}: a torch.optim.Optimizer is allowed.")
     if hasattr(optimizer, "skip_synchronize"):
@@ -69,6 +88,20 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             "optimizer=LBFGS: it evaluates its closure several times a step, with line searches that "
             "workers would end at different points. Every other optimizer of torch.optim is allowed."
+        )
+    name = type(optimizer).__name__
+    own = [method for method in methods if hasattr(optimizer, method)]
+    if "train" in own or "eval" in own:
+        raise TypeError(
+            f"optimizer={name}: it has {' and '.join(f'{method}()' for method in own)} of its own, as "
+            "schedule-free ones do, and evaluates at a point that it computes from state which stays on each "
+            "worker: after an exchange that point is neither the consensus point x nor the same on all "
+            "workers. Wrap an optimizer that trains and evaluates at one point, with a schedule of its rate."
+        )
+    if own:
+        raise TypeError(
+            f"optimizer={name}: it has {own[0]!r}, which is a method of what hvd_saef.DistributedOptimizer "
+            "returns: one would hide the other. Rename it."
         )
 
 
@@ -168,7 +201,7 @@ def advise_on_adaptive_rates(optimizer: torch.optim.Optimizer, workers: int) -> 
     )
 
 
-def give_advice(settings: Settings, compression: Any, model: nn.Module | None) -> None:
+def give_advice(settings: Settings, compression: Any, models: Sequence[nn.Module]) -> None:
     """Warn of what a user would rather know before training."""
     if not isinstance(compression, DenseCompressor) and isinstance(
         _as_compressor(compression), DenseCompressor
@@ -178,7 +211,7 @@ def give_advice(settings: Settings, compression: Any, model: nn.Module | None) -
             "For 1 bit a parameter leave it out, or pass hvd_saef.Compression.sign.",
             stacklevel=3,
         )
-    if model is None and (settings.alpha > 0 or settings.beta > 0):
+    if not models and (settings.alpha > 0 or settings.beta > 0):
         warnings.warn(
             "parameters are stepped ahead while training, differently on each worker. Pass model=model to "
             "hvd_saef.DistributedOptimizer, or put evaluation and saving into "

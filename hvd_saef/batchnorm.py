@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_saef.round.model_hooks import at_consensus
+from hvd_saef.round.modes import at_consensus
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 
@@ -33,7 +33,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: 
     modes_of_modules = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     with ExitStack() as stack:
-        stack.enter_context(at_consensus(model))
+        stack.enter_context(at_consensus(model.parameters()))
         model.eval()
         for layer in layers:
             layer.reset_running_stats()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hvd_saef.arguments import (
     check_optimizer,
     compressor_chooser,
     give_advice,
+    models_of,
     name_parameters,
 )
 from hvd_saef.compression import Compression
@@ -25,7 +26,7 @@ from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
 from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.nodes import Workers, find_workers, groups_of
-from hvd_saef.wrapped import share, undo_horovods_initial_step
+from hvd_saef.wrapped import SaefMethods, refuse_steps_past_ours, share, undo_horovods_initial_step
 
 
 def DistributedOptimizer(
@@ -40,7 +41,7 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     process_set: Any = GLOBAL_PROCESS_SET,
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | Sequence[nn.Module] | None = None,
     feedback: Feedback = "saef",
     step_ahead: float = 1.0,
     server_step_ahead: float = 0.0,
@@ -79,7 +80,8 @@ def DistributedOptimizer(
         sparse_as_dense: make sparse gradients dense (not for SparseAdam, which takes none). Else the
             local step takes them as they are; where gradients are averaged, they are refused.
         process_set: the Horovod process set whose ranks are the workers. Ranks outside train alone.
-        model: with it, forward passes in eval mode and model.state_dict() see x by themselves.
+        model: with it, forward passes in eval mode and model.state_dict() see x by themselves. A module, or
+            a list of those that are called; a container without a forward of its own counts as its children.
         feedback: "saef", "ef" (plain error feedback) or "none".
         step_ahead: α in [0, 1], with "saef" only.
         server_step_ahead: β in [0, 1]; with "saef", double_compression and a replicated server.
@@ -141,9 +143,8 @@ def DistributedOptimizer(
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
     )
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: a torch.nn.Module or None is allowed.")
-    check_optimizer(optimizer)
+    models = models_of(model)
+    check_optimizer(optimizer, [name for name in vars(SaefMethods) if not name.startswith("_")])
     choose = compressor_chooser(compression, dense_below)
     names = name_parameters(optimizer, named_parameters)
     communicator, included = find_communicator(process_set)
@@ -163,10 +164,11 @@ def DistributedOptimizer(
             "gradients are averaged in step(): pass overlap=False."
         )
     undo_horovods_initial_step(wrapped)
-    if model is not None:
-        ModelHooks(session.modes, session.origin.parameters_replaced).attach(model, names)
+    refuse_steps_past_ours(wrapped)
+    if models:
+        ModelHooks(session.modes, session.origin.parameters_replaced).attach(models)
     if communicator.rank == 0 and included:
-        give_advice(settings, compression, model)
+        give_advice(settings, compression, models)
         if not session.averages_gradients:
             advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped

@@ -109,7 +109,8 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             self.__dict__.update(dict.fromkeys(scaler))
             self._in_step = True
             try:
-                super().step()
+                with self._saef.modes.local_step(self):
+                    super().step()
             finally:
                 self._in_step = False
                 self.__dict__.update(scaler)
@@ -165,6 +166,7 @@ def undo_horovods_initial_step(wrapped: Any) -> None:
     step(), and weight decay moves the parameters there.
     """
     before: list[tuple[Tensor, Tensor]] = []
+    session: Session = wrapped._saef
 
     def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
         if not getattr(optimizer, "_in_step", True):
@@ -175,7 +177,40 @@ def undo_horovods_initial_step(wrapped: Any) -> None:
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
+        if before:
+            session.modes.note()
         before.clear()
 
     wrapped.register_step_pre_hook(remember)
     wrapped.register_step_post_hook(put_back)
+
+
+def refuse_steps_past_ours(wrapped: Any) -> None:
+    """Let steps of optimizers that the wrapped one holds raise RuntimeError, but for those within its step().
+
+    SAM's second_step(), say, calls its base optimizer's: nothing would be exchanged.
+    """
+    ours = {p for group in wrapped.param_groups for p in group["params"]}
+    name, within = type(wrapped).__name__, [False]
+
+    def begin(*_: object) -> None:
+        within[0] = True
+
+    def end(*_: object) -> None:
+        within[0] = False
+
+    def refuse(held: torch.optim.Optimizer, *_: object) -> None:
+        if not within[0]:
+            raise RuntimeError(
+                f"a step of the {type(held).__name__} that {name} holds, past {name}.step(): it would train "
+                "this rank alone. Give that one to hvd_saef.DistributedOptimizer, and what that returns to "
+                f"{name} (docs/horovod.md, SAM)."
+            )
+
+    held = [value for value in vars(wrapped).values() if isinstance(value, torch.optim.Optimizer)]
+    sharing = [one for one in held if any(p in ours for group in one.param_groups for p in group["params"])]
+    if sharing:
+        wrapped.register_step_pre_hook(begin)
+        wrapped.register_step_post_hook(end)
+    for one in sharing:
+        one.register_step_pre_hook(refuse)

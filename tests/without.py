@@ -73,7 +73,7 @@ def raise_alone(communicator: Any, word: Any, failure: Exception | None) -> Any:
     return Word(communicator.combine(int(word)))
 
 
-def step_anyhow(modes: Any) -> None:
+def step_anyhow(modes: Any, *_: Any) -> None:
     """Go to the training point, whatever was seen before."""
     modes.leave_x()
 
@@ -258,7 +258,7 @@ PROTECTIONS: dict[str, Protection] = {
         "step() in eval mode, gradients taken at x",
         "not looked for",
         ["tests/round/test_guard.py::test_after_eval_a_step_is_refused_and_gradients_at_x_are_warned_of"],
-        {"round.modes:Modes.before_step": step_anyhow},
+        {"round.modes:Modes.go_on": step_anyhow},
     ),
     "shutdown": Protection(
         "an optimizer used after hvd.shutdown()",

@@ -5,34 +5,26 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-import weakref
-from collections.abc import Callable
 
 from torch import Tensor
 
 from hvd_saef.memory.layout import Layout
+from hvd_saef.round.modes import Modes
 
 
 class Guard:
     """Who may use one wrapped optimizer, and whether its parameters are what was wrapped."""
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
+    def __init__(self, modes: Modes) -> None:
         self._pid = os.getpid()
         self._thread = threading.get_ident()
         self._thread_name = threading.current_thread().name
-        self._give_up = give_up
-        self._taken: str | None = None
+        self._modes = modes
         self._warned = False
 
     def claim(self, layout: Layout) -> None:
         """These parameters are ours now; whoever had one of them before is done, and leaves it at its x."""
-        for slot in layout.slots:
-            earlier = _guards.get(id(slot.parameter))
-            if earlier is not None and earlier is not self and earlier._taken is None:
-                earlier._taken = slot.name
-                earlier._give_up()
-        for slot in layout.slots:
-            _guards[id(slot.parameter)] = self
+        self._modes.claim(layout)
 
     def check_process(self) -> None:
         """Raise RuntimeError in a process that was forked off: no other rank knows it."""
@@ -44,10 +36,10 @@ class Guard:
 
     def check(self, layout: Layout) -> None:
         """Raise RuntimeError for a step that is not what was wrapped, or not by whom."""
-        if self._taken is not None:
+        if self._modes.taken is not None:
             raise RuntimeError(
-                f"parameter {self._taken!r} was wrapped again by a later hvd_saef.DistributedOptimizer, so "
-                "this one cannot be used any more: two would undo each other's steps. Wrap one optimizer "
+                f"parameter {self._modes.taken!r} was wrapped again by a later DistributedOptimizer, "
+                "so this one cannot be used any more: two would undo each other's steps. Wrap one optimizer "
                 "over all parameters, or two over different ones."
             )
         if threading.get_ident() != self._thread:
@@ -73,7 +65,3 @@ class Guard:
                 "not meant: zero_grad() between backward() and step() drops them. Call it before backward().",
                 stacklevel=5,
             )
-
-
-# By parameter: whoever has one keeps it alive, so that its id is its own.
-_guards: weakref.WeakValueDictionary[int, Guard] = weakref.WeakValueDictionary()

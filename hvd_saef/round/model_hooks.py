@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hvd_saef.round.modes import Modes
+
+MOVED_SINCE = (
+    "the parameters were moved between a forward pass and its backward pass, which needs them as they were "
+    "(autograd says 'modified by an inplace operation'): a forward pass in the other mode, a state_dict() "
+    "or optimizer.eval() came between. Parameters are stepped ahead while training, and an evaluation moves "
+    "them to the consensus point x. Evaluate before the forward pass that is trained on, or after backward()."
+)
 
 
 class ModelHooks:
@@ -20,7 +27,6 @@ class ModelHooks:
         self._modes = modes
         self._on_load = on_load
         self._handles: list[Any] = []
-        self._parameters: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._modes is not None:  # torch.save writes the tensors after it has seen all objects
@@ -44,10 +50,25 @@ class ModelHooks:
         if module.training:
             self._modes.leave_x()
         else:
-            self._modes.visit_x(gradients=torch.is_grad_enabled())
+            self._modes.visit_x()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let the backward pass, if one comes, begin with a look at where the parameters are by then."""
+        if self._modes is None or not torch.is_grad_enabled():
+            return
+        look = _LookBack(self._modes)
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(look)
 
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """What is saved, or broadcast, is x."""
+        if self._modes is not None:
+            self._modes.visit_x()
+
+    def before_load(self, *_: Any) -> None:
+        """What is loaded is x, and so is what a partial state leaves as it is."""
         if self._modes is not None:
             self._modes.visit_x()
 
@@ -55,44 +76,73 @@ class ModelHooks:
         """What is loaded is x."""
         if self._modes is not None:
             self._on_load()
+            self._modes.note()
 
-    def attach(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
-        """Register with a model, in place of earlier hooks for any of these parameters.
-
-        An earlier optimizer leaves the parameters at its x, which is where a new one starts.
-        """
-        self._parameters = {id(parameter) for parameter in parameters}
-        hooks = _of_models.setdefault(model, [])
-        for earlier in [hook for hook in hooks if hook._parameters & self._parameters]:
-            if earlier._modes is not None:
-                earlier._modes.eval()
-            for handle in earlier._handles:
-                handle.remove()
-            hooks.remove(earlier)
-        hooks.append(self)
-        self._handles = [
-            model.register_forward_pre_hook(self.before_forward),
-            *(
-                part.register_state_dict_pre_hook(self.before_state_dict)  # type: ignore[no-untyped-call]
-                for part in model.modules()  # model.encoder.state_dict(), or what torch.compile wrapped
-            ),
-            model.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
-        ]
+    def attach(self, models: Sequence[nn.Module]) -> None:
+        """Register with models, and throw out the hooks of optimizers that have given up."""
+        called = {id(module): module for module in _with_forward(models)}
+        parts = {id(part): part for model in models for part in model.modules()}
+        for module in parts.values():
+            hooks = _of_models.setdefault(module, [])
+            for hook in [hook for hook in hooks if hook._modes is None or hook._modes.taken is not None]:
+                for handle in hook._handles:
+                    handle.remove()
+                hooks.remove(hook)
+        for module in called.values():
+            _of_models[module].append(self)
+            self._handles += [
+                module.register_forward_pre_hook(self.before_forward),
+                module.register_forward_hook(self.after_forward),
+            ]
+        for part in parts.values():  # model.encoder.state_dict(), or what torch.compile wrapped
+            self._handles += [
+                part.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
+                part.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
+            ]
+        for module in (called | {id(model): model for model in models}).values():
+            self._handles.append(
+                module.register_load_state_dict_post_hook(self.after_load)  # type: ignore[no-untyped-call]
+            )
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, list[ModelHooks]] = weakref.WeakKeyDictionary()
 
 
-@contextmanager
-def at_consensus(model: nn.Module) -> Iterator[None]:
-    """Hold the parameters of all optimizers that were given this model at x, whatever its mode."""
-    held = [hooks._modes for hooks in _of_models.get(model, []) if hooks._modes is not None]
-    evaluating = [modes.evaluating for modes in held]
-    for modes in held:
-        modes.eval()
-    try:
-        yield
-    finally:
-        for modes, stays in zip(held, evaluating, strict=True):
-            if not stays:
-                modes.train()
+class _LookBack:
+    """Called when the backward pass of one forward pass begins, before it uses any parameter."""
+
+    def __init__(self, modes: Modes) -> None:
+        self._modes = weakref.ref(modes)  # the graph may live longer
+        self._journeys, self._at_x = modes.journeys, modes.at_x
+
+    def __call__(self, gradients: Any) -> None:
+        modes = self._modes()
+        if modes is None:
+            return
+        if modes.journeys != self._journeys:
+            raise RuntimeError(MOVED_SINCE)
+        if self._at_x:
+            modes.gradients_at_x()
+
+
+def _with_forward(models: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that can be called; of containers without a forward of their own, what they hold."""
+    for model in models:
+        if getattr(model.forward, "__func__", None) is nn.Module.forward:
+            yield from _with_forward(model.children())
+        else:
+            yield model
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward pass gave."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output):
+        yield from _tensors(vars(output))

@@ -222,8 +222,7 @@ class Origin:
         state = self._modes.state
         if state is None or not state.buckets:
             return
-        if state.shows_x():
-            self._modes.to_start(self._points)
+        if state.shows_x():  # where a hook had brought the parameters: the training point is kept
             return
         state.anchor()
         self._modes.begin(state)
@@ -266,8 +265,8 @@ class Origin:
         for key in ("rank", "workers", "consolidated", "local_steps_done", "reached"):
             if key not in saved:
                 raise misfit(f"it has no {key!r}")
-        if (saved["reached"] is None) != (saved["local_steps_done"] == 0):
-            raise misfit("it has local steps without the point they reached, or the other way round")
+        if saved["reached"] is None and saved["local_steps_done"] != 0:
+            raise misfit("it has local steps without the point they reached")
         if not State.is_in(saved):
             return
         for name, _, _ in kept.frozen:

@@ -54,7 +54,7 @@ class Session:
         self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
         self.before_exchange: list[Callable[[], None]] = []
         """Called by all workers between a round's last local step and its exchange; may be collective."""
-        self._guard = Guard(self.modes.eval)
+        self._guard = Guard(self.modes)
         self._local = LocalSteps(self.exchange, self.modes, self.overlap, self._guard, inner)
         self.wants_to_stop = False
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
@@ -116,6 +116,7 @@ class Session:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+                self.modes.go_on("a closure of step() that ended with optimizer.eval()")
             word = self._prepare_gradients(scale, overflow)
         except Exception as error:  # raised again below, once everyone knows
             failure = error
@@ -145,6 +146,7 @@ class Session:
         self.progress.took_step()
         if self.progress.local_steps_done >= self.settings.local_steps:
             self._complete_round()
+        self.modes.note()
         if self.overlap and self.progress.local_steps_done == self.settings.local_steps - 1:
             self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss
@@ -329,11 +331,12 @@ class Session:
     def consolidate(self) -> None:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
+        points = self.modes.points()
         if self.modes.state is not None:
             buckets = [bucket for bucket in self.modes.state.buckets if bucket.bucket.numel]
             average_errors(self.communicator, self.statistics, buckets)
             self.origin.whole_server_errors = whole_server_errors(self.communicator, self.modes.state)
-            self.modes.to_start()
+            self.modes.to_start(points)
         average_moments(self.communicator, self.inner, self.layout)
 
     def reanchor(self) -> None:
