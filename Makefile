@@ -5,7 +5,7 @@ export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
 
-.PHONY: setup train test test-cluster sanitize lint format clean
+.PHONY: setup train test test-cluster sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -34,6 +34,9 @@ lint: setup  ## ruff, mypy, shellcheck and hadolint
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x $(SCRIPTS)
 	.venv/bin/hadolint Dockerfile.gpu
+
+docs: setup  ## the API reference from the docstrings, in build/docs; warnings are errors
+	.venv/bin/sphinx-build -q -W --keep-going -b html docs/api build/docs
 
 format: setup  ## let ruff rewrite what it can
 	.venv/bin/ruff check --fix .

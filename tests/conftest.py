@@ -28,7 +28,7 @@ BOTH = {
 }
 """Files of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
-STARTS_MPI_JOBS = ("tests/mpi/", "tests/doctor/")
+STARTS_MPI_JOBS = ("tests/mpi/", "tests/doctor/", "tests/examples/")
 """Folders of tests that start MPI jobs."""
 
 

@@ -73,7 +73,7 @@ class Compressor(abc.ABC):
     """C: turns a bucket's blocks into a payload of bytes and back. Frozen; local, no collectives.
 
     Subclasses define the three methods below, on flat memory of any floating dtype and device.
-    Equal compressors must have equal `description`s on all workers: make a subclass a frozen
+    Equal compressors must have the same `description` on all workers: make a subclass a frozen
     dataclass, and its fields say what it is.
     """
 

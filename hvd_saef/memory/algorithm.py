@@ -4,15 +4,25 @@ The paper's symbols, which the arguments carry:
 
 x   the consensus point (the paper's x_t), the same bits on every worker
 e   this worker's error (e_t^k); s the server's error (e_t)
-b   the start point of the local steps, x - α·e - β·s (x_{t+1/2}^k); y their end point (x_{t+1}^k)
-Δ   what the worker would like to send, e + b - y (Δ_{t+1}^k); D the server's, s + mean C(Δ) (Δ_{t+1})
-C   the compressor; u the update that all workers apply, C(D), or mean C(Δ) with single-way compression
+b   the start point of the local steps (x_{t+1/2}^k); y their end point (x_{t+1}^k)
+Δ   what the worker would like to send (Δ_{t+1}^k); D what the server would like to answer (Δ_{t+1})
+C   the compressor; u the update that all workers apply
+
+A round is these rows, to which comments and docstrings refer everywhere:
+
+row  who          what
+1    all          every p rounds: ē ← mean of e over the workers (ring allreduce), then e ← ē
+2    each worker  b = x - α·e - β·s: the point that the model's parameters hold while training
+3    each worker  H local steps of the user's torch optimizer, from b to y
+4    each worker  Δ = e + b - y; send C(Δ); e ← Δ - C(Δ)
+5    the server   single-way compression (SC): u = mean of C(Δ) over the workers
+5'   the server   double-way compression (DC): D = s + mean of C(Δ); u = C(D); s ← D - u
+6    all          x ← x - u
 
 Three differences from the paper: α, between EF (0) and SAEF (1), is the coefficient of SA-PEF; β steps
 ahead by the server's error too; and the server runs on every worker, or a part of it on each.
 
-A round is row 1 (averaging, which the exchange does), then :func:`step_ahead`, the local steps, and
-the rows of :class:`PlainRows`: `send`, `serve` (double-way only) and `receive`, which steps ahead again.
+Row 1 is in :mod:`hvd_saef.round.averaging`, row 3 in :mod:`hvd_saef.round.local_steps`; the others are here.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
 
     >>> hvd.init(process_sets=hvd_saef.process_sets())
 
-    The `hvd.ProcessSet`s of more than one rank and less than all: each worker's, then those of the ranks
+    The process sets of more than one rank and less than all: each worker's, then those of the ranks
     of the same place in each worker. hvd.init(process_sets="dynamic") does without this call, but then
     Horovod's ranks exchange a message more in each of its cycles, between nodes as well.
 

