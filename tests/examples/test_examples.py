@@ -29,7 +29,7 @@ def run(script: str, ranks: int, *arguments: str) -> str:
 
 def numbers(output: str, after: str) -> list[float]:
     """The number after each of these words."""
-    return [float(number) for number in re.findall(rf"{after} ([0-9.]+)", output)]
+    return [float(number) for number in re.findall(rf"{after} ?([0-9.]+)", output)]
 
 
 def test_digits() -> None:
