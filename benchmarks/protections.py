@@ -24,7 +24,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import hvd_saef  # before hvd.init()
+import hvd_saef
 
 # isort: split
 import horovod.torch as hvd

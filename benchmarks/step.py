@@ -29,9 +29,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import hvd_saef  # noqa: F401 - before hvd.init()
-
-# isort: split
 import horovod.torch as hvd
 import torch.distributed as dist
 from mpi4py import MPI

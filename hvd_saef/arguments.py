@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.memory.layout import ChooseCompressor
 from hvd_saef.settings import Settings
-from hvd_saef.transport.mpi import hvd
+from hvd_saef.transport.libraries import horovod
 
-AVERAGE: Any = hvd.Average if hvd else None
-OTHER_OPS: dict[Any, str] = {
-    getattr(hvd, name): f"hvd.{name}" for name in ("Sum", "Adasum", "Min", "Max", "Product") if hvd
-}
-GLOBAL_PROCESS_SET: Any = hvd.global_process_set if hvd else None
-HOROVODS_MODULE: str | None = hvd.DistributedOptimizer.__module__ if hvd else None
+OTHER_OPS = ("Sum", "Adasum", "Min", "Max", "Product")
 
 
 def check_horovod_arguments(op: Any, predivide: float) -> None:
@@ -32,8 +27,9 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
             "HOROVOD_ELASTIC=1: elastic Horovod is not supported, since a worker that leaves takes its "
             "error with it. Start the job without --min-np, --max-np and a host discovery script."
         )
-    if op != AVERAGE:
-        named = next((name for value, name in OTHER_OPS.items() if op == value), repr(op))
+    hvd = horovod()
+    if op is not None and not (hvd and op == hvd.Average):
+        named = next((f"hvd.{name}" for name in OTHER_OPS if hvd and op == getattr(hvd, name)), repr(op))
         raise ValueError(
             f"op={named}: only hvd.Average is allowed: what is applied is the mean of the workers' updates. "
             "For a sum, scale the learning rate by hvd.size()."
@@ -181,6 +177,7 @@ def _with_dense_below(compressor: Compressor, dense_below: int) -> Compressor:
 def _as_compressor(value: Any) -> Compressor | None:
     if isinstance(value, Compressor):
         return value
+    hvd = horovod()
     if hvd and value is hvd.Compression.none:
         return Compression.none
     if hvd and value is hvd.Compression.fp16:

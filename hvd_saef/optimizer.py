@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef.arguments import (
-    AVERAGE,
-    GLOBAL_PROCESS_SET,
     advise_on_adaptive_rates,
     check_horovod_arguments,
     check_optimizer,
@@ -34,12 +32,12 @@ def DistributedOptimizer(
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     compression: Any = Compression.sign,
     backward_passes_per_step: int = 1,
-    op: Any = AVERAGE,
+    op: Any = None,
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: Any = None,
     sparse_as_dense: bool = False,
-    process_set: Any = GLOBAL_PROCESS_SET,
+    process_set: Any = None,
     *,
     model: nn.Module | Sequence[nn.Module] | None = None,
     feedback: Feedback = "saef",
@@ -73,13 +71,14 @@ def DistributedOptimizer(
         compression: a `Compressor` (`Compression.sign`, `.topk(0.01)`, `.none`, `.fp16`, or your own),
             one of Horovod's own two, or a callable (name, parameter) -> Compressor.
         backward_passes_per_step: backward passes whose gradients add up before step().
-        op: `hvd.Average` only.
+        op: `hvd.Average` only, which None stands for.
         gradient_predivide_factor: 1.0 only.
         num_groups: without effect.
         groups: without effect; buckets are formed by `bucket_bytes`.
         sparse_as_dense: make sparse gradients dense (not for SparseAdam, which takes none). Else the
             local step takes them as they are; where gradients are averaged, they are refused.
-        process_set: the Horovod process set whose ranks are the workers. Ranks outside train alone.
+        process_set: the Horovod process set whose ranks are the workers, others train alone; None is
+            `hvd.global_process_set`.
         model: with it, forward passes in eval mode and model.state_dict() see x by themselves. A module, or
             a list of those that are called; a container without a forward of its own counts as its children.
         feedback: "saef", "ef" (plain error feedback) or "none".

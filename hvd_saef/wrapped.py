@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.arguments import HOROVODS_MODULE
 from hvd_saef.checkpoints.loadable import python_numbers
 from hvd_saef.round.session import Session
+from hvd_saef.transport.libraries import horovod
 
 
 class SaefMethods:
@@ -147,7 +147,8 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
     Wrapped.__name__, Wrapped.__qualname__ = base.__name__, base.__qualname__
     # Horovod's broadcast_optimizer_state tells by the module whether step() is collective.
-    Wrapped.__module__ = HOROVODS_MODULE or __name__
+    hvd = horovod()
+    Wrapped.__module__ = hvd.DistributedOptimizer.__module__ if hvd else __name__
     return Wrapped
 
 

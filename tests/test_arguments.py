@@ -217,7 +217,15 @@ def test_signature_is_horovods_then_keyword_only() -> None:
     same, more = ours[: len(theirs)], ours[len(theirs) :]
     assert [p.name for p in same] == [p.name for p in theirs]
     assert {p.kind for p in same} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    defaults = {p.name: p.default for p in same} | {"compression": hvd.Compression.none}
+    # None stands for what Horovod has: `import hvd_saef` does not import it.
+    assert [p.name for p in same if p.default is None] == [
+        "named_parameters",
+        "op",
+        "groups",
+        "process_set",
+    ]
+    stand_for = {"op": hvd.Average, "process_set": hvd.global_process_set}
+    defaults = {p.name: p.default for p in same} | {"compression": hvd.Compression.none} | stand_for
     assert defaults == {p.name: p.default for p in theirs}
     assert next(p.default for p in same if p.name == "compression") is Compression.sign
     assert {p.kind for p in more} == {inspect.Parameter.KEYWORD_ONLY}

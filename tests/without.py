@@ -157,7 +157,16 @@ PROTECTIONS: dict[str, Protection] = {
         "a rank that ends early",
         "it tells nobody",
         job("test_a_rank_that_ends_early_is_told_at_once", 2, 4),
-        {"transport.mpi:say_goodbye_at_exit": nothing},
+        {"transport.ending:Ending._say_goodbye": nothing},
+    ),
+    "end": Protection(
+        "a rank within a collective while another shuts Horovod down",
+        "MPI ends under it",
+        [
+            f"tests/mpi/test_imports.py::test_mpi_does_not_end_under_a_rank_that_is_late[{how}]"
+            for how in ("shutdown", "exit", "nodes")
+        ],
+        {"transport.ending:Ending._before_mpi_ends": nothing},
     ),
     "abort": Protection(
         "a rank that fails between two steps",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from hvd_saef.round.overflow import sums_fit
 from hvd_saef.round.overlap import Overlap
 from hvd_saef.round.statistics import Statistics
 from hvd_saef.settings import Settings
-from hvd_saef.transport.communicator import Channel, Communicator
+from hvd_saef.transport.communicator import Channel, Communicator, in_use
 
 
 class Session:
@@ -94,8 +94,13 @@ class Session:
                 stacklevel=2,
             )
 
+    def use(self) -> AbstractContextManager[None]:
+        """See :meth:`Communicator.use`: some ranks may have no part in a method's last collectives."""
+        return self.communicator.use()
+
     # -- a step ---------------------------------------------------------------------------------------
 
+    @in_use
     def step(
         self,
         local_step: Callable[[], None],
@@ -202,6 +207,7 @@ class Session:
         if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
             self._local.raise_nonfinite(self.layout)
 
+    @in_use
     def flush(self) -> None:
         """Complete the round now, if any local step was taken since the last. Collective."""
         failure: Exception | None = None
@@ -296,6 +302,7 @@ class Session:
 
     # -- synchronize, consolidate ---------------------------------------------------------------------
 
+    @in_use
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients or self.communicator.node.size > 1:
@@ -328,6 +335,7 @@ class Session:
         finally:
             self._skip_synchronize = False
 
+    @in_use
     def consolidate(self) -> None:
         """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
         self.flush()
@@ -339,6 +347,7 @@ class Session:
             self.modes.to_start(points)
         average_moments(self.communicator, self.inner, self.layout)
 
+    @in_use
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
         self.check_process()

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cached_property
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Channel(enum.Enum):
@@ -44,9 +48,15 @@ class Communicator(abc.ABC):
     """The number of these."""
     ranks: Sequence[int]
     """What the launcher calls them."""
+    process_set: Any = None
+    """Horovod's of these ranks, where it is Horovod that takes means."""
 
     def check(self) -> None:  # noqa: B027 - most can at any time
         """Raise RuntimeError if this rank cannot exchange anything any more."""
+
+    def use(self) -> AbstractContextManager[None]:
+        """Within it nothing ends what this communicator talks through. Local."""
+        return nullcontext()
 
     @property
     def worker(self) -> int:
@@ -158,6 +168,27 @@ class Communicator(abc.ABC):
     @abc.abstractmethod
     def combine(self, word: int) -> int:
         """The bitwise or of every rank's word (up to 63 bits)."""
+
+
+class Used(Protocol):
+    """What :func:`in_use` is for."""
+
+    def use(self) -> AbstractContextManager[None]:
+        """See :meth:`Communicator.use`."""
+
+
+U = TypeVar("U", bound=Used)
+
+
+def in_use(method: Callable[Concatenate[U, P], R]) -> Callable[Concatenate[U, P], R]:
+    """A method that runs within its object's `use()`: on a rank that is in it, nothing ends MPI."""
+
+    @wraps(method)
+    def within(self: U, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.use():
+            return method(self, *args, **kwargs)
+
+    return within
 
 
 class SoloCommunicator(Communicator):

@@ -6,10 +6,10 @@ import threading
 from typing import Any
 
 from hvd_saef.transport.communicator import Communicator, SoloCommunicator
-from hvd_saef.transport.mpi import MPI, MpiCommunicator, abort_on_exceptions, hvd, missing
+from hvd_saef.transport.libraries import horovod, missing, mpi4py
 
 _here = threading.local()
-_of_process_sets: dict[tuple[int, ...], MpiCommunicator] = {}
+_of_process_sets: dict[tuple[int, ...], Communicator] = {}
 
 
 def set_thread_communicator(communicator: Communicator | None) -> None:
@@ -25,19 +25,21 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
     that Horovod does not know.
     """
     own: Communicator | None = getattr(_here, "communicator", None)
+    hvd = horovod()
     if own is not None:
         if process_set is not None and process_set is not (hvd and hvd.global_process_set):
             raise ValueError(f"process_set={process_set}: a simulation has the global process set only.")
         return own, True
-    if missing:
-        raise RuntimeError(
-            f"{'; '.join(missing)}: both are needed; launch/bootstrap.sh makes an environment with them. "
-            "hvd_saef.simulation.run_workers works without."
-        )
-    if not hvd.is_initialized():
+    if hvd and not hvd.is_initialized():  # asked first: mpi4py would start MPI
         raise RuntimeError(
             "Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer."
         )
+    if missing():
+        raise RuntimeError(
+            f"{'; '.join(missing())}: both are needed; launch/bootstrap.sh makes an environment with them. "
+            "hvd_saef.simulation.run_workers works without."
+        )
+    MPI = mpi4py()  # noqa: N806 - mpi4py's name for it
     world = MPI.COMM_WORLD
     if (hvd.rank(), hvd.size()) != (world.Get_rank(), world.Get_size()):
         raise RuntimeError(
@@ -59,6 +61,8 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
         )
     if hvd.rank() not in ranks:
         return SoloCommunicator(), False
+    from hvd_saef.transport.mpi import MpiCommunicator, abort_on_exceptions
+
     key = tuple(ranks)
     if not _of_process_sets and hvd.size() > 1:
         abort_on_exceptions()

@@ -1,13 +1,12 @@
-"""The ranks of an MPI job: payloads by mpi4py, means by Horovod."""
+"""The ranks of an MPI job: payloads by mpi4py, means by Horovod. Importing this starts MPI."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -16,31 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of
+from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of, in_use
+from hvd_saef.transport.ending import SHUT_DOWN, Ending
+from hvd_saef.transport.libraries import horovod, mpi4py
 from hvd_saef.transport.staging import Staging, reaches_mpi
-from hvd_saef.transport.watch import Patience, Watch, say_goodbye_at_exit, start
+from hvd_saef.transport.watch import Patience, Watch, start
 
-
-def _import(name: str) -> Any:
-    """The module, or None where it cannot be had: then only the simulation works."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library: RuntimeError
-        missing.append(f"{name} cannot be imported ({error})")
-        return None
-
-
-missing: list[str] = []
-"""Why there is no MPI or no Horovod, if so."""
-# mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so too early.
-MPI: Any = _import("mpi4py.MPI")
-hvd: Any = _import("horovod.torch")
-if hvd and hvd.is_initialized():  # pragma: no cover - the tests import us first
-    warnings.warn(
-        "hvd_saef was imported after hvd.init(): Horovod then ends MPI under other ranks' feet when the job "
-        "ends. Put `import hvd_saef` before hvd.init().",
-        stacklevel=2,
-    )
+MPI, hvd = mpi4py(), horovod()
 
 CHUNK_BYTES = 1 << 30
 """The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
@@ -51,9 +32,6 @@ class MpiCommunicator(Communicator):
 
     `ranks` are MPI's and Horovod's; messages about who does not arrive call them by `names`.
     """
-
-    process_set: Any
-    """Horovod's, of these ranks."""
 
     def __init__(self, ranks: Sequence[int], names: Sequence[int] | None = None) -> None:
         world, patience = MPI.COMM_WORLD, Patience.of_environment()
@@ -70,7 +48,7 @@ class MpiCommunicator(Communicator):
         self.rank, self.size = own.Get_rank(), own.Get_size()
         self._watch = Watch(own, patience, names)
         self._staging = {channel: Staging() for channel in Channel}
-        say_goodbye_at_exit(self._watch, MPI.Is_finalized)
+        _ending().then(self._watch.say_goodbye)
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
         if len(ranks) == 1:
@@ -80,6 +58,7 @@ class MpiCommunicator(Communicator):
             _of_parts[key] = MpiCommunicator(*key)
         return _of_parts[key]
 
+    @in_use
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         shares = self._mpi[Channel.WORDS].Split_type(MPI.COMM_TYPE_SHARED)
         first = self.allgather_object(shares.bcast(self.rank))
@@ -88,8 +67,12 @@ class MpiCommunicator(Communicator):
 
     def check(self) -> None:  # noqa: D102
         if not hvd.is_initialized():
-            raise RuntimeError("Horovod was shut down: step() comes before hvd.shutdown().")
+            raise RuntimeError(SHUT_DOWN)
 
+    def use(self) -> AbstractContextManager[None]:  # noqa: D102
+        return _ending().put_off()
+
+    @in_use
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
         self._move(
             channel,
@@ -98,6 +81,7 @@ class MpiCommunicator(Communicator):
             out,
         )
 
+    @in_use
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
         self._move(
             Channel.UP,
@@ -138,6 +122,7 @@ class MpiCommunicator(Communicator):
             request.Test, channel.name, f"{operation}, {self.doing.get(channel, 'at the start')}"
         )
 
+    @in_use
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
         # how tensors are fused decides how sums round.
@@ -148,6 +133,7 @@ class MpiCommunicator(Communicator):
         self._watch.wait(lambda: hvd.poll(handle), Channel.MEANS.name, what)
         hvd.synchronize(handle)
 
+    @in_use
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
         flat = bytes_of(tensor).numpy()
         for first in range(0, flat.size, CHUNK_BYTES):
@@ -156,6 +142,7 @@ class MpiCommunicator(Communicator):
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))
 
+    @in_use
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
         words = self._mpi[Channel.WORDS]
         mine = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -172,6 +159,7 @@ class MpiCommunicator(Communicator):
         )
         return [pickle.loads(piece.tobytes()) for piece in np.split(together, np.cumsum(sizes)[:-1])]
 
+    @in_use
     def combine(self, word: int) -> int:  # noqa: D102
         mine, all_of_them = np.array([word], np.int64), np.empty(1, np.int64)
         request = self._mpi[Channel.WORDS].Iallreduce(mine, all_of_them, op=MPI.BOR)
@@ -189,7 +177,13 @@ class MpiCommunicator(Communicator):
         super().finish()
         if self.size == MPI.COMM_WORLD.Get_size():
             hvd.shutdown()
-            MPI.Finalize()
+            if not MPI.Is_finalized():  # by Horovod, where that started MPI
+                MPI.Finalize()
+
+
+@cache
+def _ending() -> Ending:
+    return Ending(MPI)
 
 
 @cache

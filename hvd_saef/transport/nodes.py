@@ -8,6 +8,7 @@ together inside the node: between nodes go the bytes of one rank a node, over al
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hvd_saef.errors import ConfigurationMismatchError, who_has_what
 from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
-from hvd_saef.transport.mpi import MpiCommunicator, hvd
+from hvd_saef.transport.libraries import horovod
 from hvd_saef.transport.process_sets import lanes, ranks_of, register, remember
 
 Workers = Literal["rank", "node"] | Sequence[Any]
@@ -73,8 +74,7 @@ def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...
         raise TypeError(f"worker={worker!r}: {allowed}.") from None
     if not groups or not all(groups) or not all(type(rank) is int for group in groups for rank in group):
         raise TypeError(f"worker={worker!r}: {allowed}.")
-    if hvd:
-        remember(worker)
+    remember(worker)
     return tuple(groups)
 
 
@@ -100,12 +100,12 @@ class NodeCommunicator(Communicator):
 
     def find_process_sets(self) -> None:
         """Horovod's, which may have been removed and added anew. Collective over all ranks, or ValueError."""
-        if not isinstance(self._everyone, MpiCommunicator):
+        if self._everyone.process_set is None:
             return
         groups = [[self.ranks[rank] for rank in group] for group in self._groups]
-        known = register(groups, add=self._everyone.process_set is hvd.global_process_set)
+        known = register(groups, add=self._everyone.process_set is horovod().global_process_set)
         for part in (self._node, self._lane):
-            if isinstance(part, MpiCommunicator):
+            if part is not None and part.size > 1:
                 part.process_set = known[tuple(sorted(part.ranks))]
 
     @property
@@ -142,6 +142,9 @@ class NodeCommunicator(Communicator):
 
     def check(self) -> None:  # noqa: D102
         self._everyone.check()
+
+    def use(self) -> AbstractContextManager[None]:  # noqa: D102
+        return self._everyone.use()
 
     def close(self) -> None:  # noqa: D102
         for communicator in (self._node, self._lane):

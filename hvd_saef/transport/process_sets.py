@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hvd_saef.transport.mpi import MPI, hvd
+from hvd_saef.transport.libraries import horovod, mpi4py
 
 _given: dict[tuple[int, ...], Any] = {}
 """By ranks, those that :func:`process_sets` returned or that were added here."""
@@ -23,6 +23,7 @@ def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
 
     Raises RuntimeError without Horovod and MPI.
     """
+    hvd, MPI = horovod(), mpi4py()  # noqa: N806 - mpi4py's name for it
     if not (hvd and MPI):
         raise RuntimeError("process sets are Horovod's: it and mpi4py are needed.")
     by_host = isinstance(worker, str)
@@ -36,7 +37,7 @@ def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
 
 def find_hosts(communicator: Any) -> list[list[int]]:
     """The ranks of an mpi4py communicator that share memory, group by group. Collective over it."""
-    shares = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    shares = communicator.Split_type(mpi4py().COMM_TYPE_SHARED)
     first = communicator.allgather(shares.bcast(communicator.Get_rank()))
     shares.Free()
     return [[rank for rank, host in enumerate(first) if host == own] for own in sorted(set(first))]
@@ -67,6 +68,7 @@ def register(groups: Sequence[Sequence[int]], add: bool) -> dict[tuple[int, ...]
 
     Raises ValueError if Horovod does not know them and none can be added.
     """
+    hvd = horovod()
     found: dict[tuple[int, ...], Any] = {}
     for ranks in wanted(groups):
         key = tuple(ranks)

@@ -8,14 +8,11 @@ busy with something else, or cannot be reached.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import math
 import os
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -240,19 +237,6 @@ class Watch:
                     self._ended[rank] = told
                 else:
                     self._heard.setdefault(rank, {})[channel] = told
-
-
-def say_goodbye_at_exit(watch: Watch, finalized: Callable[[], bool]) -> None:
-    """Let `watch` tell the others when this process ends in order; not a process forked from it."""
-    reference, pid = weakref.ref(watch), os.getpid()
-
-    def goodbye() -> None:
-        alive = reference()
-        if alive is not None and os.getpid() == pid and not finalized():
-            with contextlib.suppress(Exception):  # it is only a kindness
-                alive.say_goodbye()
-
-    atexit.register(goodbye)
 
 
 def start(do: Callable[[], T]) -> Future[T]:

@@ -82,7 +82,7 @@ def watch(script: str) -> None:
     own = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         own.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import hvd_saef  # before hvd.init()
+    import hvd_saef
 
     # isort: split
     import horovod.torch as hvd

@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import hvd_saef  # before hvd.init()
+import hvd_saef
 
 # isort: split
 import horovod.torch as hvd

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hvd_saef  # before hvd.init()
+import hvd_saef
 
 # isort: split
 import horovod.torch as hvd
