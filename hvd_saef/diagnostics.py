@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.compression import BlockedTensor, Compression
+from hvd_saef.compression import BlockedTensor, Compression, Draws
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.state import BucketState
 from hvd_saef.round.averaging import whole_server_error
@@ -85,6 +85,12 @@ class Monitor:
         self._session: Session = optimizer._saef
         if self._session.settings.overlap:
             raise ValueError("overlap=True cannot be measured: wrap the optimizer with overlap=False.")
+        for bucket in self._session.layout.buckets:
+            if not bucket.compressor.deterministic:
+                raise ValueError(
+                    f"{bucket.compressor.description} says deterministic = False: what is measured would not "
+                    "be what is sent. See hvd_saef.Compressor.encode for random numbers that can be measured."
+                )
         if self._session.averages_gradients:
             raise ValueError("gradients are averaged uncompressed: there are no errors to measure.")
         self._every, self._tensorboard = every, tensorboard
@@ -131,7 +137,7 @@ def measure(session: Session) -> Measurement:
         e, s, mean = _errors(session, bucket_state)
         off = mean - e
         mismatch = mean - settings.alpha * e + (1 - settings.beta) * s
-        change, residual = _compressed(session, bucket_state, warmup=state.rounds < settings.warmup_steps)
+        change, residual = _compressed(session, bucket_state, state.rounds)
         totals["mismatch_exact"] += _squared(mismatch)
         totals["server_error"] += _squared(s)
         totals["error"] += _squared(e)
@@ -156,7 +162,7 @@ def _errors(session: Session, bucket_state: BucketState) -> tuple[Tensor, Tensor
     return bucket_state.e, torch.zeros_like(mean) if s is None else s, mean
 
 
-def _compressed(session: Session, bucket_state: BucketState, warmup: bool) -> tuple[Tensor, Tensor]:
+def _compressed(session: Session, bucket_state: BucketState, rounds: int) -> tuple[Tensor, Tensor]:
     """B - y, and Δ - C(Δ) as row 4 will have it."""
     bucket = bucket_state.bucket
     y, change = bucket.new_flat(), session.exchange.start_point(bucket_state)
@@ -164,10 +170,12 @@ def _compressed(session: Session, bucket_state: BucketState, warmup: bool) -> tu
         torch._foreach_copy_(bucket.views(y), bucket.parameters)
     residual = bucket_state.e.clone()
     algorithm.add_update(residual, change, y)
+    warmup = rounds < session.settings.warmup_steps
     compressor = Compression.none if warmup else bucket.compressor
     (whole,) = bucket.parts(1)
     payload = torch.empty(compressor.payload_bytes(whole.blocks), dtype=torch.uint8, device=bucket.device)
-    compressor.encode(BlockedTensor(residual, whole.blocks), payload)
+    draws = Draws.of(rounds, bucket.index, session.communicator.worker)
+    compressor.encode(BlockedTensor(residual, whole.blocks, draws), payload)
     return change, residual
 
 

@@ -9,6 +9,7 @@ import torch
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below, state_dtype
 from hvd_saef.compression.dense import DenseCompressor, FP16Compressor, NoneCompressor
+from hvd_saef.compression.draws import Draws
 from hvd_saef.compression.sign import SignCompressor
 from hvd_saef.compression.topk import TopKCompressor
 
@@ -43,6 +44,7 @@ __all__ = [
     "Compressor",
     "Considered",
     "DenseCompressor",
+    "Draws",
     "FP16Compressor",
     "Fused",
     "Memory",

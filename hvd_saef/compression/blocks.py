@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from hvd_saef.compression.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Memory:
     parameters are not plain memory of the blocks' dtype."""
     alpha: float
     beta: float
+    first: int = 0
+    """The element of the bucket with which it begins."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,18 @@ class BlockedTensor:
 
     flat: Tensor
     blocks: Blocks
+    draws: Draws = field(default_factory=Draws)
+
+    def uniform(self, run: Run, own: bool = False) -> Tensor:
+        """Random numbers in [0, 1) for a run's elements, [count, size], of the blocks' dtype.
+
+        They depend on the round, the bucket and the element's place in it, and on nothing else. So all
+        workers draw the same, for what they send, for decoding it, and for the server's answer. With `own`,
+        which is for encoding only, each worker draws others, and all who run the server draw one answer's.
+        """
+        numel = run.stop - run.start
+        drawn = self.draws.uniform(run.start, numel, self.blocks.dtype, self.flat.device, own)
+        return drawn.view(run.count, run.size)
 
     def rows(self) -> Iterator[tuple[Run, Tensor]]:
         """Each run with its memory as a matrix, a block a row: a view, of shape [count, size]."""

@@ -77,6 +77,14 @@ class Compressor(abc.ABC):
     dataclass, and its fields say what it is.
     """
 
+    deterministic: ClassVar[bool] = True
+    """Whether :meth:`encode` makes the same of the same input, always and on every worker.
+
+    Where several ranks encode the same for themselves (a replicated server of DC, workers of several
+    ranks), they must come to the same bits: a compressor that says False is refused there, and one that
+    says True and draws random numbers of its own is found when it is given to an optimizer.
+    """
+
     @abc.abstractmethod
     def payload_bytes(self, layout: Blocks) -> int:
         """Bytes of the payload for these blocks: known to all workers beforehand, whatever the data."""
@@ -85,12 +93,17 @@ class Compressor(abc.ABC):
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """Write C(delta) into `payload` (uint8, [payload_bytes]) and leave delta - C(delta) in `delta`.
 
-        The residual is computed from what the payload can represent. Blocks are independent.
+        The residual is computed from what the payload can represent. Blocks are independent. All this is a
+        function of `delta` alone: not of the time, the worker, earlier calls or what `payload` held before.
+        A compressor that rounds or chooses at random draws from `delta.uniform(run)`, as all workers do.
         """
 
     @abc.abstractmethod
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """Add weight · C(delta) to `out`, in out's dtype, the same bits on every worker."""
+        """Add weight · C(delta) to `out`, in out's dtype, the same bits on every worker.
+
+        `out.uniform(run)` draws what `delta.uniform(run)` drew, which then need not travel.
+        """
 
     @property
     def fused(self) -> Fused | None:

@@ -28,11 +28,12 @@ Row 1 is in :mod:`hvd_saef.round.averaging`, row 3 in :mod:`hvd_saef.round.local
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hvd_saef.compression import BlockedTensor, Compressor, Memory
+from hvd_saef.compression import BlockedTensor, Compressor, Draws, Memory
 
 
 def step_ahead(x: Tensor, e: Tensor, s: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -53,15 +54,17 @@ def add_update(e: Tensor, b: Tensor, y: Tensor) -> None:
 class PlainRows:
     """Rows 4 to 6 and 2 around any C, as the paper has them; `Compressor.fused` does the same faster."""
 
-    def __init__(self, compressor: Compressor) -> None:
+    def __init__(self, compressor: Compressor, draws: Draws | None = None) -> None:
+        """`draws` is what this worker's compressor may draw in this round."""
         self._compressor = compressor
+        self._draws = draws or Draws()
 
     def send(self, memory: Memory, payload: Tensor) -> None:
         """Row 4: Δ = e + b - y; write C(Δ) into `payload`; e ← Δ - C(Δ)."""
         if memory.points:
             b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
             add_update(memory.e, b, torch.cat(list(memory.points)))
-        self._compressor.encode(BlockedTensor(memory.e, memory.blocks), payload)
+        self._compressor.encode(self._blocked(memory.e, memory), payload)
 
     def serve(
         self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
@@ -78,7 +81,7 @@ class PlainRows:
 
         The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
         """
-        x = BlockedTensor(memory.x, memory.blocks)
+        x = self._blocked(memory.x, memory)
         for payload, weight in zip(payloads, weights, strict=True):
             self._compressor.decode_add(payload, x, -weight)
         if memory.points:
@@ -86,3 +89,6 @@ class PlainRows:
             torch._foreach_copy_(
                 list(memory.points), list(torch.split(b, [p.numel() for p in memory.points]))
             )
+
+    def _blocked(self, flat: Tensor, memory: Memory) -> BlockedTensor:
+        return BlockedTensor(flat, memory.blocks, replace(self._draws, first=memory.first))

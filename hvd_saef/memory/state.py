@@ -59,7 +59,7 @@ class BucketState:
                 stretch = slice(part.start, part.stop)
                 s = self.s if beta else None  # with β > 0 the server is replicated: one part
                 self._memories.append(
-                    Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta)
+                    Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta, part.start)
                 )
         return self._memories
 

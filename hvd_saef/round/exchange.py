@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from hvd_saef.compression import BlockedTensor, Compression, Fused, Memory
+from hvd_saef.compression import BlockedTensor, Compression, Draws, Fused, Memory
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState, State
@@ -183,13 +183,14 @@ class Exchange:
         sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         buffers = self._idle.pop() if self._idle else Buffers()
         memories = state.memories(parts, settings.alpha, settings.beta)
-        served = None
+        draws, served = Draws.of(rounds, bucket.index, self.communicator.worker), None
         if state.s is not None and not warmup:
-            served = BlockedTensor(state.s, parts[state.mine].blocks)
+            part = parts[state.mine]
+            served = BlockedTensor(state.s, part.blocks, Draws.of(rounds, bucket.index, None, part.start))
         return Trip(
             state=state,
             plain=any(memory.points for memory in memories),
-            rows=rows or algorithm.PlainRows(compressor),
+            rows=rows or algorithm.PlainRows(compressor, draws),
             memories=memories,
             wire=wire,
             served=served,

@@ -16,6 +16,7 @@ from hvd_saef.memory.layout import ChooseCompressor, Layout, build_layout, takes
 from hvd_saef.memory.progress import Progress
 from hvd_saef.round.agreement import Word, agree, check_consensus, check_workers, raise_failure
 from hvd_saef.round.averaging import average_errors, average_moments, whole_server_errors
+from hvd_saef.round.determinism import check_compressors
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.gradients import average_gradients, takes_sparse_only
 from hvd_saef.round.guard import Guard
@@ -67,6 +68,7 @@ class Session:
     def layout(self) -> Layout:
         """The buckets of all parameters."""
         layout = build_layout(self.inner.param_groups, self.names, self._choose, self.settings)
+        check_compressors(layout, self.settings, self.communicator)
         self._guard.claim(layout)
         self._warn_of_large_block(layout)
         return layout
@@ -296,6 +298,7 @@ class Session:
             raise ValueError(
                 "a compressed parameter was added to an optimizer that averages dense gradients."
             )
+        check_compressors(layout, self.settings, self.communicator)
         self._guard.claim(layout)
         self.layout = layout
         self.origin.grow(self.kept)
