@@ -114,8 +114,8 @@ def load_checkpoint(
 
     - "error": CheckpointError, the default;
     - "redistribute": every worker gets the mean error, the server's error and the mean momentum of the
-      files there are, which is what x̃ depends on; local steps since the last round are dropped;
-    - "reset": x is kept, and errors, momentum and all other optimizer state start anew.
+      files there are, which is what x̃ depends on; local steps since the last round go on in the errors;
+    - "reset": x is kept; errors, local steps since then, momentum and all other optimizer state start anew.
 
     In both cases `extra` and the model's buffers are those of worker k modulo the files there are; where a
     worker had another number of ranks, of the rank at the same place in it modulo that number.

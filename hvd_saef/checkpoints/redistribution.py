@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_saef.memory import algorithm
+
 
 def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]:
     """Optimizer state dicts of several workers → one for each of `workers`: mean errors and moments.
 
     The server's error is put together from the stretches that the workers kept, zero where none is
-    left. Workers of several ranks count as they did. Local steps since the last round are dropped. Sums
-    run in the order given, so every worker gets the same bits. `states` are read one at a time and used up.
+    left. Workers of several ranks count as they did. Local steps since the last round go on as a part of
+    the errors. Sums run in the order given, so every worker gets the same bits. `states` are read one at
+    a time and used up.
     """
     merged = _counted(next(states))
     ours = merged["hvd_saef"]
@@ -46,12 +49,24 @@ def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]
 
 def _counted(state: dict[str, Any]) -> dict[str, Any]:
     """A worker's state dict with errors and moments times what the worker counts."""
+    _take_up_local_steps(state["hvd_saef"])
     count = state["hvd_saef"].get("count", 1)
     if count != 1:
         moments = [v for m in state["state"].values() for key, v in m.items() if _is_moment(key, v)]
         for summand in (*state["hvd_saef"].get("errors", {}).values(), *moments):
             summand *= count
     return state
+
+
+def _take_up_local_steps(ours: dict[str, Any]) -> None:
+    """What local steps since the last round did, b - y, becomes a part of the errors."""
+    for name, y in (ours.get("reached") or {}).items():
+        x, e, settings = ours["x"][name], ours["errors"][name], ours["settings"]
+        s = torch.zeros_like(x)
+        if settings["beta"]:  # the server is replicated: all of s is here, in the order of x's memory
+            s.as_strided((x.numel(),), (1,)).copy_(ours["server_errors"][name]["values"])
+        b = algorithm.step_ahead(x, e, s, settings["alpha"], settings["beta"])
+        algorithm.add_update(e, b.to(y.dtype).to(b.dtype), y)
 
 
 def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression import Memory
+from hvd_saef.memory import algorithm
 from hvd_saef.memory.layout import Bucket, Layout, Part, is_dense
 from hvd_saef.memory.progress import Progress
 from hvd_saef.settings import Settings
@@ -40,6 +41,15 @@ class BucketState:
     def sharded(self) -> bool:
         """Whether other workers serve other parts."""
         return len(self.parts) > 1
+
+    def start_point(self, alpha: float, beta: float, s: Tensor | None) -> Tensor:
+        """Row 2's b, flat, in new memory, rounded as the parameters round it."""
+        b = algorithm.step_ahead(self.x, self.e, s, alpha, beta)
+        for slot in self.bucket.slots:
+            if slot.parameter.dtype != b.dtype:
+                view = slot.view(b)
+                view.copy_(view.to(slot.parameter.dtype))
+        return b
 
     @torch.no_grad()
     def show(self, flat: Tensor) -> None:
@@ -214,11 +224,10 @@ class State:
         for state in self.buckets:
             state.e.zero_()
 
-    def clear_server_errors(self) -> None:
-        """Set s to zero."""
+    def scale_errors(self, factor: float) -> None:
+        """Multiply e."""
         for state in self.buckets:
-            if state.s is not None:
-                state.s.zero_()
+            state.e.mul_(factor)
 
 
 def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:

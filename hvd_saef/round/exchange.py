@@ -95,12 +95,7 @@ class Exchange:
 
     def start_point(self, state: BucketState) -> Tensor:
         """Row 2's b, flat, in new memory, rounded as the parameters round it."""
-        b = algorithm.step_ahead(state.x, state.e, state.s, self.settings.alpha, self.settings.beta)
-        for slot in state.bucket.slots:
-            if slot.parameter.dtype != b.dtype:
-                view = slot.view(b)
-                view.copy_(view.to(slot.parameter.dtype))
-        return b
+        return state.start_point(self.settings.alpha, self.settings.beta, state.s)
 
     @torch.no_grad()
     def show_start_points(self, buckets: Iterable[BucketState]) -> None:

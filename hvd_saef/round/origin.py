@@ -14,8 +14,9 @@ from torch import Tensor
 from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
-from hvd_saef.memory.state import State, check_shapes, misfit, place_stretches
+from hvd_saef.memory.state import State, check_shapes, misfit
 from hvd_saef.round.agreement import check_configuration, check_consensus
+from hvd_saef.round.loaded import Held, Loaded
 from hvd_saef.round.modes import Modes
 from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Communicator
@@ -23,6 +24,10 @@ from hvd_saef.transport.communicator import Communicator
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
     "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them."
+)
+AS_SAVED = (
+    "wrap with the settings that it was saved with; or take 'hvd_saef' out of the state dict, and x from the "
+    "model's"
 )
 VERSION = 2
 
@@ -47,10 +52,8 @@ class Standing:
     local_steps_done: int
     consolidated: bool
     """Whether its e is everyone's, and it has all of s."""
-    own: bool
-    """Whether its e is its own: not another worker's state was loaded."""
-    serves: bool
-    """Whether it has all of the server's error that it needs."""
+    held: Held
+    """What its loaded state holds."""
 
 
 class Origin:
@@ -64,9 +67,7 @@ class Origin:
         self.whole_server_errors: dict[str, Any] | None = None
         """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
         self._source = Source.PARAMETERS
-        self._own = self._serves = True
-        self._points: list[Tensor] | None = None
-        self._loaded_server_errors: Mapping[str, Any] = {}
+        self._loaded = Loaded()
         self._communicator = communicator
         self._settings = settings
         self._modes = modes
@@ -91,7 +92,7 @@ class Origin:
         """
         check_configuration(self._communicator, layout)
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
-        mine = Standing(self._source, rounds, steps, self.consolidated, self._own, self._serves)
+        mine = Standing(self._source, rounds, steps, self.consolidated, self._loaded.held)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
         loaded = [rank for rank, standing in enumerate(everyone) if standing.source is Source.LOADED]
         new = [rank for rank, standing in enumerate(everyone) if standing.source is Source.PARAMETERS]
@@ -114,8 +115,7 @@ class Origin:
         self._settle()
 
     def _settle(self) -> None:
-        self.settled, self._source, self._points = True, Source.KEPT, None
-        self._loaded_server_errors = {}
+        self.settled, self._source, self._loaded = True, Source.KEPT, Loaded()
 
     def _broadcast_parameters(self, layout: Layout, root: int) -> None:
         for slot in layout.slots:
@@ -137,56 +137,50 @@ class Origin:
                 f"workers loaded states of different steps: (rounds, local steps) are {steps}, by rank. "
                 "Load the same checkpoint everywhere."
             )
-        state, lost = self._modes.state, []
-        if state and state.buckets and not all(standing.own for standing in everyone):
-            state.clear_errors()
-            lost.append("the workers' errors")
-        served = all(standing.serves for standing in everyone)
-        if state and not served and not self._collect_server_errors(state):
-            state.clear_server_errors()
-            lost.append("the server's error")
-        self._warn_of_loss(lost)
-        self._modes.to_start(self._points)  # the model may have been loaded after the optimizer
+        state = self._modes.state
+        if state and state.buckets:
+            begins, lost = self._loaded.go_on(self._communicator, state, [one.held for one in everyone])
+            if begins:
+                self._loaded.points = None
+                self._progress.undid_steps()
+            self._warn_of_loss(lost)
+        self._modes.to_start(self._loaded.points)  # the model may have been loaded after the optimizer
 
-    def _collect_server_errors(self, state: State) -> bool:
-        """Put s together from what all workers loaded; whether it was all there. Collective.
-
-        A worker serves another share than when it saved, if parameters joined while training then.
-        """
-        whole = True
-        for bucket in state.buckets:
-            if bucket.s is not None:
-                bucket.s.fill_(torch.nan)
-                for slot in bucket.bucket.slots:  # one at a time: together they are as large as the model
-                    mine = self._loaded_server_errors.get(slot.name)
-                    for piece in self._communicator.allgather_object(mine):
-                        pieces = {} if piece is None else {slot.name: piece}
-                        place_stretches(bucket.bucket, pieces, bucket.s, bucket.parts[bucket.mine].start)
-                whole = whole and not bool(bucket.s.isnan().any())
-        return all(self._communicator.allgather_object(whole))
-
+    @torch.no_grad()
     def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
-        """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's."""
+        """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's.
+
+        Its local steps since the last round are taken up into the errors of all.
+        """
         state = self._modes.state or self._new_state(kept)
         self._progress.restored(standing.rounds)
-        for bucket in state.buckets:
+        held, mine = standing.held, self._communicator.rank == root
+        updates = self._loaded.updates(state) if mine else []
+        for i, bucket in enumerate(state.buckets):
             self._communicator.broadcast(bucket.x, root)
             if standing.consolidated:
                 self._communicator.broadcast(bucket.e, root)
             else:
                 bucket.e.zero_()
-            if bucket.s is not None:
+            if held.reached:
+                update = updates[i] if mine else bucket.bucket.new_flat()
+                self._communicator.broadcast(update, root)
+                bucket.e.add_(update)
+            if held.pieces or bucket.s is not None:
                 whole = bucket.bucket.new_flat()
-                if standing.consolidated:
-                    place_stretches(bucket.bucket, self.whole_server_errors or {}, whole, 0)
-                elif standing.serves and not bucket.sharded:
-                    whole = bucket.s
+                if mine and self._loaded.has_all_of(bucket):
+                    whole = self._loaded.server_error(bucket)
                 self._communicator.broadcast(whole, root)
-                part = bucket.parts[bucket.mine]
-                bucket.s.copy_(whole[part.start : part.stop])
+                if bucket.s is None:
+                    bucket.e.add_(whole)
+                else:
+                    part = bucket.parts[bucket.mine]
+                    bucket.s.copy_(whole[part.start : part.stop])
         lost = [] if standing.consolidated else ["the workers' errors"]
-        if not standing.consolidated and any(bucket.sharded for bucket in state.buckets):
+        if not held.whole:
             lost.append("the sharded server's error")
+        if held.reached:
+            lost.append("the other workers' local steps since the last round")
         self._modes.begin(state)
         if state.buckets:
             self._warn_of_loss(lost, f"only rank {root} was loaded: ")
@@ -214,8 +208,8 @@ class Origin:
         """Parameters were added: they start at their present values, without errors."""
         self.settled, self.whole_server_errors = False, None
         added = self._modes.grow(layout)
-        if self._points is not None:
-            self._points += added
+        if self._loaded.points is not None:
+            self._loaded.points += added
 
     def parameters_replaced(self) -> None:
         """A state was loaded into the model: x is that, unless it was so before."""
@@ -226,7 +220,7 @@ class Origin:
             return
         state.anchor()
         self._modes.begin(state)
-        self.settled, self._source, self._points = False, Source.PARAMETERS, None
+        self.settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
         warnings.warn(
             "a state was loaded into the model: the consensus point x is taken from it, and all compression "
             "errors are cleared. To keep them, load the optimizer's state too.",
@@ -254,6 +248,14 @@ class Origin:
             exported |= self._modes.state.export()
         if self.whole_server_errors is not None:
             exported["server_errors"] = self.whole_server_errors
+        elif self._loaded.server_errors:  # not agreed on yet: pass on what was loaded, as it was
+            exported["server_errors"] = self._loaded.server_errors
+        exported["settings"] = self._loaded.settings or {
+            "feedback": self._settings.feedback,
+            "alpha": self._settings.alpha,
+            "beta": self._settings.beta,
+            "double_compression": self._settings.double_compression,
+        }
         return exported
 
     def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
@@ -269,10 +271,19 @@ class Origin:
             raise misfit("it has local steps without the point they reached")
         if not State.is_in(saved):
             return
+        if bool(saved.get("x", kept.slots)) != bool(kept.slots):
+            which = "it was saved" if kept.slots else "this optimizer is wrapped"
+            raise misfit(
+                f"{which} with feedback='none' and a dense compressor, where gradients are averaged and no x "
+                f"or errors are kept; {AS_SAVED}"
+            )
         for name, _, _ in kept.frozen:
             if name in saved.get("x", ()):
                 raise misfit(f"{name!r} was trained, and is frozen here: set requires_grad before loading")
         State.check(saved, kept)
+        before = saved.get("settings", {}).get("feedback")
+        if self._settings.feedback == "none" and before != "none" and _has_errors(saved):
+            raise misfit(f"it holds compression errors, which feedback='none' would drop; {AS_SAVED}")
         if saved["reached"] is not None:
             check_shapes("the training point", saved["reached"], kept)
         workers = self._communicator.workers
@@ -285,7 +296,7 @@ class Origin:
     def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
         """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
         self.settled = False
-        self.whole_server_errors, self._points, self._own, self._serves = None, None, True, True
+        self.whole_server_errors, self._loaded = None, Loaded()
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
             self._progress.restored()
@@ -293,11 +304,15 @@ class Origin:
             return
         self._source = Source.LOADED
         state = self._modes.state or self._new_state(kept)
-        self._serves = state.restore(saved)
-        self._loaded_server_errors = saved["server_errors"]
+        serves = state.restore(saved)
         self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
-        self._own = self.consolidated or saved["rank"] == self._communicator.worker
-        reached = saved["reached"]
-        self._points = None if reached is None else [reached[slot.name] for slot in kept.slots]
+        own = self.consolidated or saved["rank"] == self._communicator.worker
+        self._loaded = Loaded.of(saved, kept, own, serves)
         self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))
-        self._modes.begin(state, self._points)
+        self._modes.begin(state, self._loaded.points)
+
+
+def _has_errors(saved: Mapping[str, Any]) -> bool:
+    """Whether any error in a state is not zero."""
+    served = (piece["values"] for piece in saved["server_errors"].values())
+    return any(bool(error.any()) for errors in (saved["errors"].values(), served) for error in errors)

@@ -91,8 +91,19 @@ def test_only_rank_0_is_resumed(options: dict[str, Any], consolidated: bool) -> 
         assert now["rounds"] == ours["rounds"]
         if consolidated:
             assert bits(now["errors"]) == bits(ours["errors"])
-        else:
+        elif ours["reached"] is None:
             assert run.optimizer.stats()["error_norm"] == 0
+        else:  # rank 0's local steps since the last round
+            alpha = float(options.get("feedback", "saef") == "saef")
+            beta = options.get("server_step_ahead", 0.0)
+            for name, x in ours["x"].items():
+                s = torch.zeros_like(x)
+                if beta:
+                    s = ours["server_errors"][name]["values"].view_as(x)
+                b = x - alpha * ours["errors"][name] - beta * s
+                taken = b.to(ours["reached"][name].dtype).to(x.dtype) - ours["reached"][name].to(x.dtype)
+                assert bits(now["errors"][name]) == bits(taken)
+                assert taken.any()
         if replicated:
             assert bits(now["server_errors"]) == bits(ours["server_errors"])
         elif consolidated:
@@ -178,3 +189,48 @@ def test_rank_0s_state_loaded_by_all(consolidated: bool) -> None:
 
     told = [text for _, text in warned(3, fn) if "the workers' errors" in text]
     assert len(told) == (0 if consolidated else 1)
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("how", ["rank 0 alone", "rank 0's on all"])
+@pytest.mark.parametrize("options", [{}, {"feedback": "ef"}, {"feedback": "none"}], ids=str)
+def test_local_steps_of_rank_0_are_kept_and_the_others_told_of(
+    options: dict[str, Any], how: str, consolidated: bool
+) -> None:
+    """Saved in the middle of a round: what rank 0's local steps did goes on, on all workers."""
+    options = options | {"local_steps": 3, "server": "replicated", "dtype": torch.float64}
+
+    def save(rank: int) -> Any:
+        run = Run(rank, **options).step(3)
+        if consolidated:
+            run.optimizer.consolidate()
+        return saved(run.step(2).optimizer.state_dict())
+
+    state = together(2, save)[0]
+    ours = state["hvd_saef"]
+    assert ours["local_steps_done"] == 2
+
+    def fn(rank: int) -> None:
+        run = Run(rank, on_nonfinite="skip", **options)
+        if rank == 0 or how != "rank 0 alone":
+            run.optimizer.load_state_dict(copy.deepcopy(state))
+        run.parameters[0].grad = torch.full_like(run.parameters[0], torch.nan)
+        run.optimizer.step()  # is skipped, but settles where x, e and s come from
+        now = run.optimizer.state_dict()["hvd_saef"]
+        alpha = ours["settings"]["alpha"]
+        for name, x in ours["x"].items():
+            done = x - alpha * ours["errors"][name] - ours["reached"][name]
+            kept = now["errors"][name]
+            if now["reached"] is not None:
+                kept = x - alpha * now["errors"][name] - now["reached"][name]
+            elif consolidated:
+                kept = kept - ours["errors"][name]
+            torch.testing.assert_close(kept, done, rtol=0, atol=1e-14)
+
+    told = [text for rank, text in warned(2, fn) if "hold" in text]
+    if how == "rank 0 alone" or not consolidated:
+        assert len(told) == 1
+        assert "the other workers' local steps since the last round" in told[0]
+        assert ("the workers' errors" in told[0]) is not consolidated
+    else:  # what consolidate() gave and everyone loads is everyone's, by its word
+        assert not told
