@@ -164,9 +164,14 @@ def load_checkpoint(
         )
     own: dict[str, Any] = {}
     _everyone(communicator, lambda: own.update(read()))  # on its own, not told to the others
-    # The optimizer first: a model's state that is the x it has leaves the errors alone.
-    optimizer.load_state_dict(own["optimizer"])
-    model.load_state_dict(own["model"])
+
+    def take() -> None:
+        # The optimizer first: a model's state that is the x it has leaves the errors alone.
+        optimizer.load_state_dict(own["optimizer"])
+        with optimizer.consensus():  # with or without hooks of ours on the model
+            model.load_state_dict(own["model"])
+
+    _everyone(communicator, take)
     extra: dict[str, Any] = own["extra"]
     return extra
 

@@ -27,6 +27,9 @@ class ModelHooks:
         self._modes = modes
         self._on_load = on_load
         self._handles: list[Any] = []
+        self._loading: nn.Module | None = None
+        self._missing: list[str] | None = None
+        """The outermost module of the load that is under way, and the load's own list of missing keys."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._modes is not None:  # torch.save writes the tensors after it has seen all objects
@@ -67,14 +70,19 @@ class ModelHooks:
         if self._modes is not None:
             self._modes.visit_x()
 
-    def before_load(self, *_: Any) -> None:
+    def before_load(
+        self, module: nn.Module, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *_: Any
+    ) -> None:
         """What is loaded is x, and so is what a partial state leaves as it is."""
         if self._modes is not None:
             self._modes.visit_x()
+            if missing is not self._missing:  # each load has a list of its own
+                self._loading, self._missing = module, missing
 
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
-        """What is loaded is x."""
-        if self._modes is not None:
+        """What is loaded is x: once for all parts that are loaded together."""
+        if self._modes is not None and self._loading in (None, module):
+            self._loading = self._missing = None
             self._on_load()
             self._modes.note()
 
@@ -98,11 +106,8 @@ class ModelHooks:
             self._handles += [
                 part.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
                 part.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
+                part.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
             ]
-        for module in (called | {id(model): model for model in models}).values():
-            self._handles.append(
-                module.register_load_state_dict_post_hook(self.after_load)  # type: ignore[no-untyped-call]
-            )
 
 
 _of_models: weakref.WeakKeyDictionary[nn.Module, list[ModelHooks]] = weakref.WeakKeyDictionary()
