@@ -68,8 +68,10 @@ def DistributedOptimizer(
         optimizer: the torch optimizer that takes the local steps. It is shared, not copied: its
             param_groups and state are the returned optimizer's. Momentum stays local.
         named_parameters: names for messages and state dicts, usually model.named_parameters().
-        compression: a `Compressor` (`Compression.sign`, `.topk(0.01)`, `.none`, `.fp16`, or your own),
-            one of Horovod's own two, or a callable (name, parameter) -> Compressor.
+        compression: `Compression.sign` (1 bit a parameter), `.topk(0.01)` (the largest 1 %; 4 instead of 6
+            bytes an entry with `value_dtype=torch.float16` or `torch.bfloat16`), `.none`, `.fp16`, a
+            `Compressor` of your own, one of Horovod's own two, or a callable
+            `(name, parameter) -> Compressor`.
         backward_passes_per_step: backward passes whose gradients add up before step().
         op: `hvd.Average` only, which None stands for.
         gradient_predivide_factor: 1.0 only.
@@ -81,20 +83,28 @@ def DistributedOptimizer(
             `hvd.global_process_set`.
         model: with it, forward passes in eval mode and model.state_dict() see x by themselves. A module, or
             a list of those that are called; a container without a forward of its own counts as its children.
-        feedback: "saef", "ef" (plain error feedback) or "none".
-        step_ahead: α in [0, 1], with "saef" only.
-        server_step_ahead: β in [0, 1]; with "saef", double_compression and a replicated server.
-        double_compression: compress the server's answer too (DC); False is single-way (SC).
-        averaging_period: p >= 2, rounds between two averagings of the errors; None is never.
-        averaging_spread: average each bucket in a round of its own within the p, not all in one.
-        averaging_fp16: average errors in float16; what that rounds away stays in each worker's error.
-        local_steps: H >= 1, steps between two exchanges.
-        warmup_steps: first rounds that exchange the dense mean.
-        block_size: elements a block has at most; None: one block a tensor.
-        dense_below: blocks of fewer elements travel as they are, in the same payload; their error stays 0.
-        server: "sharded" cuts the server of DC between the workers, "replicated" runs it on each;
-            "auto" is sharded with β = 0.
-        bucket_bytes: bytes of x that travel together; an eighth in the first bucket, which leaves last.
+        feedback: "saef"; "ef" is plain error feedback, "none" is none. "none" with an uncompressed
+            `compression` is Horovod's own arithmetic.
+        step_ahead: α in [0, 1]: how far each worker steps ahead by its own error; only with "saef". Less is
+            closer to plain error feedback.
+        server_step_ahead: β in [0, 1]: how far to step ahead by the server's error too; needs "saef", double
+            compression and a replicated server, whose bytes it costs.
+        double_compression: the server's answer is compressed too (DC); False is single-way (SC).
+        averaging_period: p >= 2: the errors are averaged every p rounds, by a ring allreduce. A smaller p
+            means less gradient mismatch and more bytes. None is never.
+        averaging_spread: each bucket is averaged in a round of its own within the p, not all in one.
+        averaging_fp16: errors are averaged in float16; what that rounds away stays in each worker's error.
+        local_steps: H >= 1: local steps between two exchanges; `flush()` completes a round early. More
+            means fewer bytes, and workers that are further apart.
+        warmup_steps: the number of first rounds that are exchanged uncompressed.
+        block_size: elements a block has at most, each block with a scale or a top k of its own. Smaller
+            blocks fit better and send more scales. None is one block a tensor.
+        dense_below: blocks of fewer elements (biases, norms) travel as they are, in the same payload; their
+            error stays 0.
+        server: "sharded" cuts the server of DC between the workers: less work and fewer bytes, but not with
+            β > 0; "replicated" runs the server on every worker; "auto" is sharded where β = 0.
+        bucket_bytes: bytes of parameters that travel together; an eighth of it in the first bucket, which
+            leaves last. A parameter is never cut.
         overlap: step and send each bucket while backward computes the others' gradients. Rules out
             whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip",
             and optimizers whose step writes to its parameter group. Those of torch.optim step in a thread of

@@ -16,49 +16,30 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one :func:`hvd_saef.DistributedOptimizer`, equal on all workers.
+    """Settings of one :func:`hvd_saef.DistributedOptimizer`, whose docstring describes them.
 
     Raises TypeError or ValueError, naming the argument, its value and what is allowed.
     """
 
     feedback: Feedback = "saef"
-    """"saef" (step-ahead error feedback), "ef" (plain error feedback) or "none"."""
     step_ahead: float = 1.0
-    """α in [0, 1]: how far each worker steps ahead by its own error. Less is closer to plain EF."""
     server_step_ahead: float = 0.0
-    """β in [0, 1]: how far to step ahead by the server's error too, at a replicated server's bytes."""
     double_compression: bool = True
-    """Double-way compression (DC): the server's answer is compressed too. False is single-way (SC)."""
     averaging_period: int | None = None
-    """p >= 2: errors are averaged every p rounds. Less means less mismatch, more bytes. None is never."""
     averaging_spread: bool = False
-    """Average each bucket's errors in a round of its own within the p, instead of all in one."""
     averaging_fp16: bool = False
-    """Average errors in float16, at half the bytes; what that rounds away stays in each worker's error."""
     local_steps: int = 1
-    """H >= 1: local steps between two exchanges. More means fewer bytes and workers further apart."""
     warmup_steps: int = 0
-    """First rounds, exchanged uncompressed."""
     block_size: int | None = None
-    """Elements a block has at most. Smaller means more scales to send and a better fit. None is a tensor."""
     server: Server = "auto"
-    """Where the server of DC runs: on every worker ("replicated") or cut between them ("sharded")."""
     bucket_bytes: int = 32 * MEBIBYTE
-    """Parameters travel in buckets of at most so many bytes (never less than a parameter)."""
     overlap: bool = False
-    """Step and send each bucket as soon as backward has its gradients. Nothing may change them after that."""
     on_nonfinite: OnNonfinite = "raise"
-    """A NaN or infinity in any worker's gradient: "raise" on all workers, or "skip" the step on all."""
     check_consensus_every: int = 0
-    """Rounds between two checks that x has the same bits on all workers. 0 is off."""
     worker: Literal["rank", "node"] | tuple[tuple[int, ...], ...] = "rank"
-    """What a worker is: a rank, the ranks of a host, or these groups of ranks. More ranks, fewer errors."""
     weights: Weights = "equal"
-    """Whether workers count alike in means, or by their number of ranks."""
     backward_passes_per_step: int = 1
-    """As in Horovod: backward passes whose gradients add up before a step."""
     sparse_as_dense: bool = False
-    """As in Horovod: sparse gradients are made dense, for the local step and where they are averaged."""
 
     def __post_init__(self) -> None:
         _choice("feedback", self.feedback, ("saef", "ef", "none"))

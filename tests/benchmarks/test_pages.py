@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import nodes_model
+from benchmarks import arguments, nodes_model
 from benchmarks.pages import fill, table
 from benchmarks.paper import page
 from benchmarks.paper.comparison import RESULTS, load_runs, report
+from hvd_saef.settings import Settings
 from tests.mpi.launch import ROOT
 
 PAGES = (
@@ -41,6 +43,15 @@ def test_pages_are_up_to_date() -> None:
     lines = report(runs, load_runs(RESULTS, unfinished=True))
     assert (RESULTS / "summary.txt").read_text().splitlines() == list(lines)
     assert nodes_model.prediction() in nodes_model.PAGE.read_text()
+    assert arguments.rows() in arguments.PAGE.read_text()
+
+
+def test_every_argument_is_described_once() -> None:
+    accepted = {argument.name: argument.default for argument in arguments.arguments()}
+    assert list(arguments.described()) == list(accepted)
+    assert all(len(text) > 8 for text in arguments.described().values())
+    for setting in dataclasses.fields(Settings):
+        assert accepted[setting.name] == setting.default
 
 
 def shown(page: Path) -> list[Path]:
