@@ -1,0 +1,248 @@
+"""What every rank's parameters and gradients should be, whatever is called: around the parts' algorithm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.machine.net import NAMES, Vec, of_layers, slopes, start_values
+from tests.machine.options import Options
+from tests.machine.reference import Part, Refused, Seat, everywhere, make_seat, one_of_all
+from tests.oracle import Array
+
+Gradients = dict[str, "Array | None"]
+
+
+@dataclass
+class Loss:
+    """A forward pass that waits for its backward pass."""
+
+    gradient: Vec
+    stale: bool = False
+    """The parameters were written to since: autograd may refuse, or get it right."""
+
+
+class Reference:
+    """All ranks of a program. `happened`, the names of what they raised, decides where several are right."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.size = options.size
+        start = start_values(options.seed)
+        ranks = range(self.size)
+        self.raw = [copy.deepcopy(start) for _ in ranks]
+        """Of each rank, what no optimizer has."""
+        self.parts = [
+            Part(options, [make_seat(options, self._starting(part)) for _ in ranks])
+            for part in range(len(options.overlap))
+        ]
+        frozen = of_layers(["extra"]) if options.extra == "frozen" else ()
+        self.requires = [{name: name not in frozen for name in NAMES} for _ in ranks]
+        self.held = [options.names(part) for part in range(len(options.overlap))]
+        """What each optimizer has, frozen ones too."""
+        self.gradients: list[Gradients] = [dict.fromkeys(NAMES) for _ in ranks]
+        self.losses: list[list[Loss]] = [[] for _ in ranks]
+        self.saved: list[dict[str, Any]] = [{} for _ in ranks]
+        self.stored: Any = None
+        """What the checkpoint holds."""
+        self.seen: list[list[Vec]] = [[] for _ in ranks]
+        """What each rank should have seen in its looks, of the present action."""
+        self.happened: Sequence[str] = [""] * self.size
+        self.hooks: list[list[str]] = [[] for _ in ranks]
+        """When each rank's step hooks look: "pre" or "post"."""
+
+    def _starting(self, part: int) -> Vec:
+        frozen = of_layers(["extra"]) if self.options.extra == "frozen" else ()
+        start = start_values(self.options.seed)
+        return {name: start[name] for name in self.options.names(part) if name not in frozen}
+
+    def of(self, ranks: Collection[int] | None) -> list[int]:
+        """The ranks that an action is for."""
+        return [rank for rank in range(self.size) if ranks is None or rank in ranks]
+
+    def seats(self, rank: int) -> list[Seat]:
+        """This rank's, of all optimizers."""
+        return [part.seats[rank] for part in self.parts]
+
+    # -- where parameters are -------------------------------------------------------------------------
+
+    def possible(self, rank: int) -> list[Vec]:
+        """What the parameters may be now: one thing, but where a hook may have left them at x."""
+        places: list[Vec] = [dict(self.raw[rank])]
+        for seat in self.seats(rank):
+            here = {"train": [seat.point], "eval": [seat.x], "visit": [seat.x]}
+            choices = here.get(seat.mode, [seat.x, seat.point])
+            places = [place | choice for place in places for choice in choices]
+        return places
+
+    def shown(self, rank: int) -> Vec:
+        """What the parameters are."""
+        return self.possible(rank)[0]
+
+    def at_x(self, rank: int) -> Vec:
+        """The parameters at x."""
+        values = dict(self.raw[rank])
+        for seat in self.seats(rank):
+            values |= seat.x
+        return values
+
+    def move(self, rank: int, mode: str) -> None:
+        """All optimizers of a rank: to "train", "eval"; or, for hooks, to "visit" x or "leave" it."""
+        for seat in self.seats(rank):
+            move(seat, mode)
+        self.stale(rank)
+
+    def stale(self, rank: int) -> None:
+        """The parameters were written to."""
+        for loss in self.losses[rank]:
+            loss.stale = True
+
+    def look(self, rank: int) -> None:
+        """Somebody looks at x by the model's hooks; without hooks, at what there is."""
+        if self.options.hooked:
+            self.move(rank, "visit")
+        self.seen[rank].append(copy.deepcopy(self.shown(rank)))
+
+    # -- gradients --------------------------------------------------------------------------------------
+
+    def forward(self, rank: int, training: bool, number: int, used: Collection[str], grad: bool) -> None:
+        """A forward pass in either mode."""
+        if self.options.hooked:
+            self.move(rank, "leave" if training else "visit")
+        if not training:
+            self.seen[rank].append(copy.deepcopy(self.shown(rank)))
+        if grad:
+            gradient = slopes(self.shown(rank), rank, number, used)
+            wanted = {name: g for name, g in gradient.items() if self.requires[rank][name]}
+            if wanted:
+                self.losses[rank].append(Loss(wanted))
+
+    def backward(self, rank: int) -> bool:
+        """The backward pass of what waits. Whether autograd refused, as it may where parameters moved since."""
+        for loss in self.losses[rank]:
+            if loss.stale and self.happened[rank] == "RuntimeError":
+                self.zero(rank)
+                self.losses[rank] = []
+                return True
+            for name, slope in loss.gradient.items():
+                before = self.gradients[rank][name]
+                self.gradients[rank][name] = slope if before is None else before + slope
+        self.losses[rank] = []
+        return False
+
+    def zero(self, rank: int, to_none: bool = True) -> None:
+        """zero_grad of the model."""
+        self.gradients[rank] = {
+            name: None if to_none or gradient is None else np.zeros_like(gradient)
+            for name, gradient in self.gradients[rank].items()
+        }
+
+    def average_gradients(self, names: Collection[str]) -> None:
+        """Over a worker's ranks; or over all workers, where gradients are averaged."""
+        per = self.options.ranks
+        for first in range(0, self.size, per):
+            self._average(names, range(first, first + per), zero_if_none=False)
+        if self.options.averages_gradients:
+            self._average(names, range(self.size), zero_if_none=True, half=self.options.compressor == "fp16")
+
+    def _average(
+        self, names: Collection[str], ranks: Sequence[int], zero_if_none: bool, half: bool = False
+    ) -> None:
+        for name in names:
+            there = [self.gradients[rank][name] for rank in ranks]
+            some = next((g for g in there if g is not None), None)
+            if some is None and not zero_if_none:
+                continue
+            shape = self.shown(0)[name].shape
+            whole = [np.zeros(shape) if g is None else g for g in there]
+            if half:
+                whole = [g.astype(np.float16) for g in whole[:: self.options.ranks]]
+            total = whole[0].copy()
+            for other in whole[1:]:
+                total += other
+            total /= len(whole)
+            for rank in ranks:
+                self.gradients[rank][name] = total.astype(np.float64)
+
+    # -- what is refused ------------------------------------------------------------------------------
+
+    def refuse(self, ranks: dict[int, tuple[str, ...]]) -> None:
+        """These ranks raise, in something local."""
+        raise Refused([ranks.get(rank, ()) for rank in range(self.size)])
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def take_in(self, number: int, rank: int) -> None:
+        """Parameters of one optimizer that were frozen take part from now on, at their present values."""
+        seat = self.parts[number].seats[rank]
+        for name in self.held[number]:
+            takes_part = self.requires[rank][name] or self.gradients[rank][name] is not None
+            if name not in seat.x and takes_part:
+                join(seat, name, self.raw[rank][name])
+
+    def agree(self, number: int, failed: dict[int, str], takes_in: bool = True) -> None:
+        """What comes before anything collective. Raises Refused for all, if some rank failed."""
+        if takes_in:
+            for rank in range(self.size):
+                if rank not in failed:
+                    self.take_in(number, rank)
+        if failed:
+            raise one_of_all(failed, self.size)
+        self.parts[number].settle()
+
+    def step(self, number: int, failed: dict[int, str], synchronized: bool = False) -> None:
+        """One step() of one optimizer, once closures have run; some ranks may have `failed`."""
+        part = self.parts[number]
+        self.agree(number, failed)
+        names = part.seats[0].names
+        everything = [self.gradients[rank][name] for rank in range(self.size) for name in names]
+        if any(g is not None and not np.isfinite(g).all() for g in everything):
+            if self.options.on_nonfinite == "raise":
+                raise everywhere(self.size, "NonFiniteUpdateError")
+            for seat in part.seats:
+                seat.skipped += 1
+            return
+        if not synchronized:
+            self.average_gradients(names)
+        self._hooks_look("pre")
+        part.local_step(self.gradients)
+        self._hooks_look("post")
+        for seat in part.seats:
+            seat.mode = "either" if seat.mode == "visit" else seat.mode
+        self.complete(number, at_least=self.options.local_steps)
+        for rank in range(self.size):
+            self.stale(rank)
+
+    def _hooks_look(self, when: str) -> None:
+        for rank in range(self.size):
+            for _ in range(self.hooks[rank].count(when)):
+                self.look(rank)
+
+    def complete(self, number: int, at_least: int) -> None:
+        """The exchange, if so many local steps were taken."""
+        part = self.parts[number]
+        if part.seats[0].h >= at_least:
+            part.complete_round()
+            for seat in part.seats:
+                seat.mode = seat.mode if seat.mode == "eval" else "train"
+
+
+def move(seat: Seat, mode: str) -> None:
+    """One optimizer's parameters on one rank."""
+    if mode == "visit":
+        seat.mode = seat.mode if seat.mode == "eval" else "visit"
+    elif mode == "leave":
+        seat.mode = seat.mode if seat.mode == "eval" else "train"
+    else:
+        seat.mode = mode
+
+
+def join(seat: Seat, name: str, value: Array) -> None:
+    """A parameter takes part from now on, without errors."""
+    seat.x[name], seat.point[name] = value.copy(), value.copy()
+    seat.e[name], seat.s[name] = np.zeros_like(value), np.zeros_like(value)
+    seat.consolidated = False
