@@ -86,16 +86,18 @@ class Backward(Action):
 
 @dataclass(frozen=True, repr=False)
 class Zero(Action):
-    """zero_grad, of the model."""
+    """zero_grad, of the model; and what waits for a backward pass is dropped."""
 
     to_none: bool = True
 
     def do(self, worker: Worker) -> None:
         if worker.among(self.ranks):
+            worker.losses = []
             worker.net.zero_grad(set_to_none=self.to_none)
 
     def say(self, reference: Reference) -> None:
         for rank in reference.of(self.ranks):
+            reference.losses[rank] = []
             reference.zero(rank, self.to_none)
 
 

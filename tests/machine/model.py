@@ -52,6 +52,8 @@ class Reference:
         self.seen: list[list[Vec]] = [[] for _ in ranks]
         """What each rank should have seen in its looks, of the present action."""
         self.happened: Sequence[str] = [""] * self.size
+        self.under_way: list[set[int]] = [set() for _ in ranks]
+        """Of each rank, the optimizers with overlap=True that may have sent something of this step."""
         self.hooks: list[list[str]] = [[] for _ in ranks]
         """When each rank's step hooks look: "pre" or "post"."""
 
@@ -67,6 +69,16 @@ class Reference:
     def seats(self, rank: int) -> list[Seat]:
         """This rank's, of all optimizers."""
         return [part.seats[rank] for part in self.parts]
+
+    def moving(self, rank: int) -> set[str]:
+        """The parameters that a background may be stepping now."""
+        return {name for part in self.under_way[rank] for name in self.parts[part].seats[rank].names}
+
+    def may_refuse(self, number: int) -> None:
+        """Something collective may be refused on all ranks, if one has sent something already."""
+        started = any(number in parts for parts in self.under_way)
+        if started and all(name in ("RuntimeError", "WorkerError") for name in self.happened):
+            raise everywhere(self.size, "RuntimeError", "WorkerError")
 
     # -- where parameters are -------------------------------------------------------------------------
 
@@ -131,6 +143,8 @@ class Reference:
             for name, slope in loss.gradient.items():
                 before = self.gradients[rank][name]
                 self.gradients[rank][name] = slope if before is None else before + slope
+        if self.losses[rank]:
+            self.under_way[rank] = {part for part, overlaps in enumerate(self.options.overlap) if overlaps}
         self.losses[rank] = []
         return False
 
@@ -198,6 +212,8 @@ class Reference:
         """One step() of one optimizer, once closures have run; some ranks may have `failed`."""
         part = self.parts[number]
         self.agree(number, failed)
+        for parts in self.under_way:
+            parts.discard(number)
         names = part.seats[0].names
         everything = [self.gradients[rank][name] for rank in range(self.size) for name in names]
         if any(g is not None and not np.isfinite(g).all() for g in everything):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -43,6 +44,10 @@ NOT_YET = frozenset(
         "closures that end in eval",
         "hooks",
         "models loaded",
+        "checkpoints without model=",
+        "collectives under way",
+        "rates under way",
+        "several overlap",
         "several optimizers",
         "written by hand",
     }
@@ -92,11 +97,20 @@ def options(draw: Any, **fixed: Any) -> Options:
         "extra": draw(st.sampled_from(["there", "there", "frozen", "later"])),
         "seed": draw(st.integers(0, 3)),
     }
-    return Options(**{**chosen, **fixed})
+    made = Options(**{**chosen, **fixed})
+    if not any(made.overlap):
+        return made
+    if made.averages_gradients:
+        return dataclasses.replace(made, overlap=tuple(False for _ in made.overlap))
+    return dataclasses.replace(made, on_nonfinite="raise")
 
 
 def _overlaps() -> list[tuple[bool, ...]]:
-    return [(False,), (False,), *([(False, False)] if drawn("several optimizers") else [])]
+    one = [(False,), (False,), *([(True,)] if drawn("overlap") else [])]
+    several = [(False, False)]
+    if drawn("several overlap"):
+        several += [(True, True), (True, False), (False, True)]
+    return [*one, *(several if drawn("several optimizers") else [])]
 
 
 def _subsets(size: int) -> Any:
@@ -113,6 +127,16 @@ def peeks(size: int) -> Any:
     return looks | evaluates | consensus
 
 
+def collectives() -> Any:
+    """What all ranks call."""
+    return st.builds(
+        Collective,
+        st.none(),
+        st.sampled_from(["flush", "consolidate", "reanchor"]),
+        st.sampled_from([0, 0, 1]),
+    )
+
+
 def between(size: int, chosen: Options) -> Any:
     """What is called between two steps."""
     ranks = _subsets(size)
@@ -120,19 +144,19 @@ def between(size: int, chosen: Options) -> Any:
         peeks(size),
         st.builds(Mode, ranks, st.sampled_from([None, 0, 1]), st.sampled_from(["train", "eval"])),
         st.builds(Rate, ranks, st.sampled_from([0.02, 0.2])),
-        st.builds(Collective, st.none(), st.sampled_from(["flush", "consolidate", "reanchor"])),
+        collectives(),
         st.builds(Save),
-        st.builds(Load, st.none(), st.booleans()),
+        st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
         st.builds(Freeze, st.none(), st.sampled_from(LAYERS), st.booleans()),
         st.builds(Forward, ranks, st.integers(0, 3), st.just(False)),
     ]
-    if len(chosen.overlap) == 1:
+    if len(chosen.overlap) == 1 and (chosen.hooked or drawn("checkpoints without model=")):
         actions += [st.builds(SaveCheckpoint), st.builds(LoadCheckpoint)]
     if drawn("written by hand"):
         actions.append(st.builds(Clamp, ranks))
-    if drawn("models loaded"):
+    if drawn("models loaded") and chosen.hooked:
         actions.append(st.builds(LoadModel, st.none(), st.sampled_from(["saved", "x", "other"])))
-    if drawn("hooks"):
+    if drawn("hooks") and not any(chosen.overlap):
         when = st.sampled_from(["pre", "post"])
         actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
     if chosen.extra == "later":
@@ -140,38 +164,50 @@ def between(size: int, chosen: Options) -> Any:
     return st.one_of(actions)
 
 
+def midway(size: int, chosen: Options) -> Any:
+    """What is called between backward and step()."""
+    if not any(chosen.overlap):
+        return peeks(size) | between(size, chosen)
+    actions = [peeks(size)]
+    if drawn("rates under way"):
+        actions.append(st.builds(Rate, _subsets(size), st.sampled_from([0.02, 0.2])))
+    if drawn("collectives under way"):
+        actions.append(collectives())
+    return st.one_of(actions)
+
+
 @st.composite
-def iterations(draw: Any, size: int, parts: int) -> list[Action]:
+def iterations(draw: Any, chosen: Options) -> list[Action]:
     """One step of training, as written in loops, and what users put into it."""
-    number = draw(st.integers(0, 9))
-    step = {"clips": draw(st.booleans())} if draw(st.integers(0, 4)) == 0 else {}
-    if draw(st.integers(0, 3)) == 0:
+    size, parts = chosen.size, range(len(chosen.overlap))
+    number, overlaps = draw(st.integers(0, 9)), any(chosen.overlap)
+    if draw(st.integers(0, 3)) == 0 and not overlaps:
         kind = draw(st.sampled_from(_closures()))
         closure = {"closure": kind, "number": number, "ranks": draw(_subsets(size))}
-        return [Step(part=part, **closure) for part in range(parts)]
+        return [Step(part=part, **closure) for part in parts]
     used = draw(st.sampled_from([LAYERS, LAYERS, ("first", "second"), ("extra",), ("second", "extra")]))
     odd = draw(_subsets(size)) if used != LAYERS else None
-    actions: list[Action] = [Zero(to_none=draw(st.integers(0, 4)) > 0), Forward(number=number)]
-    if odd is not None:  # the others go through all layers
+    actions: list[Action] = [Zero(to_none=draw(st.integers(0, 4)) > 0)]
+    if odd is None:
+        actions.append(Forward(number=number, used=used, training=draw(st.integers(0, 9)) > 0))
+    else:  # the others go through all layers
         rest = tuple(rank for rank in range(size) if rank not in odd)
-        actions[1:] = [Forward(rest, number), Forward(odd, number, used=used)]
-    elif used != LAYERS:
-        actions[1:] = [Forward(number=number, used=used)]
+        actions += [Forward(rest, number), Forward(odd, number, used=used)]
     actions.append(Backward())
     if draw(st.integers(0, 3)) == 0:
-        actions.append(draw(peeks(size)))
-    if draw(st.integers(0, 9)) == 0:
+        actions.append(draw(midway(size, chosen)))
+    if draw(st.integers(0, 9)) == 0 and not overlaps:
         actions.append(Spoil(draw(_subsets(size)), draw(st.sampled_from(["first.weight", "extra.bias"]))))
-    return [*actions, *(Step(part=part, **step) for part in range(parts))]
+    clips = draw(st.integers(0, 5)) == 0 and not overlaps
+    return [*actions, *(Step(part=part, clips=clips) for part in parts)]
 
 
 @st.composite
 def programs(draw: Any, **fixed: Any) -> Program:
     """Options, and steps with anything between them."""
     chosen = draw(options(**fixed))
-    parts = len(chosen.overlap)
     actions: list[Action] = []
     for _ in range(draw(st.integers(1, MOST))):
         actions += draw(st.lists(between(chosen.size, chosen), max_size=2))
-        actions += draw(iterations(chosen.size, parts))
+        actions += draw(iterations(chosen))
     return Program(chosen, tuple(actions))

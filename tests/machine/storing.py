@@ -19,23 +19,25 @@ from tests.machine.worker import Worker
 
 @dataclass(frozen=True, repr=False)
 class Collective(Action):
-    """flush(), consolidate() or reanchor(), of all optimizers."""
+    """flush(), consolidate() or reanchor(), of one optimizer."""
 
     what: str = "flush"
+    part: int = 0
 
     @property
     def shows_state(self) -> bool:
         return True
 
     def do(self, worker: Worker) -> None:
-        for optimizer in worker.optimizers:
-            getattr(optimizer, self.what)()
+        getattr(worker.optimizers[self.part % len(worker.optimizers)], self.what)()
 
     def say(self, reference: Reference) -> None:
-        for number, part in enumerate(reference.parts):
-            if self.what == "reanchor":
-                _reanchor(reference, number, part)
-                continue
+        number = self.part % len(reference.parts)
+        part = reference.parts[number]
+        reference.may_refuse(number)
+        if self.what == "reanchor":
+            _reanchor(reference, number, part)
+        else:
             reference.agree(number, {})
             reference.complete(number, at_least=1)
             if self.what == "consolidate":
@@ -232,7 +234,8 @@ class LoadCheckpoint(Action):
         for rank, (seat, saved) in enumerate(zip(part.seats, seats, strict=True)):
             load_seat(seat, saved)
             load_model(reference, rank, models[rank])
-            seat.mode = seat.mode if seat.mode == "eval" else "either"
+            if seat.mode != "eval":
+                seat.mode = "either" if reference.options.hooked else "train"
 
 
 @dataclass(frozen=True, repr=False)
