@@ -1,11 +1,12 @@
 PYTHON ?= python3
 NP ?= 4
 ARGS ?=
+SECONDS ?= 3600
 export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
 
-.PHONY: setup train test test-cluster sanitize lint docs format clean
+.PHONY: setup train test test-cluster machine sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -18,6 +19,9 @@ test: setup  ## all tests but those of test-cluster
 
 test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster
+
+machine: setup  ## programs of all that users do, against a model, for so long: make machine SECONDS=3600
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.machine --seconds $(SECONDS) $(ARGS)
 
 SANITIZED = build/sanitize
 sanitize: setup  ## kernels with AddressSanitizer and UBSan, under their tests and the fuzzing of decoders

@@ -1,20 +1,19 @@
-"""What users do in a training loop: on each rank in the library (`do`), and what should come of it (`say`)."""
+"""What users do in a training loop: on a rank in the library (`do`), and what should come of it (`say`)."""
 
 from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
+from tests.machine.closures import CLOSURES
 from tests.machine.model import Reference, move
 from tests.machine.net import LAYERS, of_layers
 from tests.machine.options import Options, plain_repr
-from tests.machine.worker import Oops, Worker
+from tests.machine.worker import Worker
 
 Ranks = tuple[int, ...] | None
 """Who does something; None is everyone."""
@@ -45,7 +44,7 @@ class Action:
 
 
 def whole_workers(options: Options, ranks: Ranks) -> Ranks:
-    """For what ranks must do alike that share an error: those of a node; all, where gradients are averaged."""
+    """For what all ranks of a node do alike; or all ranks, where gradients are averaged."""
     if ranks is None or options.averages_gradients:
         return None
     workers = {rank // options.ranks for rank in ranks}
@@ -170,83 +169,6 @@ class Step(Action):
         for gradients in reference.gradients:
             for name, gradient in gradients.items():
                 gradients[name] = None if gradient is None else np.clip(gradient, -CLIP, CLIP)
-
-
-def _trains(worker: Worker, training: bool, number: int) -> torch.Tensor:
-    worker.net.zero_grad()
-    worker.losses = []
-    worker.forward(training, number)
-    loss = worker.losses[-1].detach()
-    worker.backward()
-    return loss
-
-
-def _plain(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
-    return _trains(worker, True, number)
-
-
-def _in_eval_mode(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
-    return _trains(worker, False, number)
-
-
-def _evaluates_after(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
-    loss = _trains(worker, True, number)
-    worker.forward(False, number, grad=False)
-    return loss
-
-
-def _ends_in_eval(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
-    loss = _trains(worker, True, number)
-    optimizer.eval()
-    return loss
-
-
-def _raises(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
-    _trains(worker, True, number)
-    raise Oops("as asked")
-
-
-def _trained(reference: Reference, rank: int, training: bool, number: int) -> None:
-    reference.zero(rank)
-    reference.losses[rank] = []
-    reference.forward(rank, training, number, LAYERS, True)
-    reference.backward(rank)
-
-
-def _say_plain(reference: Reference, rank: int, number: int) -> str:
-    _trained(reference, rank, True, number)
-    return ""
-
-
-def _say_in_eval_mode(reference: Reference, rank: int, number: int) -> str:
-    _trained(reference, rank, False, number)
-    return ""
-
-
-def _say_evaluates_after(reference: Reference, rank: int, number: int) -> str:
-    _trained(reference, rank, True, number)
-    reference.forward(rank, False, number, LAYERS, False)
-    return ""
-
-
-def _say_ends_in_eval(reference: Reference, rank: int, number: int) -> str:
-    _trained(reference, rank, True, number)
-    return "RuntimeError"
-
-
-def _say_raises(reference: Reference, rank: int, number: int) -> str:
-    _trained(reference, rank, True, number)
-    return "Oops"
-
-
-CLOSURES: dict[str, tuple[Callable[[Worker, Any, int], Any], Callable[[Reference, int, int], str]]] = {
-    "plain": (_plain, _say_plain),
-    "in eval mode": (_in_eval_mode, _say_in_eval_mode),
-    "evaluates after": (_evaluates_after, _say_evaluates_after),
-    "ends in eval": (_ends_in_eval, _say_ends_in_eval),
-    "raises": (_raises, _say_raises),
-}
-"""What closures do in the library, and in the model, which gives the name of what they should raise."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -399,4 +321,3 @@ class Freeze(Action):
     def say(self, reference: Reference) -> None:
         for rank in reference.of(self.ranks):
             reference.requires[rank] |= dict.fromkeys(of_layers([self.layer]), self.requires)
-

@@ -134,7 +134,7 @@ class Reference:
                 self.losses[rank].append(Loss(wanted))
 
     def backward(self, rank: int) -> bool:
-        """The backward pass of what waits. Whether autograd refused, as it may where parameters moved since."""
+        """The backward pass of what waits. Whether autograd refused, as it may where parameters moved."""
         for loss in self.losses[rank]:
             if loss.stale and self.happened[rank] == "RuntimeError":
                 self.zero(rank)
@@ -209,7 +209,7 @@ class Reference:
         self.parts[number].settle()
 
     def step(self, number: int, failed: dict[int, str], synchronized: bool = False) -> None:
-        """One step() of one optimizer, once closures have run; some ranks may have `failed`."""
+        """An optimizer takes a step, once closures have run; some ranks may have `failed`."""
         part = self.parts[number]
         self.agree(number, failed)
         for parts in self.under_way:

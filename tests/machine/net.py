@@ -42,7 +42,7 @@ def batch(rank: int, number: int) -> tuple[Array, Array]:
 
 
 class Net(nn.Module):
-    """Two layers and one beside them. A batch goes through those of `used` only; the others get no gradient."""
+    """Two layers and one beside them. A batch goes through those of `used`; the others get no gradient."""
 
     def __init__(self, values: Vec) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class Net(nn.Module):
     def loss(self, rank: int, number: int, used: Collection[str]) -> Tensor:
         """Of one batch."""
         inputs, targets = (torch.from_numpy(array) for array in batch(rank, number))
-        return (self(inputs, used) - targets).square().mean()
+        out: Tensor = self(inputs, used)
+        return (out - targets).square().mean()
 
 
 def slopes(values: Vec, rank: int, number: int, used: Collection[str]) -> Vec:

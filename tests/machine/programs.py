@@ -68,7 +68,7 @@ def _closures() -> list[str]:
 
 
 @st.composite
-def options(draw: Any, **fixed: Any) -> Options:
+def options(draw: Any, /, **fixed: Any) -> Options:
     """Any that go together, but for what is fixed."""
     feedback = draw(st.sampled_from(["saef", "saef", "ef", "none"]))
     double = draw(st.booleans())
@@ -177,7 +177,7 @@ def midway(size: int, chosen: Options) -> Any:
 
 
 @st.composite
-def iterations(draw: Any, chosen: Options) -> list[Action]:
+def iterations(draw: Any, /, chosen: Options) -> list[Action]:
     """One step of training, as written in loops, and what users put into it."""
     size, parts = chosen.size, range(len(chosen.overlap))
     number, overlaps = draw(st.integers(0, 9)), any(chosen.overlap)
@@ -203,7 +203,7 @@ def iterations(draw: Any, chosen: Options) -> list[Action]:
 
 
 @st.composite
-def programs(draw: Any, **fixed: Any) -> Program:
+def programs(draw: Any, /, **fixed: Any) -> Program:
     """Options, and steps with anything between them."""
     chosen = draw(options(**fixed))
     actions: list[Action] = []

@@ -77,7 +77,7 @@ class Seat:
         return tuple(self.x)
 
     def clear(self) -> None:
-        """x is the point from now on, without errors."""
+        """X is the point from now on, without errors."""
         self.e, self.s = zeros(self.names), zeros(self.names)
         self.h, self.consolidated = 0, False
         self.point = copy.deepcopy(self.x)
@@ -151,9 +151,7 @@ class Part:
             return
         first = self.seats[0]
         before = self.auxiliary()
-        went = self.mean(
-            [combined(lambda b, y: b - y, self.start(seat), seat.point) for seat in self.seats]
-        )
+        went = self.mean([combined(lambda b, y: b - y, self.start(seat), seat.point) for seat in self.seats])
         sent: list[Vec] = []
         for seat in self.seats:  # row 4
             delta = combined(lambda e, b, y: e + (b - y), seat.e, self.start(seat), seat.point)

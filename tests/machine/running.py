@@ -155,8 +155,8 @@ def _compare_states(where: str, reference: Reference, number: int, states: list[
     for rank, (seat, state) in enumerate(zip(part.seats, states, strict=True)):
         if (state["rounds"], state["local_steps_done"]) != (seat.t, seat.h):
             raise AssertionError(
-                f"{where}: rank {rank} is in round {state['rounds']}, {state['local_steps_done']} local steps, "
-                f"not {seat.t}, {seat.h}"
+                f"{where}: rank {rank} is in round {state['rounds']}, local step "
+                f"{state['local_steps_done']}, not {seat.t}, {seat.h}"
             )
         for what, ours, right in (
             ("x", state["x"], seat.x),

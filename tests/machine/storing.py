@@ -260,4 +260,3 @@ class Grow(Action):
         reference.held[0] = (*reference.held[0], *names)
         for rank in range(reference.size):
             reference.take_in(0, rank)
-
