@@ -46,6 +46,7 @@ NOT_YET = frozenset(
         "models loaded",
         "checkpoints without model=",
         "collectives under way",
+        "overlap after a change",
         "rates under way",
         "several overlap",
         "several optimizers",
@@ -127,14 +128,11 @@ def peeks(size: int) -> Any:
     return looks | evaluates | consensus
 
 
-def collectives() -> Any:
+def collectives(chosen: Options) -> Any:
     """What all ranks call."""
-    return st.builds(
-        Collective,
-        st.none(),
-        st.sampled_from(["flush", "consolidate", "reanchor"]),
-        st.sampled_from([0, 0, 1]),
-    )
+    whole = not any(chosen.overlap) or drawn("overlap after a change")
+    kinds = ["flush", "consolidate", *(["reanchor"] if whole else [])]
+    return st.builds(Collective, st.none(), st.sampled_from(kinds), st.sampled_from([0, 0, 1]))
 
 
 def between(size: int, chosen: Options) -> Any:
@@ -144,22 +142,26 @@ def between(size: int, chosen: Options) -> Any:
         peeks(size),
         st.builds(Mode, ranks, st.sampled_from([None, 0, 1]), st.sampled_from(["train", "eval"])),
         st.builds(Rate, ranks, st.sampled_from([0.02, 0.2])),
-        collectives(),
-        st.builds(Save),
-        st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
+        collectives(chosen),
         st.builds(Freeze, st.none(), st.sampled_from(LAYERS), st.booleans()),
         st.builds(Forward, ranks, st.integers(0, 3), st.just(False)),
     ]
-    if len(chosen.overlap) == 1 and (chosen.hooked or drawn("checkpoints without model=")):
+    changes = not any(chosen.overlap) or drawn("overlap after a change")
+    if changes:
+        actions += [
+            st.builds(Save),
+            st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
+        ]
+    if changes and len(chosen.overlap) == 1 and (chosen.hooked or drawn("checkpoints without model=")):
         actions += [st.builds(SaveCheckpoint), st.builds(LoadCheckpoint)]
     if drawn("written by hand"):
         actions.append(st.builds(Clamp, ranks))
-    if drawn("models loaded") and chosen.hooked:
+    if drawn("models loaded") and chosen.hooked and changes:
         actions.append(st.builds(LoadModel, st.none(), st.sampled_from(["saved", "x", "other"])))
     if drawn("hooks") and not any(chosen.overlap):
         when = st.sampled_from(["pre", "post"])
         actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
-    if chosen.extra == "later":
+    if chosen.extra == "later" and changes:
         actions.append(st.builds(Grow))
     return st.one_of(actions)
 
@@ -172,7 +174,7 @@ def midway(size: int, chosen: Options) -> Any:
     if drawn("rates under way"):
         actions.append(st.builds(Rate, _subsets(size), st.sampled_from([0.02, 0.2])))
     if drawn("collectives under way"):
-        actions.append(collectives())
+        actions.append(collectives(chosen))
     return st.one_of(actions)
 
 
