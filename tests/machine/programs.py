@@ -40,9 +40,6 @@ MOST = 6
 """Steps of a program, at most."""
 NOT_YET = frozenset(
     {
-        "closures that look",
-        "closures that end in eval",
-        "hooks",
         "models loaded",
         "checkpoints without model=",
         "collectives under way",
@@ -50,7 +47,6 @@ NOT_YET = frozenset(
         "rates under way",
         "several overlap",
         "several optimizers",
-        "written by hand",
     }
 )
 """What is known not to work, and is not drawn."""
@@ -150,7 +146,9 @@ def between(size: int, chosen: Options) -> Any:
     if changes:
         actions += [
             st.builds(Save),
-            st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
+            st.builds(
+                Load, st.none(), st.booleans() if chosen.hooked and drawn("models loaded") else st.just(False)
+            ),
         ]
     if changes and len(chosen.overlap) == 1 and (chosen.hooked or drawn("checkpoints without model=")):
         actions += [st.builds(SaveCheckpoint), st.builds(LoadCheckpoint)]
