@@ -147,7 +147,7 @@ class Part:
         """Rows 4 to 6, and 1 and 2 of the next round."""
         if self.options.averages_gradients:
             for seat in self.seats:
-                seat.x, seat.t, seat.h = copy.deepcopy(seat.point), seat.t + 1, 0
+                seat.t, seat.h = seat.t + 1, 0
             return
         first = self.seats[0]
         before = self.auxiliary()
@@ -202,6 +202,8 @@ class Part:
                     flat = seat.steps.step(NAMES.index(name), seat.point[name], slope, seat.lr)
                     seat.point[name] = flat
             seat.h += 1
+            if self.options.averages_gradients:
+                seat.x = copy.deepcopy(seat.point)
 
     # -- what all agree on first ----------------------------------------------------------------------
 
