@@ -93,6 +93,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
     class Wrapped(SaefMethods, base):  # type: ignore[misc, valid-type]
         _step_supports_amp_scaling = True
         _in_step = False
+        _held: torch.optim.Optimizer | None = None
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             """One local step, and every `local_steps`-th time the exchange. Collective."""
@@ -111,6 +112,13 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             try:
                 with self._saef.modes.local_step(self):
                     super().step()
+            except Exception as error:
+                if self._held is None:
+                    raise
+                raise RuntimeError(
+                    f"{base.__name__}.step() failed: {error}. It gets no closure: that was called before it. "
+                    f"If it needs one, as SAM does: {_wrap_the_held(self._held, base.__name__)}"
+                ) from error
             finally:
                 self._in_step = False
                 self.__dict__.update(scaler)
@@ -204,14 +212,21 @@ def refuse_steps_past_ours(wrapped: Any) -> None:
         if not within[0]:
             raise RuntimeError(
                 f"a step of the {type(held).__name__} that {name} holds, past {name}.step(): it would train "
-                "this rank alone. Give that one to hvd_saef.DistributedOptimizer, and what that returns to "
-                f"{name} (docs/horovod.md, SAM)."
+                f"this rank alone. {_wrap_the_held(held, name)}"
             )
 
     held = [value for value in vars(wrapped).values() if isinstance(value, torch.optim.Optimizer)]
     sharing = [one for one in held if any(p in ours for group in one.param_groups for p in group["params"])]
     if sharing:
+        wrapped._held = sharing[0]
         wrapped.register_step_pre_hook(begin)
         wrapped.register_step_post_hook(end)
     for one in sharing:
         one.register_step_pre_hook(refuse)
+
+
+def _wrap_the_held(held: torch.optim.Optimizer, name: str) -> str:
+    return (
+        f"Give the {type(held).__name__} that {name} holds to hvd_saef.DistributedOptimizer, and what that "
+        f"returns to {name} (docs/horovod.md, SAM)."
+    )

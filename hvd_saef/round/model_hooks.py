@@ -118,16 +118,12 @@ class _LookBack:
 
     def __init__(self, modes: Modes) -> None:
         self._modes = weakref.ref(modes)  # the graph may live longer
-        self._journeys, self._at_x = modes.journeys, modes.at_x
+        self._journeys = modes.journeys
 
     def __call__(self, gradients: Any) -> None:
         modes = self._modes()
-        if modes is None:
-            return
-        if modes.journeys != self._journeys:
+        if modes is not None and modes.journeys != self._journeys:
             raise RuntimeError(MOVED_SINCE)
-        if self._at_x:
-            modes.gradients_at_x()
 
 
 def _with_forward(models: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -14,7 +14,7 @@ from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.exchange import Exchange
-from hvd_saef.round.unstepped import Unstepped
+from hvd_saef.round.unstepped import GradientWatch, Unstepped
 
 NO_STEP = (
     "parameter {name!r} moved after it got its gradient, but step() of what hvd_saef.DistributedOptimizer "
@@ -50,6 +50,8 @@ class Modes:
         """The user called eval(): the parameters stay at x until train()."""
         self._visiting = False
         """A hook of the model brought the parameters to x; the next training forward brings them back."""
+        self._gradients: GradientWatch | None = None
+        """Watches for gradients during such a visit."""
         self._gradients_at_x = False
         self._reached: list[Tensor] | None = None
         """At x, the training point unless it is b."""
@@ -73,28 +75,38 @@ class Modes:
         """Move the parameters to x."""
         if not self.at_x:
             self._to_x()
-        self.evaluating, self._visiting = True, False
+        self._end_visit()
+        self.evaluating = True
 
     def train(self) -> None:
         """Move the parameters to the training point."""
         if self.at_x:
             self._back()
-        self.evaluating = self._visiting = self._gradients_at_x = False
+        self._end_visit()
+        self.evaluating = False
 
     def visit_x(self) -> None:
         """For the model's hooks: move to x unless there."""
         if not self.at_x:
             self._to_x()
             self._visiting = True
+            if self.state is not None and not self._x_is_shown(self.state):
+                self._gradients = GradientWatch(self.state.layout.slots, self._on_gradient)
+                self._gradients.start()
 
     def leave_x(self) -> None:
         """For the model's hooks: move back, unless the user said eval()."""
         if not self.evaluating:
             self.train()
 
-    def gradients_at_x(self) -> None:
-        """For the model's hooks: a backward pass began whose forward pass was at x."""
+    def _on_gradient(self, parameter: Tensor) -> None:
         self._gradients_at_x = True
+
+    def _end_visit(self) -> None:
+        self._visiting = self._gradients_at_x = False
+        if self._gradients is not None:
+            self._gradients.stop()
+            self._gradients = None
 
     def before_step(self) -> None:
         """Bring the parameters to the training point. Raises RuntimeError after eval()."""
@@ -111,9 +123,10 @@ class Modes:
             )
         if self._visiting and self._gradients_at_x:
             warnings.warn(
-                "the model was in eval mode during the forward pass before step(), so its gradients were "
-                "taken at the consensus point x: there is no step ahead in such steps. "
-                "Call model.train() before a forward pass to train on.",
+                "the model was in eval mode during the forward pass before step(), or only parts of it were "
+                "called since an evaluation or state_dict(), so its gradients were taken at the consensus "
+                "point x: there is no step ahead in such steps. Call model.train() before a forward pass to "
+                "train on; where parts are called, optimizer.train().",
                 stacklevel=4,
             )
         self.leave_x()

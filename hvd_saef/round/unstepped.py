@@ -1,15 +1,46 @@
-"""Parameters that move with their gradients though step() is never called: seen before x is taken. Local."""
+"""Gradients as they come; and parameters that move with them though step() is never called. Local."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_saef.memory.layout import Layout
+from hvd_saef.memory.layout import Layout, Slot
 from hvd_saef.round.partial_steps import remove_hooks
+
+
+class GradientWatch:
+    """Calls a method with every parameter that gets a gradient; it does not keep the method's object."""
+
+    def __init__(self, slots: Sequence[Slot], method: Callable[[Tensor], None]) -> None:
+        self._slots = slots
+        self._method = weakref.WeakMethod(method)
+        self._handles: list[Any] = []
+        weakref.finalize(self, remove_hooks, self._handles)
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self.stop()
+        reference = self._method
+
+        def hook(parameter: Tensor) -> None:
+            method = reference()
+            if method is not None:
+                method(parameter)
+
+        for slot in self._slots:
+            if slot.parameter.requires_grad:
+                attach: Any = slot.parameter.register_post_accumulate_grad_hook
+                self._handles.append(attach(hook))
+
+    def stop(self) -> None:
+        """Watch no more."""
+        remove_hooks(self._handles)
+        self._handles.clear()
 
 
 class Unstepped:
@@ -23,30 +54,20 @@ class Unstepped:
         self._slots = layout.slots
         self._versions: dict[Tensor, int] = {}
         """By parameter its version when it got its last gradient."""
-        self._handles: list[Any] = []
-        weakref.finalize(self, remove_hooks, self._handles)
+        self._watch = GradientWatch(self._slots, self._note)
         self.start()
 
+    def _note(self, parameter: Tensor) -> None:
+        self._versions[parameter] = parameter._version
+
     def start(self) -> None:
-        """Watch the gradients from now on."""
-        self.stop()
-        myself = weakref.ref(self)
-
-        def note(parameter: Tensor) -> None:
-            watch = myself()
-            if watch is not None:
-                watch._versions[parameter] = parameter._version
-
-        for slot in self._slots:
-            if slot.parameter.requires_grad:
-                attach: Any = slot.parameter.register_post_accumulate_grad_hook
-                self._handles.append(attach(note))
+        """Watch from now on."""
+        self._watch.start()
 
     def stop(self) -> None:
         """X was taken: from here on a comparison with b tells."""
-        remove_hooks(self._handles)
-        self._handles.clear()
-        self._versions.clear()
+        self._watch.stop()
+        self.forget()
 
     def forget(self) -> None:
         """Whatever moved the parameters so far was no step."""
@@ -54,7 +75,7 @@ class Unstepped:
 
     def moved(self) -> str | None:
         """The name of the first parameter that moved since its gradient."""
-        moved = (
-            s.name for s in self._slots if self._versions.get(s.parameter, torch.inf) < s.parameter._version
-        )
-        return next(moved, None)
+        for slot in self._slots:
+            if self._versions.get(slot.parameter, torch.inf) < slot.parameter._version:
+                return slot.name
+        return None

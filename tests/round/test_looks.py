@@ -340,6 +340,23 @@ def test_what_is_loaded_as_it_is_loses_no_local_step(local_steps: int) -> None:
     assert together(2, lambda rank: fn(rank, True)) == together(2, lambda rank: fn(rank, False))
 
 
+def test_gradients_at_x_through_parts_are_said() -> None:
+    """After a state_dict() the parameters are at x, and calls of parts do not bring them back."""
+
+    def fn(rank: int, train: bool) -> None:
+        case = Case(rank)
+        for case.at in range(2):
+            case.model.state_dict()
+            if train:
+                case.optimizer.train()
+            case.model[2](case.model[1](case.model[0](batch(rank, 0, torch.float64)))).mean().backward()
+            case.model.state_dict()
+            case.optimizer.step()
+
+    assert any("only parts of it were called" in text for _, text in warned(2, lambda rank: fn(rank, False)))
+    assert not any("only parts" in text for _, text in warned(2, lambda rank: fn(rank, True)))
+
+
 class Fixed(nn.Module):
     """A part in eval mode within a model that trains."""
 
