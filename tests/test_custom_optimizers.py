@@ -146,6 +146,77 @@ class Averaging(torch.optim.SGD):
         """Elsewhere."""
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """As schedule-free ones do it: gradients at y, evaluation at their mean, which z leads."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta})
+        self._training, self._steps = True, 0
+
+    def _go(self, training: bool) -> None:
+        if training is not self._training:
+            for group in self.param_groups:
+                weight = 1 - group["beta"] if training else 1 - 1 / group["beta"]
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        p.data.lerp_(self.state[p]["z"], weight)
+            self._training = training
+
+    def train(self) -> None:
+        """To y."""
+        self._go(True)
+
+    def eval(self) -> None:
+        """To the mean."""
+        self._go(False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of z, and of the mean after it."""
+        if not self._training:
+            raise RuntimeError("not in train mode")
+        self._steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                mean = p.lerp(z, 1 - 1 / group["beta"])
+                z.sub_(p.grad, alpha=group["lr"])
+                p.copy_(mean.lerp_(z, 1 / self._steps).lerp_(z, 1 - group["beta"]))
+        return None
+
+
+@pytest.mark.parametrize("make", [lambda p: Averaging(p, lr=0.1), lambda p: ScheduleFree(p, lr=0.1)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_modes_of_ones_own_are_refused(make: Callable[[list[nn.Parameter]], Any], workers: int) -> None:
+    """What such an optimizer computes from state of each worker's own would be no x, in silence."""
+    for error in caught(workers, lambda rank: Run(rank, make)):
+        assert isinstance(error, TypeError)
+        assert "it has train() and eval() of its own" in str(error)
+        assert "a schedule of its rate" in str(error)
+
+
+class Counting(torch.optim.SGD):
+    """Has a method that is called as one of ours is."""
+
+    def flush(self) -> None:
+        """Something else."""
+
+
+def test_names_of_ours_are_refused() -> None:
+    """Both of a class's methods and of what an instance has."""
+
+    def noting(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        vars(optimizer)["stats"] = {}
+        return optimizer
+
+    makes = {"flush": lambda p: Counting(p, lr=0.1), "stats": noting}
+    for name, make in makes.items():
+        (error,) = caught(1, lambda rank, make=make: Run(rank, make))  # type: ignore[misc]
+        assert isinstance(error, TypeError)
+        assert f"it has {name!r}, which is a method of" in str(error)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_methods_of_ones_own_do_not_hide_ours(workers: int) -> None:
     """Either such an optimizer is refused, or eval() still is x: never silently something else."""

@@ -269,6 +269,33 @@ PROTECTIONS: dict[str, Protection] = {
         ["tests/round/test_guard.py::test_after_eval_a_step_is_refused_and_gradients_at_x_are_warned_of"],
         {"round.modes:Modes.go_on": step_anyhow},
     ),
+    "looks": Protection(
+        "an evaluation or a save in the middle of a step, in a closure or a hook",
+        "the point that was reached is not kept",
+        [
+            "tests/round/test_looks.py::test_the_update_arrives[in_a_closure-True-1-who0]",
+            "tests/round/test_looks.py::test_the_update_arrives[by_hooks-True-2-who1]",
+            "tests/round/test_moved_parameters.py::test_a_change_between_two_steps_outlives_a_look"
+            "[saef-1-evaluation]",
+        ],
+        {"round.modes:Modes._tell_of_moves": nothing},
+    ),
+    "looks between forward and backward": Protection(
+        "an evaluation or a save between a forward pass and its backward pass",
+        "autograd alone looks",
+        ["tests/round/test_backward_after_looks.py::test_our_words[save]"],
+        {"round.model_hooks:_LookBack.__call__": nothing},
+    ),
+    "steps past ours": Protection(
+        "training without step(): by the optimizer's own methods, by one that it holds, or by hand",
+        "not looked for",
+        [
+            "tests/round/test_sam.py::test_sam_wrapped_itself_is_told[2]",
+            "tests/round/test_moved_parameters.py::test_training_without_step_is_told_once"
+            "[advance-evaluation-saef]",
+        ],
+        {"optimizer:refuse_steps_past_ours": nothing, "round.unstepped:Unstepped.moved": nothing},
+    ),
     "shutdown": Protection(
         "an optimizer used after hvd.shutdown()",
         "not looked for",
@@ -349,7 +376,7 @@ PROTECTIONS: dict[str, Protection] = {
         "wrappers that are dropped leave nothing",
         "each is kept",
         ["tests/round/test_guard.py::test_wrapping_and_dropping_leaves_no_owner"],
-        {"round.guard:_guards": {}},
+        {"round.modes:_of_parameters": {}},
     ),
 }
 

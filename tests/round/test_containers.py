@@ -63,7 +63,7 @@ class Gan:
         loss.backward()
         self.d.step()
         self.g.zero_grad()
-        sum(-self.discriminator(fake).mean() for fake in fakes).backward()  # type: ignore[union-attr]
+        sum(-self.discriminator(fake).mean() for fake in fakes).backward()
         self.g.step()
 
     def held(self) -> dict[str, bytes]:

@@ -40,7 +40,7 @@ def step_inner(model: torch.nn.Module, optimizer: Any, inner: Any) -> None:
 def by_hand(model: torch.nn.Module, optimizer: Any, inner: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+            parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
 
 
 LOOKS: dict[str, Callable[[torch.nn.Module, Any], Any]] = {
@@ -55,8 +55,8 @@ LOOKS: dict[str, Callable[[torch.nn.Module, Any], Any]] = {
 def wrapped(**options: Any) -> tuple[torch.nn.Module, Any, Any]:
     model = network()
     inner = Advancing(model.parameters(), lr=0.1)
-    options = {"model": model, "server": "replicated"} | options
-    return model, hvd_saef.DistributedOptimizer(inner, model.named_parameters(), **options), inner
+    given: dict[str, Any] = {"model": model, "server": "replicated"} | options
+    return model, hvd_saef.DistributedOptimizer(inner, model.named_parameters(), **given), inner
 
 
 def backward(model: torch.nn.Module, optimizer: Any, step: int = 0) -> None:
@@ -127,7 +127,7 @@ def clamp(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("look", [*LOOKS][:4])
 @pytest.mark.parametrize("local_steps", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"feedback": "ef"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"feedback": "ef"}], ids=["saef", "ef"])
 def test_a_change_between_two_steps_outlives_a_look(
     look: str, local_steps: int, options: dict[str, Any]
 ) -> None:
@@ -241,7 +241,7 @@ def test_ordinary_training_is_not_told_anything() -> None:
                 model.named_parameters(),
                 model=model,
                 server="replicated",
-                **options,  # type: ignore[arg-type]
+                **options,
             )
             for step in range(6):
                 train(model.train(), optimizer, rank, step)
