@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ class SaefMethods:
     """What the returned optimizer has beside the wrapped optimizer's own methods."""
 
     _saef: Session
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an optimizer that hvd_saef.DistributedOptimizer returned can be neither copied nor pickled: it "
+            "belongs to its model's parameters and talks to the other workers. Save optimizer.state_dict(), "
+            "or call hvd_saef.save_checkpoint, and load that into another one. To copy the torch optimizer "
+            "alone, copy the one that was wrapped."
+        )
 
     def synchronize(self) -> None:
         """Horovod's recipe for clipping. The gradients seen after it are this worker's own.
@@ -144,7 +152,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             super().load_state_dict(state_dict)
             inner = self._saef.inner  # torch has replaced these two here
             inner.state, inner.param_groups = self.state, self.param_groups
-            self._saef.origin.restore(ours, self._saef.kept)
+            self._saef.origin.restore(ours, self._saef.kept, bool(state_dict.get("state")))
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             """As torch's. All workers must add the same, between two rounds; its errors start at 0."""

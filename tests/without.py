@@ -342,6 +342,27 @@ PROTECTIONS: dict[str, Protection] = {
         ["tests/checkpoints/test_checkpoint_faults.py::test_files_of_another_run"],
         {"checkpoints.checkpoint:secrets": SimpleNamespace(token_hex=lambda size: "00")},
     ),
+    "partial loads": Protection(
+        "a state loaded into a part of the model while training",
+        "the rest stays stepped ahead, and becomes x",
+        ["tests/round/test_loading.py::test_what_is_not_loaded_stays_at_x[strict=False-3-in a round]"],
+        {"round.model_hooks:ModelHooks.before_load": nothing},
+    ),
+    "plain states": Protection(
+        "a torch optimizer's state loaded while training",
+        "the parameters stay stepped ahead, and become x",
+        ["tests/round/test_loading.py::test_a_plain_optimizers_state_leaves_x[2-in a round-False-train]"],
+        {"round.modes:Modes.let_go": nothing},
+    ),
+    "local steps go on": Protection(
+        "a state saved within a round, resumed on rank 0 alone or with other settings",
+        "its local steps are dropped",
+        [
+            "tests/round/test_changed_settings.py::test_x_tilde_is_kept[saef to ef-(3, 3)]",
+            "tests/round/test_changed_settings.py::test_x_tilde_is_kept[double-way to single-(3, 3)]",
+        ],
+        {"round.loaded:Loaded.updates": lambda loaded, state: []},
+    ),
     "read back": Protection(
         "what would not load is not saved",
         "neither tried nor read back",

@@ -209,6 +209,26 @@ class Modes:
         else:
             self._show_training_point(self.state)
 
+    @torch.no_grad()
+    def let_go(self) -> None:
+        """The parameters will be taken for x: those that are where training left them go to the x there is.
+
+        What someone else has written into a parameter since then stays.
+        """
+        if self.state is None or self.at_x:
+            return
+        self._exchange.wait_until_encoded()
+        written = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
+        for one in self.state.buckets:
+            b = None if self._progress.local_steps_done else self._exchange.start_point(one)
+            for slot in one.bucket.slots:
+                parameter = slot.parameter
+                left = written.get(parameter) == parameter._version
+                if b is not None:  # whoever writes without raising the version is seen, too
+                    left = torch.equal(slot.view(b).to(parameter.dtype), parameter)
+                if left:
+                    parameter.copy_(slot.view(one.x))
+
     def undo_local_steps(self) -> None:
         """Put the parameters back to where the round began."""
         self._progress.undid_steps()

@@ -14,8 +14,9 @@ from torch import Tensor
 from hvd_saef.errors import ConfigurationMismatchError
 from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
-from hvd_saef.memory.state import State, check_shapes, misfit
+from hvd_saef.memory.state import State
 from hvd_saef.round.agreement import check_configuration, check_consensus
+from hvd_saef.round.fitting import VERSION, check_state
 from hvd_saef.round.loaded import Held, Loaded
 from hvd_saef.round.modes import Modes
 from hvd_saef.settings import Settings
@@ -25,11 +26,6 @@ BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
     "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them."
 )
-AS_SAVED = (
-    "wrap with the settings that it was saved with; or take 'hvd_saef' out of the state dict, and x from the "
-    "model's"
-)
-VERSION = 2
 
 
 class Source(enum.Enum):
@@ -218,14 +214,20 @@ class Origin:
             return
         if state.shows_x():  # where a hook had brought the parameters: the training point is kept
             return
+        steps = self._local_steps()
         state.anchor()
         self._modes.begin(state)
         self.settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
         warnings.warn(
             "a state was loaded into the model: the consensus point x is taken from it, and all compression "
-            "errors are cleared. To keep them, load the optimizer's state too.",
+            f"errors are cleared{steps}. To keep them, load the optimizer's state too.",
             stacklevel=4,
         )
+
+    def _local_steps(self) -> str:
+        """Those that go with the errors, in words."""
+        steps = self._progress.local_steps_done
+        return f", with {steps} local step{'s' if steps > 1 else ''} since the last round" if steps else ""
 
     # -- state dicts, local ---------------------------------------------------------------------------
 
@@ -260,41 +262,15 @@ class Origin:
 
     def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
         """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
-        if saved.get("version") != VERSION:
-            raise ValueError(
-                f"the state under 'hvd_saef' is of version {saved.get('version')!r}: {VERSION} is allowed."
-            )
-        for key in ("rank", "workers", "consolidated", "local_steps_done", "reached"):
-            if key not in saved:
-                raise misfit(f"it has no {key!r}")
-        if saved["reached"] is None and saved["local_steps_done"] != 0:
-            raise misfit("it has local steps without the point they reached")
-        if not State.is_in(saved):
-            return
-        if bool(saved.get("x", kept.slots)) != bool(kept.slots):
-            which = "it was saved" if kept.slots else "this optimizer is wrapped"
-            raise misfit(
-                f"{which} with feedback='none' and a dense compressor, where gradients are averaged and no x "
-                f"or errors are kept; {AS_SAVED}"
-            )
-        for name, _, _ in kept.frozen:
-            if name in saved.get("x", ()):
-                raise misfit(f"{name!r} was trained, and is frozen here: set requires_grad before loading")
-        State.check(saved, kept)
-        before = saved.get("settings", {}).get("feedback")
-        if self._settings.feedback == "none" and before != "none" and _has_errors(saved):
-            raise misfit(f"it holds compression errors, which feedback='none' would drop; {AS_SAVED}")
-        if saved["reached"] is not None:
-            check_shapes("the training point", saved["reached"], kept)
-        workers = self._communicator.workers
-        if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
-            raise misfit(
-                f"it was saved by {saved['workers']} workers and is loaded by {workers}, which drops errors; "
-                "call optimizer.consolidate() before saving, or load it on as many workers"
-            )
+        check_state(saved, kept, self._settings, self._communicator.workers)
 
-    def restore(self, saved: Mapping[str, Any] | None, kept: Layout) -> None:
-        """Take what :meth:`check` found fitting; without x in it, x is taken at the next step."""
+    def restore(self, saved: Mapping[str, Any] | None, kept: Layout, resumed: bool) -> None:
+        """Take what :meth:`check` found fitting; without x in it, x is taken at the next step.
+
+        `resumed`: the torch optimizer's part is that of an optimizer that has taken steps.
+        """
+        if saved is None:
+            self._take_plain_state(kept, resumed)
         self.settled = False
         self.whole_server_errors, self._loaded = None, Loaded()
         if saved is None or not State.is_in(saved):
@@ -311,8 +287,17 @@ class Origin:
         self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))
         self._modes.begin(state, self._loaded.points)
 
-
-def _has_errors(saved: Mapping[str, Any]) -> bool:
-    """Whether any error in a state is not zero."""
-    served = (piece["values"] for piece in saved["server_errors"].values())
-    return any(bool(error.any()) for errors in (saved["errors"].values(), served) for error in errors)
+    def _take_plain_state(self, kept: Layout, resumed: bool) -> None:
+        """A state without ours: say what is gone, and leave x in the parameters."""
+        began = self._modes.state is not None
+        if kept.buckets and (began or (resumed and self._communicator.rank == 0)):
+            gone = f"rounds begin at 0, and all compression errors are cleared{self._local_steps()}"
+            warnings.warn(
+                "a state without 'hvd_saef' was loaded into the optimizer: the consensus point x is taken "
+                f"from its parameters, {gone if began else 'rounds and errors begin at 0'}. If it is of an "
+                "optimizer of torch, all is well. If it was one of hvd_saef's, something has dropped the key "
+                "(torch.distributed.checkpoint's get_state_dict does): save optimizer.state_dict() as it is, "
+                "or call hvd_saef.save_checkpoint.",
+                stacklevel=4,
+            )
+        self._modes.let_go()
