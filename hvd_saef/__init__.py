@@ -6,6 +6,7 @@
 """
 
 from hvd_saef import diagnostics
+from hvd_saef.bare import bare_model
 from hvd_saef.batchnorm import recalibrate_batchnorm
 from hvd_saef.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from hvd_saef.compression import Compression, Compressor
@@ -38,6 +39,7 @@ __all__ = [
     "SaefError",
     "StalledExchangeError",
     "WorkerError",
+    "bare_model",
     "common_steps",
     "diagnostics",
     "load_checkpoint",
