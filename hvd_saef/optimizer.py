@@ -19,6 +19,7 @@ from hvd_saef.arguments import (
     name_parameters,
 )
 from hvd_saef.compression import Compression
+from hvd_saef.modules import advise_on_unused_rows, refuse_writing_modules
 from hvd_saef.round.model_hooks import ModelHooks
 from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
@@ -156,6 +157,7 @@ def DistributedOptimizer(
     check_optimizer(optimizer, [name for name in vars(SaefMethods) if not name.startswith("_")])
     choose = compressor_chooser(compression, dense_below)
     names = name_parameters(optimizer, named_parameters)
+    refuse_writing_modules(models, [p for group in optimizer.param_groups for p in group["params"]])
     communicator, included = find_communicator(process_set)
     if not included:  # as with Horovod, a rank outside the process set trains alone
         settings = dataclasses.replace(Settings(feedback="none"), sparse_as_dense=sparse_as_dense)
@@ -178,6 +180,7 @@ def DistributedOptimizer(
         ModelHooks(session.modes, session.origin.parameters_replaced).attach(models)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, models)
+        advise_on_unused_rows(models, session.layout, block_size)
         if not session.averages_gradients:
             advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped
