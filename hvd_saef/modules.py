@@ -22,9 +22,9 @@ def refuse_writing_modules(models: Sequence[nn.Module], parameters: Sequence[Ten
     for name, module in _embeddings(models):
         if module.max_norm is not None and any(module.weight is parameter for parameter in parameters):
             raise ValueError(
-                f"model={name!r} is a {type(module).__name__} with max_norm={module.max_norm!r}, which writes "
+                f"model={name!r} is a {type(module).__name__} with max_norm={module.max_norm!r}, and writes "
                 "to its weight in each forward pass, on every rank to other rows: x would differ between "
-                "ranks. Pass max_norm=None, and scale rows without writing to them, by a parametrization: "
+                "ranks. Pass max_norm=None, and scale rows without writing, by a parametrization: "
                 "docs/horovod.md has one."
             )
 
@@ -51,9 +51,9 @@ def advise_on_unused_rows(models: Sequence[nn.Module], layout: Layout, block_siz
             and _moves_zeros(compressors[weight], size, weight)
         ):
             warnings.warn(
-                f"{names[weight]!r} of {type(module).__name__}({unused}) has rows that get no update, and its "
-                f"blocks of {size} elements are not within rows of {module.embedding_dim}: what is sent gives "
-                "every element of a block ± one scale, so that other rows of the block move these. Pass "
+                f"{names[weight]!r} of {type(module).__name__}({unused}) has rows that get no update, and "
+                f"blocks of {size} elements that are not within rows of {module.embedding_dim}: what is sent "
+                "gives all elements of a block ± one scale, so that other rows of the block move these. Pass "
                 f"block_size={module.embedding_dim}, or a callable as compression that gives "
                 "Compression.topk(ratio) or Compression.none for this parameter.",
                 stacklevel=3,

@@ -353,3 +353,43 @@ def test_consolidated_and_loaded_by_all(compression: Any) -> None:
 
     told = warned(3, fn)
     assert [text for _, text in told if "cleared" in text] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"server": "replicated"},
+        {"server": "sharded"},
+        {"double_compression": False},
+        {"feedback": "ef"},
+        {"local_steps": 2},
+        {"overlap": True},
+    ],
+    ids=str,
+)
+def test_what_is_frozen_while_training_goes_where_its_updates_were_to_take_it(
+    options: dict[str, Any],
+) -> None:
+    """Without gradients: x moves to x̃, which stays, by what had not been sent; it does not stop halfway."""
+
+    def fn(rank: int) -> tuple[float, float, float, float]:
+        run = Thawing(rank, frozen=False, dtype=torch.float64, **options).step(6).thaw(False)
+
+        def x_and_auxiliary() -> tuple[Tensor, Tensor]:
+            with run.optimizer.consensus():
+                x = torch.cat([parameter.detach().flatten() for parameter in run.parameters[2:]])
+            with hvd_saef.diagnostics.auxiliary_point(run.optimizer):
+                return x, torch.cat([parameter.detach().flatten() for parameter in run.parameters[2:]])
+
+        x, auxiliary = x_and_auxiliary()
+        run.step(2)
+        moved = float((x_and_auxiliary()[0] - x).norm())
+        run.step(300)
+        now, stays = x_and_auxiliary()
+        off = float((stays - auxiliary).norm() / auxiliary.norm())
+        return moved, off, float((x - auxiliary).norm()), float((now - auxiliary).norm())
+
+    for moved, off, before, after in together(2, fn):
+        assert moved > 0
+        assert off < 1e-13
+        assert after < 0.05 * before
