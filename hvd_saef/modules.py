@@ -33,7 +33,7 @@ def advise_on_unused_rows(models: Sequence[nn.Module], layout: Layout, block_siz
     """Warn of embeddings with rows that get no update of their own and would be moved by the others'."""
     compressors = {slot.parameter: bucket.compressor for bucket in layout.buckets for slot in bucket.slots}
     names = {slot.parameter: slot.name for slot in layout.slots}
-    holders = Counter(
+    holders: Counter[Tensor] = Counter(
         parameter
         for model in models
         for module in model.modules()

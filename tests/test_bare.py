@@ -44,7 +44,7 @@ def script(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def trace(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.jit.trace(model, INPUTS)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.jit.trace(model, INPUTS)  # type: ignore[no-any-return]
 
 
 def export(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -97,7 +97,8 @@ class MaxNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Rows of at most this norm."""
-        return weight * (self.max_norm / weight.norm(dim=1, keepdim=True).clamp(min=self.max_norm))
+        norms: Tensor = weight.norm(dim=1, keepdim=True)
+        return weight * (self.max_norm / norms.clamp(min=self.max_norm))
 
 
 def test_a_parametrization_does_the_same_without_writing() -> None:
