@@ -36,7 +36,7 @@ from hvd_saef.checkpoints.manifest import (
     write_whole,
 )
 from hvd_saef.checkpoints.redistribution import mean_state, without_errors
-from hvd_saef.errors import CheckpointError
+from hvd_saef.errors import CheckpointError, who_has_what
 from hvd_saef.round.session import Session
 from hvd_saef.transport.communicator import Communicator
 
@@ -122,10 +122,14 @@ def load_checkpoint(
 
     Raises CheckpointError on all ranks, naming file and reason, with model and optimizer as they were.
     """
-    if on_mismatch not in ("error", "redistribute", "reset"):
-        raise ValueError(f"on_mismatch={on_mismatch!r}: 'error', 'redistribute' and 'reset' are allowed.")
     session = _session(optimizer)
     communicator = session.communicator
+    wanted: list[Any] = communicator.allgather_object(on_mismatch)
+    for one in wanted:  # all ranks raise, whoever passed it
+        if one not in ("error", "redistribute", "reset"):
+            raise ValueError(f"on_mismatch={one!r}: 'error', 'redistribute' and 'reset' are allowed.")
+    if len(set(wanted)) > 1:
+        raise CheckpointError(f"on_mismatch is not the same on all ranks: {who_has_what(wanted)}")
     folder = _everyone(communicator, lambda: Path(path))[communicator.rank]
     _everyone(communicator, session.take_in)
     found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})

@@ -241,3 +241,24 @@ def test_bad_arguments(tmp_path: Path) -> None:
             save_checkpoint(tmp_path, job.model, job.inner)
 
     together(1, fn)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        (["error", "reset"], CheckpointError, "on_mismatch is not the same on all ranks: 'error' on rank 0"),
+        (["error", "drop"], ValueError, "on_mismatch='drop': 'error', 'redistribute' and 'reset'"),
+    ],
+)
+def test_ranks_that_ask_for_different_things(
+    values: list[Any], kind: type[Exception], words: str, tmp_path: Path
+) -> None:
+    """All are told, where some went on into a collective without the others."""
+    together(3, lambda rank: Job(rank).step(1).save(tmp_path) and None)
+
+    def fn(rank: int) -> None:
+        Job(rank).load(tmp_path, on_mismatch=values[rank])
+
+    for failure in caught(2, fn):
+        assert isinstance(failure, kind), repr(failure)
+        assert words in str(failure)
