@@ -10,29 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hvd_saef.memory.layout import Layout
+from hvd_saef.memory.layout import Layout, Slot
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.exchange import Exchange
-from hvd_saef.round.unstepped import GradientWatch, Unstepped
-
-NO_STEP = (
-    "parameter {name!r} moved after it got its gradient, but step() of what hvd_saef.DistributedOptimizer "
-    "returned was not called: nothing was exchanged, and every rank trains alone. Call its step(). Where "
-    "methods of your optimizer's own take the step (SAM's, say), wrap the optimizer that they call: "
-    "docs/horovod.md. If weights were only loaded or drawn anew, all is well."
-)
-MOVED = (
-    "parameter {name!r} was changed outside of step() since the round began. The change is kept, and enters "
-    "the next update like a part of a local step, so that x follows it only roughly. Other weights to "
-    "evaluate (a moving average, say) belong into `with optimizer.consensus():`."
-)
-MOVED_AT_X = (
-    "parameters were changed while they were at the consensus point x, where an evaluation, a state_dict() "
-    "or optimizer.eval() had brought them. The change is dropped, since training goes on from where it was. "
-    "Call optimizer.train() before it; or, if it is to be the new x, optimizer.reanchor() after it, on all "
-    "ranks."
-)
+from hvd_saef.round.unstepped import MOVED, MOVED_AT_X, NO_STEP, GradientWatch, Unstepped
 
 
 class Modes:
@@ -218,16 +200,15 @@ class Modes:
         if self.state is None or self.at_x:
             return
         self._exchange.wait_until_encoded()
-        written = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
-        for one in self.state.buckets:
-            b = None if self._progress.local_steps_done else self._exchange.start_point(one)
-            for slot in one.bucket.slots:
-                parameter = slot.parameter
-                left = written.get(parameter) == parameter._version
-                if b is not None:  # whoever writes without raising the version is seen, too
-                    left = torch.equal(slot.view(b).to(parameter.dtype), parameter)
-                if left:
-                    parameter.copy_(slot.view(one.x))
+        if self._progress.local_steps_done:
+            noted = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
+            written = [p for p in self._parameters(self.state) if noted.get(p) != p._version]
+        else:  # whoever writes without raising the version is seen, too
+            written = [slot.parameter for slot in self._elsewhere(self.state)]
+        stays = [(parameter, parameter.clone()) for parameter in written]
+        self.state.show_x()
+        for parameter, value in stays:
+            parameter.copy_(value)
 
     def undo_local_steps(self) -> None:
         """Put the parameters back to where the round began."""
@@ -301,12 +282,15 @@ class Modes:
 
     def _moved(self, state: State) -> str | None:
         """The name of the first parameter that is not at b."""
-        for bucket_state in state.buckets:
-            b = self._exchange.start_point(bucket_state)
-            for slot in bucket_state.bucket.slots:
+        return next((slot.name for slot in self._elsewhere(state)), None)
+
+    def _elsewhere(self, state: State) -> Iterator[Slot]:
+        """The parameters that are not at b."""
+        for one in state.buckets:
+            b = self._exchange.start_point(one)
+            for slot in one.bucket.slots:
                 if not torch.equal(slot.view(b).to(slot.parameter.dtype), slot.parameter):
-                    return slot.name
-        return None
+                    yield slot
 
     def _tell(self, message: str, name: str = "") -> None:
         if message not in self._told:

@@ -1,4 +1,7 @@
-"""Gradients as they come; and parameters that move with them though step() is never called. Local."""
+"""Gradients as they come; parameters that move with them though step() is never called; words for moves.
+
+Local.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,24 @@ from torch import Tensor
 
 from hvd_saef.memory.layout import Layout, Slot
 from hvd_saef.round.partial_steps import remove_hooks
+
+NO_STEP = (
+    "parameter {name!r} moved after it got its gradient, but step() of what hvd_saef.DistributedOptimizer "
+    "returned was not called: nothing was exchanged, and every rank trains alone. Call its step(). Where "
+    "methods of your optimizer's own take the step (SAM's, say), wrap the optimizer that they call: "
+    "docs/horovod.md. If weights were only loaded or drawn anew, all is well."
+)
+MOVED = (
+    "parameter {name!r} was changed outside of step() since the round began. The change is kept, and enters "
+    "the next update like a part of a local step, so that x follows it only roughly. Other weights to "
+    "evaluate (a moving average, say) belong into `with optimizer.consensus():`."
+)
+MOVED_AT_X = (
+    "parameters were changed while they were at the consensus point x, where an evaluation, a state_dict() "
+    "or optimizer.eval() had brought them. The change is dropped, since training goes on from where it was. "
+    "Call optimizer.train() before it; or, if it is to be the new x, optimizer.reanchor() after it, on all "
+    "ranks."
+)
 
 
 class GradientWatch:
