@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError, who_has_what
 from hvd_saef.memory.layout import Layout
+from hvd_saef.transport.background import denormals
 from hvd_saef.transport.communicator import Communicator, bytes_of
 
 
@@ -54,9 +55,11 @@ def raise_failure(communicator: Communicator, failure: Exception | None) -> NoRe
 
 def check_configuration(communicator: Communicator, layout: Layout) -> None:
     """Raise ConfigurationMismatchError on all workers if settings or parameters differ. Collective."""
-    if len(set(communicator.allgather_object(layout.digest))) == 1:
+    mode = denormals()
+    if len(set(communicator.allgather_object((layout.digest, mode)))) == 1:
         return
-    everyone = communicator.allgather_object(layout.description)
+    settings = layout.description["settings"] | {"torch.set_flush_denormal": mode}
+    everyone = communicator.allgather_object(layout.description | {"settings": settings})
     flattened = [_flatten(description) for description in everyone]
     keys = {key: None for items in flattened for key in items}
     # What all have and one has otherwise says more than what one has not.

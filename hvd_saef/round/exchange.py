@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ from hvd_saef.round.averaging import average_errors, averages_next
 from hvd_saef.round.node_means import NodeMeans
 from hvd_saef.round.statistics import Statistics, ring_bytes
 from hvd_saef.settings import Settings
+from hvd_saef.transport.background import Background
 from hvd_saef.transport.communicator import Channel, Communicator
 
 P = ParamSpec("P")
@@ -83,7 +84,7 @@ class Exchange:
         self.means = NodeMeans(communicator, statistics)
         self._idle = [Buffers() for _ in range(AT_A_TIME)]
         self._under_way: deque[Trip] = deque()
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"hvd_saef encoding {communicator.rank}")
+        self._aside = Background(f"hvd_saef encoding {communicator.rank}")
         """Waits for no other worker, so that this one may wait for it at any time."""
 
     @property

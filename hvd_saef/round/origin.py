@@ -20,6 +20,7 @@ from hvd_saef.round.fitting import VERSION, check_state
 from hvd_saef.round.loaded import Held, Loaded
 from hvd_saef.round.modes import Modes
 from hvd_saef.settings import Settings
+from hvd_saef.transport.background import flushes_denormals
 from hvd_saef.transport.communicator import Communicator
 
 BROADCAST_ADVICE = (
@@ -59,6 +60,7 @@ class Origin:
     def __init__(
         self, communicator: Communicator, settings: Settings, modes: Modes, progress: Progress
     ) -> None:
+        self._flushed = False
         self.settled = False
         """Whether all workers agreed, since the last wrapping, loading or growing here."""
         self.whole_server_errors: dict[str, Any] | None = None
@@ -113,6 +115,12 @@ class Origin:
 
     def _settle(self) -> None:
         self.settled, self._source, self._loaded = True, Source.KEPT, Loaded()
+        self._flushed = flushes_denormals()
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all workers agreed, and this thread's arithmetic is what it was then."""
+        return self.settled and self._flushed == flushes_denormals()
 
     def _broadcast_parameters(self, layout: Layout, root: int) -> None:
         for slot in layout.slots:

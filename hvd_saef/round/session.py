@@ -173,7 +173,7 @@ class Session:
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
         self.check_process()
-        if not self.origin.settled:
+        if not self.origin.agreed:
             word |= Word.ANCHOR
         if self.overlap and self.overlap.under_way:
             word |= Word.UNDER_WAY

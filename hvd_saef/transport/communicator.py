@@ -10,13 +10,15 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from hvd_saef.transport.background import Background
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,8 +115,7 @@ class Communicator(abc.ABC):
     def background(self, channel: Channel) -> Executor:
         """The channel's own thread, which does what it is given in order, while this one computes."""
         if channel not in self._threads:
-            name = f"hvd_saef {channel.name} {self.rank}"
-            self._threads[channel] = ThreadPoolExecutor(1, thread_name_prefix=name)
+            self._threads[channel] = Background(f"hvd_saef {channel.name} {self.rank}")
         return self._threads[channel]
 
     @cached_property
