@@ -47,6 +47,8 @@ class Loaded:
     """The training point, a tensor a parameter, unless it is b."""
     server_errors: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    """The parameters that were there when it was saved."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], kept: Layout, own: bool, serves: bool) -> Loaded:
@@ -64,7 +66,7 @@ class Loaded:
             count=None if saved["consolidated"] else saved.get("count"),
         )
         points = None if reached is None else [reached[slot.name] for slot in kept.slots]
-        return cls(held, points, pieces, settings)
+        return cls(held, points, pieces, settings, frozenset(saved["x"]))
 
     @torch.no_grad()
     def updates(self, state: State) -> list[Tensor]:
@@ -132,7 +134,10 @@ class Loaded:
             begin = one.parts[one.mine].start if one.s is not None else 0
             s = torch.full_like(one.e if one.s is None else one.s, torch.nan)
             for slot in one.bucket.slots:  # one at a time: together they are as large as the model
-                for piece in communicator.allgather_object(self.server_errors.get(slot.name)):
+                mine = self.server_errors.get(slot.name)
+                nothing = {"start": 0, "values": s.new_zeros(slot.parameter.numel())}
+                joined = slot.name not in self.names  # since then
+                for piece in [nothing] if joined else communicator.allgather_object(mine):
                     place_stretches(one.bucket, {} if piece is None else {slot.name: piece}, s, begin)
             whole = whole and not bool(s.isnan().any())
             collected.append(s)

@@ -207,3 +207,54 @@ def test_local_steps_go_on_with_other_workers(options: dict[str, Any], workers: 
     assert found[0]["local_steps_done"] == 0
     for mine, wanted in zip(auxiliary(found), expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:only rank 0 was loaded")
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize(("before", "after"), CHANGES.values(), ids=CHANGES)
+def test_rank_0_alone_under_other_settings(before: dict[str, Any], after: dict[str, Any], more: int) -> None:
+    """Saved after consolidate(), at a round's start or some local steps later: x̃ of rank 0 is everyone's."""
+
+    def save(rank: int) -> Any:
+        run = fresh(rank, 3, **before).step(4)
+        run.optimizer.consolidate()
+        return saved(run.step(more).optimizer.state_dict())
+
+    state = together(3, save)[0]
+    expected = auxiliary([state["hvd_saef"]])
+
+    def fn(rank: int) -> list[Any]:
+        run = fresh(rank, 1, **after)
+        if rank == 0:
+            run.optimizer.load_state_dict(copy.deepcopy(state))
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        return [run.step(1).optimizer.state_dict()["hvd_saef"] for _ in range(3)]
+
+    for when in zip(*together(3, fn), strict=True):
+        for found, wanted in zip(auxiliary(list(when)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["double-way to single", "blocks", "replicated to sharded", "saef to ef"])
+def test_parameters_added_before_the_first_step(change: str) -> None:
+    """What joins between loading and the first step has no errors, and costs the others none."""
+    before, after = CHANGES[change]
+    states = together(3, lambda rank: saved(fresh(rank, 1, **before).step(4).optimizer.state_dict()))
+    expected = auxiliary([state["hvd_saef"] for state in states])
+
+    def fn(rank: int) -> Any:
+        run = fresh(rank, 1, **after)
+        run.optimizer.load_state_dict(copy.deepcopy(states[rank]))
+        late = nn.Parameter(torch.full((6,), 2.0, dtype=torch.float64))
+        run.optimizer.add_param_group({"params": [late]})
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        return run.step(1).optimizer.state_dict()["hvd_saef"]
+
+    seen: list[Any] = []
+    told = warned(3, lambda rank: seen.append(fn(rank)))
+    assert not [text for _, text in told if "hold" in text], told
+    seen.sort(key=lambda found: found["rank"])
+    found = auxiliary(seen)
+    assert len(found) == len(expected) + 1
+    for mine, wanted in zip(found, expected, strict=False):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
