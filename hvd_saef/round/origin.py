@@ -131,8 +131,12 @@ class Origin:
         return State(kept, self._settings, communicator.worker, communicator.workers, self._progress)
 
     def _take_parameters(self, kept: Layout) -> None:
-        state = self._modes.state or self._new_state(kept)
+        self._anchor(self._modes.state or self._new_state(kept))
+
+    def _anchor(self, state: State) -> None:
+        """Take x from the parameters here, and clear the errors: what was known of them is over too."""
         state.anchor()
+        self.whole_server_errors = None
         self._modes.begin(state)
 
     def _go_on_as_loaded(self, everyone: list[Standing]) -> None:
@@ -142,6 +146,8 @@ class Origin:
                 f"workers loaded states of different steps: (rounds, local steps) are {steps}, by rank. "
                 "Load the same checkpoint everywhere."
             )
+        if not all(standing.consolidated for standing in everyone):
+            self.whole_server_errors = None
         state = self._modes.state
         if state and state.buckets:
             begins, lost = self._loaded.go_on(self._communicator, state, [one.held for one in everyone])
@@ -160,6 +166,8 @@ class Origin:
         state = self._modes.state or self._new_state(kept)
         self._progress.restored(standing.rounds)
         held, mine = standing.held, self._communicator.rank == root
+        if not mine:
+            self.whole_server_errors = None
         updates = self._loaded.updates(state) if mine else []
         for i, bucket in enumerate(state.buckets):
             self._communicator.broadcast(bucket.x, root)
@@ -224,8 +232,7 @@ class Origin:
         if state.shows_x():  # where a hook had brought the parameters: the training point is kept
             return
         steps = self._local_steps()
-        state.anchor()
-        self._modes.begin(state)
+        self._anchor(state)
         self.settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
         warnings.warn(
             "a state was loaded into the model: the consensus point x is taken from it, and all compression "

@@ -40,13 +40,10 @@ MOST = 6
 """Steps of a program, at most."""
 NOT_YET = frozenset(
     {
-        "models loaded",
-        "checkpoints without model=",
         "collectives under way",
         "overlap after a change",
         "rates under way",
         "several overlap",
-        "several optimizers",
     }
 )
 """What is known not to work, and is not drawn."""

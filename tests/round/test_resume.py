@@ -234,3 +234,36 @@ def test_local_steps_of_rank_0_are_kept_and_the_others_told_of(
         assert ("the workers' errors" in told[0]) is not consolidated
     else:  # what consolidate() gave and everyone loads is everyone's, by its word
         assert not told
+
+
+@pytest.mark.parametrize("server", ["replicated", "sharded"])
+def test_what_consolidate_knew_is_forgotten_where_errors_are_cleared(server: Any) -> None:
+    """A state saved after consolidate() and reanchor() holds no error; it held the whole of the old s."""
+
+    def fn(rank: int) -> None:
+        run = Run(rank, server=server).step(2)
+        run.optimizer.consolidate()
+        assert any(piece["values"].any() for piece in run.ours("server_errors").values())
+        run.optimizer.reanchor()
+        assert not run.ours("consolidated")
+        assert not any(piece["values"].any() for piece in run.ours("server_errors").values())
+
+    together(2, fn)
+
+
+def test_only_who_was_loaded_stays_consolidated() -> None:
+    """The others have the s that was consolidated there, not the one that they knew themselves."""
+
+    def fn(rank: int) -> None:
+        run = Run(rank, server="replicated").step(2)
+        run.optimizer.consolidate()
+        earlier = saved(run.optimizer.state_dict())
+        run.step()
+        run.optimizer.consolidate()
+        if rank == 0:
+            run.optimizer.load_state_dict(earlier)
+        run.optimizer.flush()  # agrees, and completes nothing
+        for name, piece in run.ours("server_errors").items():
+            assert torch.equal(piece["values"], earlier["hvd_saef"]["server_errors"][name]["values"])
+
+    together(2, fn)
