@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -304,6 +305,8 @@ class Clamp(Action):
             for seat in reference.seats(rank):
                 there = [name for name in of_layers(("first", "second")) if name in seat.names]
                 seat.moved_by_hand({n: np.clip(seat.point[n], -self.most, self.most) for n in there})
+                if reference.options.averages_gradients:
+                    seat.x = copy.deepcopy(seat.point)
 
 
 @dataclass(frozen=True, repr=False)

@@ -48,9 +48,13 @@ class Collective(Action):
 
 def _consolidate(options: Options, part: Part) -> None:
     if not options.averages_gradients:
+        # What was written by hand stays: as part of the next update it brings x~ to the same place.
+        moved = [seat for seat in part.seats if not same(seat.point, part.start(seat))]
         part.average_errors()
         for seat in part.seats:
-            seat.point, seat.consolidated = part.start(seat), True
+            seat.consolidated = True
+            if not any(seat is one for one in moved):
+                seat.point = part.start(seat)
     for moments in ("m", "v"):
         of_seats = [getattr(seat.steps, moments) for seat in part.seats]
         for i in sorted({i for one in of_seats for i in one}):
@@ -60,6 +64,11 @@ def _consolidate(options: Options, part: Part) -> None:
             for one in of_seats:
                 if i in one:
                     one[i] = mean.copy()
+
+
+def same(one: Vec, other: Vec) -> bool:
+    """Whether these are the same numbers."""
+    return all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def _reanchor(reference: Reference, number: int, part: Part) -> None:
@@ -142,12 +151,10 @@ def load_model(reference: Reference, rank: int, values: Vec) -> None:
     """A whole model's state on one rank: what x is from now on, unless it was that before."""
     for seat in reference.seats(rank):
         mine = {name: values[name].copy() for name in seat.names}
-        if all(np.array_equal(mine[name], seat.x[name]) for name in seat.names):
-            seat.mode = "either" if seat.mode == "visit" else seat.mode
-            continue
-        seat.x, seat.source = mine, "parameters"
-        seat.mode = "either" if seat.mode == "visit" else seat.mode
-        seat.clear()
+        seat.mode = "eval" if seat.mode == "eval" else "either"  # hooks may bring it to x to load it
+        if not same(mine, seat.x):
+            seat.x, seat.source = mine, "parameters"
+            seat.clear()
     for name in NAMES:
         if not any(name in seat.names for seat in reference.seats(rank)):
             reference.raw[rank][name] = values[name].copy()
