@@ -16,7 +16,10 @@ from hvd_saef.settings import Settings
 from tests.mpi.launch import ROOT
 
 PAGES = (
-    *(ROOT / name for name in ("README.md", "launch/README.md", "benchmarks/paper/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "benchmarks/paper/README.md")
+    ),
     *sorted((ROOT / "docs").glob("*.md")),
 )
 MOST_BYTES = 60_000
@@ -67,3 +70,17 @@ def test_a_page_shows_one_small_picture_and_no_other_is_kept() -> None:
     assert all(path.stat().st_size < MOST_BYTES for path in of_pages)
     folders = (ROOT / "docs", ROOT / "benchmarks" / "results", RESULTS)
     assert {path for folder in folders for path in folder.rglob("*.png")} == of_pages
+
+
+def test_what_contributing_names_is_there() -> None:
+    """Files by their names, and functions and classes that stand next to a file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tracked = [path for folder in ("hvd_saef", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
+    files = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text))
+    assert len(files) > 15
+    assert [file for file in files if not any(str(path).endswith(f"/{file}") for path in tracked)] == []
+    named = re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)` in `([a-z_/]+\.py)`", text)
+    assert len(named) > 4
+    for name, file in named:
+        source = (ROOT / "hvd_saef" / file).read_text()
+        assert all(re.search(rf"(?:def|class) {part}\b", source) for part in name.split(".")), (name, file)
