@@ -134,11 +134,13 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
         def state_dict(self) -> dict[str, Any]:
             """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own.
 
-            NumPy's numbers (a learning rate, say) become Python's, so that torch.load takes it as it is.
+            NumPy's numbers in the groups (a learning rate, say) become Python's, so that torch.load takes it.
             """
             self._saef.take_in()
             self._saef.exchange.wait_until_encoded()
-            state_dict: dict[str, Any] = python_numbers(super().state_dict())
+            state_dict: dict[str, Any] = super().state_dict()
+            # Not its "state", whose dicts are the optimizer's own: Horovod's broadcast writes into them.
+            state_dict["param_groups"] = python_numbers(state_dict["param_groups"])
             return state_dict | {"hvd_saef": self._saef.origin.export()}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -150,6 +150,8 @@ def test_state_dicts_load_whatever_numpy_numbers_the_optimizer_holds() -> None:
         group = saved(run.optimizer.state_dict())["param_groups"][0]
         assert repr(group["betas"]) == "(0.9, 0.5)"
         assert repr(group[f"mine {rank}"]) == "{'deep': [3]}"
+        held = [id(one) for one in run.optimizer.state_dict()["state"].values()]
+        assert held == [id(one) for one in run.inner.state.values()]  # Horovod's broadcast writes into them
 
     together(2, fn)
 
