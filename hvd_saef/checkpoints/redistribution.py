@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,8 +61,13 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
 
 def _take_up_local_steps(ours: dict[str, Any]) -> None:
     """What local steps since the last round did, b - y, becomes a part of the errors."""
-    for name, y in (ours.get("reached") or {}).items():
-        x, e, settings = ours["x"][name], ours["errors"][name], ours["settings"]
+    points: dict[str, Tensor] = ours.get("reached") or {}
+    if points and "settings" not in ours:  # files of 0.1.0 do not say where the steps began
+        warnings.warn("local steps since the last round are dropped: the files are of 0.1.0", stacklevel=2)
+        return
+    for name, y in points.items():
+        settings: dict[str, float] = ours["settings"]
+        x, e = ours["x"][name], ours["errors"][name]
         s = torch.zeros_like(x)
         if settings["beta"]:  # the server is replicated: all of s is here, in the order of x's memory
             s.as_strided((x.numel(),), (1,)).copy_(ours["server_errors"][name]["values"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef import CheckpointError, Compression, load_checkpoint, save_checkpoint
+from hvd_saef.checkpoints.redistribution import mean_state
 from tests.workers import NO_MODEL, Run, bits, caught, saved, together, warned
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL, "ignore:the largest block")
@@ -258,3 +259,21 @@ def test_parameters_added_before_the_first_step(change: str) -> None:
     assert len(found) == len(expected) + 1
     for mine, wanted in zip(found, expected, strict=False):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_state_that_does_not_say_its_settings() -> None:
+    """As earlier versions wrote them: taken as saved under the settings there are; to the bit if so."""
+
+    def fn(rank: int) -> None:
+        run = fresh(rank, 3, server="replicated").step(4)
+        state = saved(run.optimizer.state_dict())
+        del state["hvd_saef"]["settings"]
+        again = fresh(rank, 3, server="replicated")
+        again.optimizer.load_state_dict(copy.deepcopy(state))
+        again.taken = 4
+        assert bits(again.step(4).optimizer.state_dict()) == bits(run.step(4).optimizer.state_dict())
+        with pytest.warns(UserWarning, match="local steps since the last round are dropped"):
+            merged = mean_state(iter([copy.deepcopy(state)]), 2)
+        assert bits(merged["hvd_saef"]["errors"]) == bits(state["hvd_saef"]["errors"])
+
+    together(1, fn)
