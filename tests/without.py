@@ -159,6 +159,24 @@ PROTECTIONS: dict[str, Protection] = {
         job("test_a_rank_that_ends_early_is_told_at_once", 2, 4),
         {"transport.ending:Ending._say_goodbye": nothing},
     ),
+    "random": Protection(
+        "a compressor that draws random numbers of its own",
+        "nothing is tried before training",
+        ["tests/compression/test_random.py::test_what_draws_by_itself_is_found"],
+        {"round.session:check_compressors": nothing},
+    ),
+    "denormals": Protection(
+        "a rank that flushes denormal numbers while others do not",
+        "ranks do not agree on it",
+        ["tests/transport/test_background.py::test_ranks_that_differ_are_named_at_the_first_step"],
+        {"round.agreement:denormals": nothing},
+    ),
+    "max_norm": Protection(
+        "an embedding that writes to its weight in its forward pass",
+        "it is taken",
+        ["tests/test_modules.py::test_max_norm_is_refused"],
+        {"optimizer:refuse_writing_modules": nothing},
+    ),
     "end": Protection(
         "a rank within a collective while another shuts Horovod down",
         "MPI ends under it",
