@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+LONGEST = 300.0
+"""Seconds that the end is put off at most: who shuts Horovod down within a step waits for itself."""
 SHUT_DOWN = "Horovod was shut down: step() comes before hvd.shutdown()."
 
 
@@ -53,7 +55,7 @@ class Ending:
 
     def _before_mpi_ends(self, *_: Any) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._users == 0)
+            self._changed.wait_for(lambda: self._users == 0, LONGEST)
             self._over = True
         self._say_goodbye()
 
