@@ -7,8 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from hvd_saef.round.model_hooks import ModelHooks
-from hvd_saef.round.modes import at_consensus
+from hvd_saef.round.model_hooks import ModelHooks, at_consensus
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_saef.round.modes import at_consensus
+from hvd_saef.round.model_hooks import at_consensus
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 
@@ -23,10 +23,9 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: 
     and the same on all workers: the mean of the workers' means, and the mean of their variances plus
     the variance of their means. Batches count equally, within a worker and between workers.
 
-    `model` must have been given to `hvd_saef.DistributedOptimizer` as `model=`, or be at x already
-    (within `optimizer.consensus()`). `loader` gives this worker's batches: inputs, or tuples and lists
-    that begin with inputs, on the model's device; each rank may have its own number. Collective over
-    `process_set` (None: all ranks).
+    All optimizers that have parameters of `model` hold theirs at x meanwhile. `loader` gives this worker's
+    batches: inputs, or tuples and lists that begin with inputs, on the model's device; each rank may have its
+    own number. Collective over `process_set` (None: all ranks).
     """
     communicator, included = find_communicator(process_set)
     layers: list[Any] = [layer for layer in model.modules() if _has_statistics(layer)]

@@ -304,6 +304,15 @@ PROTECTIONS: dict[str, Protection] = {
         ["tests/round/test_backward_after_looks.py::test_our_words[save]"],
         {"round.model_hooks:_LookBack.__call__": nothing},
     ),
+    "changes while an update is under way": Protection(
+        "a parameter changed between backward and step() with overlap=True",
+        "not looked for",
+        [
+            "tests/round/test_moved_parameters.py::test_a_change_before_step_with_overlap_is_told[1-who1]",
+            "tests/round/test_sam.py::test_with_overlap_it_is_refused[by_hand-2]",
+        ],
+        {"round.unstepped:EarlySteps.check": nothing},
+    ),
     "steps past ours": Protection(
         "training without step(): by the optimizer's own methods, by one that it holds, or by hand",
         "not looked for",

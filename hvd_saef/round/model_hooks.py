@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hvd_saef.round.modes import Modes
+from hvd_saef.round.modes import Modes, owners
 
 MOVED_SINCE = (
     "the parameters were moved between a forward pass and its backward pass, which needs them as they were "
@@ -147,3 +148,18 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
     elif is_dataclass(output):
         yield from _tensors(vars(output))
+
+
+@contextmanager
+def at_consensus(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hold all parameters of all optimizers that have any of these at x."""
+    held = owners(parameters)
+    evaluating = [modes.evaluating for modes in held]
+    for modes in held:
+        modes.eval()
+    try:
+        yield
+    finally:
+        for modes, stays in zip(held, evaluating, strict=True):
+            if not stays:
+                modes.train()

@@ -10,11 +10,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hvd_saef.memory.layout import Layout, Slot
+from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.exchange import Exchange
-from hvd_saef.round.unstepped import MOVED, MOVED_AT_X, NO_STEP, GradientWatch, Unstepped
+from hvd_saef.round.unstepped import (
+    MOVED,
+    MOVED_AT_X,
+    NO_STEP,
+    EarlySteps,
+    GradientWatch,
+    Unstepped,
+    elsewhere,
+)
 
 
 class Modes:
@@ -42,6 +50,7 @@ class Modes:
         self.journeys = 0
         """How often the parameters were written to go to x, or back."""
         self._unstepped: Unstepped | None = None
+        self._early = EarlySteps()
         self._noted: list[int] | None = None
         """The parameters' versions when they were last where they belong."""
         self._told: set[str] = set()
@@ -93,8 +102,19 @@ class Modes:
     def before_step(self) -> None:
         """Bring the parameters to the training point. Raises RuntimeError after eval()."""
         self.go_on("step() after eval()")
+        self._exchange.wait_until_encoded()
+        self._early.check(self.journeys)
         if MOVED not in self._told and self._noted != self._versions():
             self._tell_of_moves()
+
+    def after_step(self) -> None:
+        """A step went well."""
+        self._early.forget()
+        self.note()
+
+    def took_early(self, parameters: Iterable[Tensor]) -> None:
+        """These have taken their local step during backward. From whatever thread."""
+        self._early.took(parameters, self.journeys)
 
     def go_on(self, what: str) -> None:
         """Bring the parameters to the training point. Raises RuntimeError, naming `what`, after eval()."""
@@ -204,7 +224,7 @@ class Modes:
             noted = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
             written = [p for p in self._parameters(self.state) if noted.get(p) != p._version]
         else:  # whoever writes without raising the version is seen, too
-            written = [slot.parameter for slot in self._elsewhere(self.state)]
+            written = [slot.parameter for slot in elsewhere(self._exchange, self.state)]
         stays = [(parameter, parameter.clone()) for parameter in written]
         self.state.show_x()
         for parameter, value in stays:
@@ -282,15 +302,7 @@ class Modes:
 
     def _moved(self, state: State) -> str | None:
         """The name of the first parameter that is not at b."""
-        return next((slot.name for slot in self._elsewhere(state)), None)
-
-    def _elsewhere(self, state: State) -> Iterator[Slot]:
-        """The parameters that are not at b."""
-        for one in state.buckets:
-            b = self._exchange.start_point(one)
-            for slot in one.bucket.slots:
-                if not torch.equal(slot.view(b).to(slot.parameter.dtype), slot.parameter):
-                    yield slot
+        return next((slot.name for slot in elsewhere(self._exchange, state)), None)
 
     def _tell(self, message: str, name: str = "") -> None:
         if message not in self._told:
@@ -309,17 +321,7 @@ class Modes:
 _of_parameters: weakref.WeakValueDictionary[int, Modes] = weakref.WeakValueDictionary()
 
 
-@contextmanager
-def at_consensus(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Hold all parameters of all optimizers that have any of these at x."""
+def owners(parameters: Iterable[Tensor]) -> list[Modes]:
+    """Those of all optimizers that have any of these parameters."""
     found = (_of_parameters.get(id(parameter)) for parameter in parameters)
-    held = {id(modes): modes for modes in found if modes is not None}.values()
-    evaluating = [modes.evaluating for modes in held]
-    for modes in held:
-        modes.eval()
-    try:
-        yield
-    finally:
-        for modes, stays in zip(held, evaluating, strict=True):
-            if not stays:
-                modes.train()
+    return list({id(modes): modes for modes in found if modes is not None}.values())

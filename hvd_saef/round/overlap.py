@@ -222,6 +222,7 @@ class Overlap:
                 return
             with self._exchange.statistics.phase("local_step"):
                 step()
+            self._modes.took_early(parameters)
             armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
         except Exception as failure:
             armed.failure = failure

@@ -153,7 +153,7 @@ class Session:
         self.progress.took_step()
         if self.progress.local_steps_done >= self.settings.local_steps:
             self._complete_round()
-        self.modes.note()
+        self.modes.after_step()
         if self.overlap and self.progress.local_steps_done == self.settings.local_steps - 1:
             self.overlap.arm(local_step, self.settings.backward_passes_per_step)
         return loss

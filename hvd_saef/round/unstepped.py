@@ -6,13 +6,15 @@ Local.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_saef.memory.layout import Layout, Slot
+from hvd_saef.memory.state import State
+from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.partial_steps import remove_hooks
 
 NO_STEP = (
@@ -100,3 +102,38 @@ class Unstepped:
             if self._versions.get(slot.parameter, torch.inf) < slot.parameter._version:
                 return slot.name
         return None
+
+
+class EarlySteps:
+    """Where parameters are that took their local step during backward, and have been sent from there."""
+
+    def __init__(self) -> None:
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
+
+    def took(self, parameters: Iterable[Tensor], journeys: int) -> None:
+        """These took it, after so many journeys to x or back, which move them and bring them back."""
+        self._places |= {p: (p.data_ptr(), p._version, journeys) for p in parameters}
+
+    def forget(self) -> None:
+        """The step is over."""
+        self._places = {}
+
+    def check(self, journeys: int) -> None:
+        """Raise RuntimeError if somebody moved one since then; and forget them all."""
+        places, self._places = self._places, {}
+        for parameter, (memory, version, then) in places.items():
+            if parameter.data_ptr() != memory or (journeys == then and parameter._version != version):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} was changed between backward and step() "
+                    "(by a clamp, or by SAM, say), but overlap=True had sent its update already: pass "
+                    "overlap=False."
+                )
+
+
+def elsewhere(exchange: Exchange, state: State) -> Iterator[Slot]:
+    """The parameters that are not at b."""
+    for one in state.buckets:
+        b = exchange.start_point(one)
+        for slot in one.bucket.slots:
+            if not torch.equal(slot.view(b).to(slot.parameter.dtype), slot.parameter):
+                yield slot

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hvd_saef
-from tests.workers import batch, bits, network, sgd, together, train, warned
+from hvd_saef import WorkerError
+from tests.workers import batch, bits, caught, network, sgd, together, train, warned
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -147,6 +148,26 @@ def test_a_change_between_two_steps_outlives_a_look(
     if local_steps == 1:  # between local steps nobody can know
         assert [text for _, text in warned(2, lambda rank: fn(rank, True)) if MOVED in text][2:] == []
         assert sorted(r for r, text in warned(2, lambda rank: fn(rank, False)) if MOVED in text) == [0, 1]
+
+
+@pytest.mark.parametrize("who", [{0, 1}, {1}])
+@pytest.mark.parametrize("local_steps", [1, 2])
+def test_a_change_before_step_with_overlap_is_told(local_steps: int, who: set[int]) -> None:
+    """The update was sent without it."""
+
+    def fn(rank: int) -> None:
+        model, optimizer, _ = wrapped(overlap=True, local_steps=local_steps)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(batch(rank, step)).square().mean().backward()
+            if rank in who and step:
+                clamp(model)
+            optimizer.step()
+
+    for rank, error in enumerate(caught(2, fn)):
+        assert isinstance(error, WorkerError) is (rank not in who)
+        assert "changed between backward and step()" in str(error)
+        assert "overlap=False" in str(error)
 
 
 def test_a_change_between_two_steps_is_saved_and_loaded() -> None:

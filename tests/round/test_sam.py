@@ -163,6 +163,23 @@ def test_the_recipe_with_compression_warns_of_nothing(form: Callable[[Case, int]
     assert {k: v for k, v in first.items() if k < "/1"} == {k: v for k, v in second.items() if k < "/1"}
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_with_overlap_it_is_refused(form: Callable[[Case, int], None], passes: int) -> None:
+    """Its second_step() moves what the first bucket's update has been sent of."""
+
+    def fn(rank: int) -> None:
+        options = {"overlap": True, "backward_passes_per_step": passes}
+        case = Case(rank, lambda inner, model: ours(inner, model, **options))
+        for step in range(STEPS):
+            form(case, step)
+
+    for error in caught(2, fn):
+        assert "overlap=True" in str(error)
+        words = {1: "a second backward pass", 2: "changed between backward and step()"}
+        assert words[passes] in str(error)
+
+
 def wrapped_around(rank: int, form: str) -> None:
     """SAM wrapped itself, which exchanges nothing."""
     case = Case(rank, plain)
