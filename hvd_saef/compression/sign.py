@@ -30,7 +30,7 @@ class SignCompressor(Compressor):
     def __post_init__(self) -> None:
         check_dense_below(self.dense_below)
 
-    def dense(self, size: int) -> bool:
+    def uncompressed(self, size: int) -> bool:
         """Whether blocks of `size` elements travel as they are."""
         return size < self.dense_below
 
@@ -80,7 +80,7 @@ class SignCompressor(Compressor):
         """:meth:`encode` on any device."""
         heads, bits = [], []
         for run, rows in delta.rows():
-            if self.dense(run.size):
+            if self.uncompressed(run.size):
                 heads.append(rows.clone().view(-1))
                 rows.zero_()
                 continue
@@ -101,7 +101,7 @@ class SignCompressor(Compressor):
         for run, rows in out.rows():
             head = heads[first : first + self._head(run)]
             first += head.numel()
-            if self.dense(run.size):
+            if self.uncompressed(run.size):
                 rows.add_(head.view(rows.shape))
                 continue
             octets = _octets(run.size)
@@ -112,20 +112,20 @@ class SignCompressor(Compressor):
 
     def _head(self, run: Run) -> int:
         """Numbers that the run's blocks have in the payload's first part."""
-        return run.count * (run.size if self.dense(run.size) else 1)
+        return run.count * (run.size if self.uncompressed(run.size) else 1)
 
-    def _sections(self, layout: Blocks) -> tuple[int, int]:
+    def _sections(self, blocks: Blocks) -> tuple[int, int]:
         """Bytes of the payload's two parts: numbers, and bits."""
-        numbers = sum(self._head(run) for run in layout.runs)
-        bits = sum(run.count * _octets(run.size) for run in layout.runs if not self.dense(run.size))
-        return numbers * layout.dtype.itemsize, bits
+        numbers = sum(self._head(run) for run in blocks.runs)
+        bits = sum(run.count * _octets(run.size) for run in blocks.runs if not self.uncompressed(run.size))
+        return numbers * blocks.dtype.itemsize, bits
 
-    def _table(self, layout: Blocks) -> Tensor:
-        return layout.table(self._kept)
+    def _table(self, blocks: Blocks) -> Tensor:
+        return blocks.table(self._kept)
 
     def _kept(self, size: int) -> int:
         """As kernels are told: all elements of a dense block, none of another."""
-        return size if self.dense(size) else 0
+        return size if self.uncompressed(size) else 0
 
 
 @dataclass(frozen=True)

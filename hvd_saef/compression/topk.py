@@ -146,9 +146,9 @@ class TopKCompressor(Compressor):
                 )
             rows.scatter_add_(1, columns, sent)
 
-    def _given(self, layout: Blocks, payload: Payload) -> tuple[Tensor, Payload, torch.dtype]:
+    def _given(self, blocks: Blocks, payload: Payload) -> tuple[Tensor, Payload, torch.dtype]:
         """What kernels are told after the memory that they work on."""
-        return layout.table(self.kept), payload, self._wire(layout.dtype)
+        return blocks.table(self.kept), payload, self._wire(blocks.dtype)
 
     def _wire(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the values that travel for x of `dtype`."""
@@ -162,12 +162,12 @@ class TopKCompressor(Compressor):
         sent = values.clamp(-most, most).to(self.value_dtype)
         return sent, values - sent.to(values.dtype)
 
-    def _sections(self, layout: Blocks) -> list[int]:
+    def _sections(self, blocks: Blocks) -> list[int]:
         """Bytes of the payload's three parts: pages' counts, values, offsets."""
         sections = [0, 0, 0]
-        for run in layout.runs:
+        for run in blocks.runs:
             kept, pages = self.kept(run.size), _pages(run.size)
-            sections[1] += run.count * kept * self._wire(layout.dtype).itemsize
+            sections[1] += run.count * kept * self._wire(blocks.dtype).itemsize
             if kept < run.size:
                 sections[0] += run.count * pages * COUNT.itemsize if pages > 1 else 0
                 sections[2] += run.count * kept * OFFSET.itemsize

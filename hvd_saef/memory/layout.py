@@ -63,7 +63,7 @@ class Slot:
         too), so that copies run straight through memory, else in logical order.
         """
         part = flat[self.start : self.stop]
-        if is_dense(self.parameter):
+        if is_gapless(self.parameter):
             return part.as_strided(
                 self.parameter.shape, self.parameter.stride(), storage_offset=part.storage_offset()
             )
@@ -253,7 +253,7 @@ def _bucket(index: int, entries: list[Entry], block_size: int | None) -> Bucket:
     return Bucket(index, tuple(slots), compressor, blocks, parameter.device)
 
 
-def is_dense(tensor: Tensor) -> bool:
+def is_gapless(tensor: Tensor) -> bool:
     """Whether the tensor's elements fill a stretch of memory without gaps or overlaps, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

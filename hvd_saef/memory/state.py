@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_saef.compression import Memory
 from hvd_saef.memory import algorithm
-from hvd_saef.memory.layout import Bucket, Layout, Part, is_dense
+from hvd_saef.memory.layout import Bucket, Layout, Part, is_gapless
 from hvd_saef.memory.progress import Progress
 from hvd_saef.settings import Settings
 
@@ -76,7 +76,7 @@ class BucketState:
     def _points(self) -> list[Tensor]:
         """The parameters' own memory, 1-D, end to end; none if it is not plain memory of x's dtype."""
         parameters = self.bucket.parameters
-        if not all(p.dtype == self.bucket.dtype and is_dense(p) for p in parameters):
+        if not all(p.dtype == self.bucket.dtype and is_gapless(p) for p in parameters):
             return []
         return [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
 
@@ -94,13 +94,13 @@ class State:
     """The state of all buckets, and how far it is."""
 
     def __init__(
-        self, layout: Layout, settings: Settings, rank: int, workers: int, progress: Progress
+        self, layout: Layout, settings: Settings, worker: int, workers: int, progress: Progress
     ) -> None:
         self.layout = layout
         self.settings = settings
         self.progress = progress
         self.buckets: list[BucketState] = []
-        self._rank, self._workers = rank, workers
+        self._worker, self._workers = worker, workers
         self._loads = [0] * workers
         for bucket in layout.buckets:
             self._add(bucket)
@@ -114,7 +114,7 @@ class State:
         workers = self._workers
         sharded = self.settings.sharded(workers) and not bucket.dense and workers > 1
         parts = _assign(bucket.parts(workers), self._loads) if sharded else bucket.parts(1)
-        mine = self._rank if sharded else 0
+        mine = self._worker if sharded else 0
         served = parts[mine].stop - parts[mine].start
         s = bucket.new_flat()[:served].clone() if self.settings.double_compression else None
         self.buckets.append(BucketState(bucket, bucket.new_flat(), bucket.new_flat(), s, parts, mine))
@@ -128,44 +128,46 @@ class State:
 
     def anchor(self) -> None:
         """Take x from the parameters and clear all errors."""
-        for state in self.buckets:
-            state.anchor()
+        for bucket_state in self.buckets:
+            bucket_state.anchor()
 
     def shows_x(self) -> bool:
         """Whether the parameters hold x, as far as their dtypes can."""
         return all(
             torch.equal(view.to(parameter.dtype), parameter)
-            for state in self.buckets
-            for view, parameter in zip(state.bucket.views(state.x), state.bucket.parameters, strict=True)
+            for bucket_state in self.buckets
+            for view, parameter in zip(
+                bucket_state.bucket.views(bucket_state.x), bucket_state.bucket.parameters, strict=True
+            )
         )
 
     def show_x(self) -> None:
         """Write x into the parameters."""
-        for state in self.buckets:
-            state.show(state.x)
+        for bucket_state in self.buckets:
+            bucket_state.show(bucket_state.x)
 
     def views_of(self, which: str) -> dict[str, Tensor]:
         """`"x"` or `"e"` of every parameter, by name and in its shape: views."""
         return {
-            slot.name: slot.view(getattr(state, which))
-            for state in self.buckets
-            for slot in state.bucket.slots
+            slot.name: slot.view(getattr(bucket_state, which))
+            for bucket_state in self.buckets
+            for slot in bucket_state.bucket.slots
         }
 
     def own(self) -> dict[str, Tensor]:
         """What is this worker's alone, by what to call it: views of e, and the s that is here."""
         own = {f"the error of {name!r}": view for name, view in self.views_of("e").items()}
         served = {
-            f"the server's error {state.bucket.index}": state.s
-            for state in self.buckets
-            if state.s is not None
+            f"the server's error {bucket_state.bucket.index}": bucket_state.s
+            for bucket_state in self.buckets
+            if bucket_state.s is not None
         }
         return own | served
 
     def error_norms(self) -> tuple[float, float]:
         """Euclidean norms of this worker's e and of the s that it holds."""
-        e = [state.e for state in self.buckets]
-        s = [state.s for state in self.buckets if state.s is not None]
+        e = [bucket_state.e for bucket_state in self.buckets]
+        s = [bucket_state.s for bucket_state in self.buckets if bucket_state.s is not None]
         return _norm(e), _norm(s)
 
     def export(self) -> dict[str, Any]:
@@ -175,9 +177,11 @@ class State:
         stretch of the parameter's flat memory, from element `start`.
         """
         server: dict[str, Any] = {}
-        for state in self.buckets:
-            if state.s is not None:
-                server |= cut_stretches(state.bucket, state.s, state.parts[state.mine].start)
+        for bucket_state in self.buckets:
+            if bucket_state.s is not None:
+                server |= cut_stretches(
+                    bucket_state.bucket, bucket_state.s, bucket_state.parts[bucket_state.mine].start
+                )
         return {
             "rounds": self.rounds,
             "x": {name: view.clone() for name, view in self.views_of("x").items()},
@@ -210,24 +214,28 @@ class State:
     def restore(self, saved: Mapping[str, Any]) -> bool:
         """Take what :meth:`check` found fitting. Returns whether all of s that is served here was in it."""
         found = 0
-        for state in self.buckets:
-            for slot in state.bucket.slots:
-                slot.view(state.x).copy_(saved["x"][slot.name])
-                slot.view(state.e).copy_(saved["errors"][slot.name])
-            if state.s is not None:
-                part = state.parts[state.mine]
-                found += place_stretches(state.bucket, saved["server_errors"], state.s.zero_(), part.start)
-        return found == sum(state.s.numel() for state in self.buckets if state.s is not None)
+        for bucket_state in self.buckets:
+            for slot in bucket_state.bucket.slots:
+                slot.view(bucket_state.x).copy_(saved["x"][slot.name])
+                slot.view(bucket_state.e).copy_(saved["errors"][slot.name])
+            if bucket_state.s is not None:
+                part = bucket_state.parts[bucket_state.mine]
+                found += place_stretches(
+                    bucket_state.bucket, saved["server_errors"], bucket_state.s.zero_(), part.start
+                )
+        return found == sum(
+            bucket_state.s.numel() for bucket_state in self.buckets if bucket_state.s is not None
+        )
 
     def clear_errors(self) -> None:
         """Set e to zero."""
-        for state in self.buckets:
-            state.e.zero_()
+        for bucket_state in self.buckets:
+            bucket_state.e.zero_()
 
     def scale_errors(self, factor: float) -> None:
         """Multiply e."""
-        for state in self.buckets:
-            state.e.mul_(factor)
+        for bucket_state in self.buckets:
+            bucket_state.e.mul_(factor)
 
 
 def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:

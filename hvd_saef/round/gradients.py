@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvd_saef.memory.layout import Layout, is_dense
+from hvd_saef.memory.layout import Layout, is_gapless
 from hvd_saef.round.statistics import Statistics, ring_bytes
 from hvd_saef.transport.communicator import Communicator
 
@@ -33,7 +33,7 @@ def values(gradient: Tensor) -> Tensor:
 
 def writable(gradient: Tensor) -> Tensor:
     """The gradient itself, or what a mean can be written to where it is sparse or expanded."""
-    return gradient if not gradient.is_sparse and is_dense(gradient) else gradient.to_dense().clone()
+    return gradient if not gradient.is_sparse and is_gapless(gradient) else gradient.to_dense().clone()
 
 
 def sparse_refused(name: str) -> TypeError:

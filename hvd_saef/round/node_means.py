@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.memory.buffers import Buffers
-from hvd_saef.memory.layout import Bucket, Layout, is_dense
+from hvd_saef.memory.layout import Bucket, Layout, is_gapless
 from hvd_saef.round.statistics import Statistics, ring_bytes
 from hvd_saef.transport.communicator import Channel, Communicator
 
@@ -102,7 +102,7 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
         if as_sparse:
             parameter.grad = slot.view(flat).to(parameter.dtype).to_sparse(min(1, parameter.dim()))
             continue
-        if parameter.grad is None or parameter.grad.is_sparse or not is_dense(parameter.grad):
+        if parameter.grad is None or parameter.grad.is_sparse or not is_gapless(parameter.grad):
             parameter.grad = torch.empty_like(parameter)  # an expanded one cannot be written to
         gradients.append(parameter.grad)
         views.append(slot.view(flat))

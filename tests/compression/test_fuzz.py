@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hvd_saef
 from hvd_saef import Compression, Compressor
 from hvd_saef.compression import BlockedTensor, Blocks, SignCompressor, TopKCompressor
-from hvd_saef.memory.layout import is_dense
+from hvd_saef.memory.layout import is_gapless
 from tests.oracle import Setup
 from tests.oracle import run as run_oracle
 from tests.problems import Outcome, run_library, torch_optimizer, worst, wrap
@@ -285,7 +285,7 @@ def clone_in_place(tensor: Tensor) -> Tensor:
 
 def in_shape(flat: Tensor, like: Tensor) -> Tensor:
     """What lies in memory as the parameter `like` does, in its shape."""
-    return flat.as_strided(like.shape, like.stride()) if is_dense(like) else flat.view(like.shape)
+    return flat.as_strided(like.shape, like.stride()) if is_gapless(like) else flat.view(like.shape)
 
 
 @settings(FEWER, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
