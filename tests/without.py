@@ -291,7 +291,7 @@ PROTECTIONS: dict[str, Protection] = {
         "an evaluation or a save in the middle of a step, in a closure or a hook",
         "the point that was reached is not kept",
         [
-            "tests/round/test_looks.py::test_the_update_arrives[in_a_closure-True-1-who0]",
+            "tests/round/test_looks.py::test_the_update_arrives[by_a_hook_that_stays-True-1-who0]",
             "tests/round/test_looks.py::test_the_update_arrives[by_hooks-True-2-who1]",
             "tests/round/test_moved_parameters.py::test_a_change_between_two_steps_outlives_a_look"
             "[saef-1-evaluation]",
