@@ -21,7 +21,7 @@ from tests.machine.programs import programs
 from tests.machine.running import Program, check
 
 FIXED = settings(
-    max_examples=int(os.environ.get("HVD_SAEF_MACHINE_PROGRAMS", "300")),
+    max_examples=int(os.environ.get("HVD_SAEF_MACHINE_PROGRAMS", "250")),
     derandomize=True,
     database=None,
     deadline=None,

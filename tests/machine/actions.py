@@ -38,9 +38,8 @@ class Action:
     def say(self, reference: Reference) -> None:
         """Do it in the model, for all ranks. Raises Refused for what should be refused."""
 
-    @property
-    def shows_state(self) -> bool:
-        """Whether to look at x, e and s afterwards."""
+    def shows(self, number: int, parts: int) -> bool:
+        """Whether to look at x, e and s of optimizer `number` afterwards."""
         return False
 
 
@@ -111,9 +110,8 @@ class Step(Action):
     clips: bool = False
     """Whether by Horovod's recipe: synchronize(), clip, and step() without another synchronization."""
 
-    @property
-    def shows_state(self) -> bool:
-        return True
+    def shows(self, number: int, parts: int) -> bool:
+        return number == self._part(parts)
 
     def do(self, worker: Worker) -> None:
         optimizer = worker.optimizers[self._part(len(worker.optimizers))]
@@ -137,6 +135,7 @@ class Step(Action):
     def say(self, reference: Reference) -> None:
         number = self._part(len(reference.parts))
         part = reference.parts[number]
+        reference.may_end(number)
         failed = {}
         if self.clips and not self.closure:
             self._clip(reference, number)
@@ -237,6 +236,7 @@ class Rate(Action):
 
     def say(self, reference: Reference) -> None:
         for rank in reference.of(whole_workers(reference.options, self.ranks)):
+            reference.changed[rank] |= reference.under_way[rank]
             for seat in reference.seats(rank):
                 seat.lr = self.lr
 

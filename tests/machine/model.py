@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.machine.net import NAMES, Vec, of_layers, slopes, start_values
 from tests.machine.options import Options
-from tests.machine.reference import Part, Refused, Seat, everywhere, make_seat, one_of_all
+from tests.machine.reference import Over, Part, Refused, Seat, everywhere, make_seat, one_of_all
 from tests.oracle import Array
 
 Gradients = dict[str, "Array | None"]
@@ -54,6 +54,8 @@ class Reference:
         self.happened: Sequence[str] = [""] * self.size
         self.under_way: list[set[int]] = [set() for _ in ranks]
         """Of each rank, the optimizers with overlap=True that may have sent something of this step."""
+        self.changed: list[set[int]] = [set() for _ in ranks]
+        """And those of them whose options were changed since."""
         self.hooks: list[list[str]] = [[] for _ in ranks]
         """When each rank's step hooks look: "pre" or "post"."""
 
@@ -79,6 +81,14 @@ class Reference:
         started = any(number in parts for parts in self.under_way)
         if started and all(name in ("RuntimeError", "WorkerError") for name in self.happened):
             raise everywhere(self.size, "RuntimeError", "WorkerError")
+
+    def may_end(self, number: int) -> None:
+        """Step() may be refused on all ranks, if what it needs was changed while something was under way."""
+        changed = any(number in parts for parts in self.changed)
+        if changed and all(name in ("RuntimeError", "WorkerError") for name in self.happened):
+            raise Over([("RuntimeError", "WorkerError")] * self.size)
+        for parts in self.changed:
+            parts.discard(number)
 
     # -- where parameters are -------------------------------------------------------------------------
 

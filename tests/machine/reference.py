@@ -25,6 +25,10 @@ class Refused(Exception):  # noqa: N818
         self.ranks = list(ranks)
 
 
+class Over(Refused):
+    """As Refused, and what comes after it is not defined: the program ends."""
+
+
 def everywhere(size: int, *names: str) -> Refused:
     """All ranks raise one of these."""
     return Refused([names] * size)

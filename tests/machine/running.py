@@ -15,7 +15,7 @@ from tests.machine.actions import Action
 from tests.machine.model import Reference
 from tests.machine.net import NAMES, Vec
 from tests.machine.options import Options
-from tests.machine.reference import Refused
+from tests.machine.reference import Over, Refused
 from tests.machine.worker import Record, Worker
 from tests.oracle import Array
 from tests.workers import together
@@ -51,13 +51,14 @@ def run(program: Program) -> list[list[Record]]:
 
 def _work(program: Program, rank: int, folder: Path) -> list[Record]:
     worker, records = Worker(program.options, rank, folder), []
+    parts = len(worker.optimizers)
     for action in program.actions:
         record, worker.seen = Record(), []
         records.append(record)
         try:
             action.do(worker)
-            if action.shows_state:
-                record.states = [worker.state(part) for part in range(len(worker.optimizers))]
+            shown = [part for part in range(parts) if action.shows(part, parts)]
+            record.states = {part: worker.state(part) for part in shown}
         except Exception as failure:
             record.raised, record.message = type(failure).__name__, str(failure)
         record.values, record.seen = worker.values(), worker.seen
@@ -90,16 +91,19 @@ def _compare(program: Program, of_ranks: list[list[Record]]) -> int:
         reference.happened = [record.raised for record in there]
         reference.seen = [[] for _ in there]
         allowed: Sequence[tuple[str, ...]] = [()] * len(there)
+        over = False
         try:
             action.say(reference)
         except Refused as refused:
-            allowed = refused.ranks
+            allowed, over = refused.ranks, isinstance(refused, Over)
         for rank, (record, names) in enumerate(zip(there, allowed, strict=True)):
             if record.raised not in (names or ("",)):
                 raise AssertionError(
                     f"{where}: rank {rank} raised {record.raised or 'nothing'} ({record.message}), "
                     f"and {' or '.join(names) or 'nothing'} was right"
                 )
+        if over:
+            return number + 1
         _compare_ranks(where, reference, there)
         if any(record.raised not in GOES_ON for record in there):
             return number + 1
@@ -138,8 +142,8 @@ def _compare_ranks(where: str, reference: Reference, records: list[Record]) -> N
             off, name = _difference(seen, right)
             if not off < CLOSE:
                 raise AssertionError(f"{where}: rank {rank} saw {name} {off:.3g} off where it looked")
-    if all(record.states for record in records):
-        for part in range(len(reference.parts)):
+    for part in range(len(reference.parts)):
+        if all(part in record.states for record in records):
             _compare_states(where, reference, part, [record.states[part] for record in records])
 
 

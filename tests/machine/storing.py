@@ -24,9 +24,8 @@ class Collective(Action):
     what: str = "flush"
     part: int = 0
 
-    @property
-    def shows_state(self) -> bool:
-        return True
+    def shows(self, number: int, parts: int) -> bool:
+        return number == self.part % parts
 
     def do(self, worker: Worker) -> None:
         getattr(worker.optimizers[self.part % len(worker.optimizers)], self.what)()
@@ -219,9 +218,8 @@ class SaveCheckpoint(Action):
 class LoadCheckpoint(Action):
     """load_checkpoint, into the first optimizer."""
 
-    @property
-    def shows_state(self) -> bool:
-        return True
+    def shows(self, number: int, parts: int) -> bool:
+        return number == 0
 
     def do(self, worker: Worker) -> None:
         extra = load_checkpoint(worker.folder, worker.net, worker.optimizers[0])

@@ -30,8 +30,8 @@ class Record:
     """The parameters, wherever they are."""
     seen: list[Vec] = field(default_factory=list)
     """What the rank's looks saw, in the action."""
-    states: list[dict[str, Any]] = field(default_factory=list)
-    """What each optimizer's state dict holds of ours, if that was asked."""
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What optimizers' state dicts hold of ours, where the action is to show that."""
 
 
 class Worker:
