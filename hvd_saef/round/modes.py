@@ -50,7 +50,7 @@ class Modes:
         self.journeys = 0
         """How often the parameters were written to go to x, or back."""
         self._unstepped: Unstepped | None = None
-        self._early = EarlySteps()
+        self.early = EarlySteps()
         self._noted: list[int] | None = None
         """The parameters' versions when they were last where they belong."""
         self._told: set[str] = set()
@@ -103,18 +103,18 @@ class Modes:
         """Bring the parameters to the training point. Raises RuntimeError after eval()."""
         self.go_on("step() after eval()")
         self._exchange.wait_until_encoded()
-        self._early.check(self.journeys)
+        self.early.check(self.journeys)
         if MOVED not in self._told and self._noted != self._versions():
             self._tell_of_moves()
 
     def after_step(self) -> None:
         """A step went well."""
-        self._early.forget()
+        self.early.forget()
         self.note()
 
-    def took_early(self, parameters: Iterable[Tensor]) -> None:
-        """These have taken their local step during backward. From whatever thread."""
-        self._early.took(parameters, self.journeys)
+    def leave_early(self, parameters: Iterable[Tensor]) -> None:
+        """These take their local step during backward, within `early.step`."""
+        self.early.leave(parameters, self.journeys)
 
     def go_on(self, what: str) -> None:
         """Bring the parameters to the training point. Raises RuntimeError, naming `what`, after eval()."""

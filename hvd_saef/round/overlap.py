@@ -198,6 +198,7 @@ class Overlap:
         """A bucket's look at its gradients, its local step, and off."""
         bucket, inner = bucket_state.bucket, self._inner
         if not self._step_code.suits_other_threads():
+            self._modes.leave_early(bucket.parameters)
             here = partial(step_here, inner, armed.local_step, bucket.parameters)
             self._take(armed, here, bucket.parameters, gradients.values())
             self._exchange.depart(armed.state, bucket_state)
@@ -205,6 +206,7 @@ class Overlap:
         step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
         # As if they had been stepped now: if backward needs one again, autograd raises, as it does then.
         torch.autograd.graph.increment_version(gradients)
+        self._modes.leave_early(bucket.parameters)
 
         def before() -> None:
             computed()
@@ -220,9 +222,8 @@ class Overlap:
             self._look(armed, gradients)
             if armed.nonfinite or armed.failure:  # step() raises on all workers
                 return
-            with self._exchange.statistics.phase("local_step"):
+            with self._exchange.statistics.phase("local_step"), self._modes.early.step(parameters):
                 step()
-            self._modes.took_early(parameters)
             armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
         except Exception as failure:
             armed.failure = failure

@@ -6,7 +6,8 @@ Local.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,14 +106,26 @@ class Unstepped:
 
 
 class EarlySteps:
-    """Where parameters are that took their local step during backward, and have been sent from there."""
+    """Where parameters are that take their local step during backward, and are sent from there."""
 
     def __init__(self) -> None:
         self._places: dict[Tensor, tuple[int, int, int]] = {}
+        """Memory and version of each, and the journeys to x or back by then, which move them, too."""
 
-    def took(self, parameters: Iterable[Tensor], journeys: int) -> None:
-        """These took it, after so many journeys to x or back, which move them and bring them back."""
+    def leave(self, parameters: Iterable[Tensor], journeys: int) -> None:
+        """These are about to take it, in whatever thread."""
         self._places |= {p: (p.data_ptr(), p._version, journeys) for p in parameters}
+
+    @contextmanager
+    def step(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Around that step: raises RuntimeError if somebody has moved one."""
+        _stayed({p: self._places[p] for p in parameters}, self._places[parameters[0]][2])
+        try:
+            yield
+        finally:
+            for p in parameters:
+                memory, _, journeys = self._places[p]
+                self._places[p] = memory, p._version, journeys
 
     def forget(self) -> None:
         """The step is over."""
@@ -121,13 +134,17 @@ class EarlySteps:
     def check(self, journeys: int) -> None:
         """Raise RuntimeError if somebody moved one since then; and forget them all."""
         places, self._places = self._places, {}
-        for parameter, (memory, version, then) in places.items():
-            if parameter.data_ptr() != memory or (journeys == then and parameter._version != version):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(parameter.shape)} was changed between backward and step() "
-                    "(by a clamp, or by SAM, say), but overlap=True had sent its update already: pass "
-                    "overlap=False."
-                )
+        _stayed(places, journeys)
+
+
+def _stayed(places: Mapping[Tensor, tuple[int, int, int]], journeys: int) -> None:
+    for parameter, (memory, version, then) in places.items():
+        if parameter.data_ptr() != memory or (journeys == then and parameter._version != version):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} was changed between backward and step() "
+                "(by a clamp, or by SAM, say), but overlap=True had sent its update already: pass "
+                "overlap=False."
+            )
 
 
 def elsewhere(exchange: Exchange, state: State) -> Iterator[Slot]:

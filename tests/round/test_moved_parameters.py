@@ -161,6 +161,7 @@ def test_a_change_before_step_with_overlap_is_told(local_steps: int, who: set[in
             optimizer.zero_grad()
             model(batch(rank, step)).square().mean().backward()
             if rank in who and step:
+                optimizer._saef.exchange.wait_until_encoded()
                 clamp(model)
             optimizer.step()
 

@@ -174,10 +174,11 @@ def test_with_overlap_it_is_refused(form: Callable[[Case, int], None], passes: i
         for step in range(STEPS):
             form(case, step)
 
-    for error in caught(2, fn):
-        assert "overlap=True" in str(error)
-        words = {1: "a second backward pass", 2: "changed between backward and step()"}
-        assert words[passes] in str(error)
+    said = [str(error) for error in caught(2, fn)]
+    words = {1: "a second backward pass", 2: "changed between backward and step()"}[passes]
+    assert any(words in text and "overlap=True" in text for text in said), said
+    if passes == 2:  # agreed on by all; the other is raised in backward()
+        assert all(words in text for text in said), said
 
 
 def wrapped_around(rank: int, form: str) -> None:
