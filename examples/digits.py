@@ -2,6 +2,7 @@
 
     horovodrun -np 4 python examples/digits.py
     mpirun -np 4 python examples/digits.py --epochs 3
+    python examples/digits.py                       # one process: it compresses, but has nobody to send to
 
 Needs the extra [examples] for its data: 5,000 real digits that come with a package.
 """

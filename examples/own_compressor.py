@@ -1,7 +1,7 @@
 """A compressor of one's own: 8 bits an element, each block scaled by its largest magnitude.
 
     mpirun -np 2 python examples/own_compressor.py
-    python examples/own_compressor.py                # one process: how to debug it
+    python examples/own_compressor.py                # one process, which sends nothing: to debug it
 
 What it takes: the size of a payload, known beforehand; `encode`, which writes the payload and leaves behind
 what the payload does not say; `decode_add`. Error feedback, step-ahead, both servers and checkpoints are then

@@ -22,6 +22,8 @@ PAGES = (
     ),
     *sorted((ROOT / "docs").glob("*.md")),
 )
+HOROVODS_OWN_TESTS = "test/parallel/test_torch.py"
+"""The one file of tests that a page names and that is in Horovod's repository, not in this one."""
 MOST_BYTES = 60_000
 """Of a picture in git, where each drawing of it stays for ever."""
 
@@ -84,3 +86,82 @@ def test_what_contributing_names_is_there() -> None:
     for name, file in named:
         source = (ROOT / "hvd_saef" / file).read_text()
         assert all(re.search(rf"(?:def|class) {part}\b", source) for part in name.split(".")), (name, file)
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"(?ms)^```.*?^```", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links within a page may end with: its headings, as GitHub spells them."""
+    heads = re.findall(r"(?m)^#+ (.*)$", prose(page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def missing_tests(text: str) -> list[str]:
+    """The tests that a page names and that the tree does not have at that path."""
+    names = re.findall(r"[\w/]*\btest_\w+\.py(?:::\w+)?|tests/[\w/]+\.py(?:::\w+)?", text)
+    missing = []
+    for name in names:
+        file, _, function = name.partition("::")
+        if file == HOROVODS_OWN_TESTS:
+            continue
+        source = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        if not source or (function and not re.search(rf"(?m)^def {function}\(", source)):
+            missing.append(name)
+    return missing
+
+
+def missing_files(text: str) -> list[str]:
+    """The files and modules of this repository that a page names and that the tree does not have."""
+    folders = "tests|benchmarks|examples|launch|docs|hvd_saef"
+    paths = re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", text)
+    modules = re.findall(rf"python -m ((?:{folders})(?:\.\w+)*)", text)
+    of_modules = [(module, ROOT / module.replace(".", "/")) for module in modules]
+    return [
+        *(path for path in paths if not (ROOT / path).exists()),
+        *(name for name, path in of_modules if not (path.is_dir() or path.with_suffix(".py").is_file())),
+    ]
+
+
+def missing_links(page: Path) -> list[str]:
+    """The links of a page, to files and to headings, that lead nowhere."""
+    missing = []
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    assert missing_tests(text) == []
+    assert missing_files(text) == []
+    assert missing_links(page) == []
+    if page.name == "horovod.md":
+        assert text.count("`tests/") > 50
+
+
+def test_a_name_that_is_not_there_is_found(tmp_path: Path) -> None:
+    assert missing_tests("`test_pages.py`, `tests/benchmarks/test_pages.py::test_none`, `tests/none.py`") == [
+        "test_pages.py",
+        "tests/benchmarks/test_pages.py::test_none",
+        "tests/none.py",
+    ]
+    assert missing_files("`docs/none.md`, python -m benchmarks.none") == ["docs/none.md", "benchmarks.none"]
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n[one](#a-heading) [two](#another) [three](none.md)\n")
+    assert missing_links(page) == ["#another", "none.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_have_as_many_cells_as_their_heads(page: Path) -> None:
+    cells = 0
+    for line in prose(page.read_text()).splitlines():
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert found in (0, cells) or cells == 0, line
+        cells = found
