@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
-from hvd_saef.memory.layout import ChooseCompressor
+from hvd_saef.memory.layout import ChooseCompressor, Layout
 from hvd_saef.settings import Settings
 from hvd_saef.transport.libraries import horovod
 
@@ -213,5 +213,17 @@ def give_advice(settings: Settings, compression: Any, models: Sequence[nn.Module
             "parameters are stepped ahead while training, differently on each worker. Pass model=model to "
             "hvd_saef.DistributedOptimizer, or put evaluation and saving into "
             "`with optimizer.consensus():`, to see the consensus point x.",
+            stacklevel=3,
+        )
+
+
+def warn_of_large_block(settings: Settings, layout: Layout, workers: int) -> None:
+    """Warn of a block that is too large for a sharded server to share its work evenly."""
+    share, name = layout.largest_share()
+    if settings.sharded(workers) and share * workers > 2:
+        warnings.warn(
+            f"the largest block, of parameter {name!r}, is {share:.0%} of all that is compressed: the "
+            f"worker that serves it sends {share * workers:.1f} times the others' share. "
+            "Set block_size to cut it, or server='replicated'.",
             stacklevel=3,
         )

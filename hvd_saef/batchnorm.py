@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from hvd_saef.errors import ConfigurationMismatchError, who_has_what
 from hvd_saef.round.model_hooks import at_consensus
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
+from hvd_saef.transport.together import together
 
 
 @torch.no_grad()
@@ -26,27 +27,53 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: 
     All optimizers that have parameters of `model` hold theirs at x meanwhile. `loader` gives this worker's
     batches: inputs, or tuples and lists that begin with inputs, on the model's device; each rank may have its
     own number. Collective over `process_set` (None: all ranks).
+
+    What a loader or the model raises on one rank, all raise (the others WorkerError), with the statistics as
+    they were; ConfigurationMismatchError if the ranks' models have different layers.
     """
     communicator, included = find_communicator(process_set)
     layers: list[Any] = [layer for layer in model.modules() if _has_statistics(layer)]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+
+    def collect() -> list[int]:
+        _collect(model, layers, loader)
+        return [layer.running_mean.numel() for layer in layers]
+
+    try:
+        everyone = together(communicator, collect)
+        if any(theirs != everyone[0] for theirs in everyone):
+            raise ConfigurationMismatchError(
+                f"workers disagree on the sizes of the model's BatchNorm layers: {who_has_what(everyone)}. "
+                "Give the same model on all of them."
+            )
+    except Exception:
+        for layer, buffers in zip(layers, before, strict=True):
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
+    if included:
+        for number, layer in enumerate(layers):
+            _average(communicator, layer, number)
+
+
+def _collect(model: nn.Module, layers: list[Any], loader: Iterable[Any]) -> None:
+    """This rank's means over its batches, at x; all modes and momenta are as before afterwards."""
     modes_of_modules = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
-    with ExitStack() as stack:
-        stack.enter_context(at_consensus(model.parameters()))
-        model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.train()
-            layer.momentum = None  # a plain mean over batches
-        for batch in loader:
-            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    try:
+        with at_consensus(model.parameters()):
+            model.eval()
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.train()
+                layer.momentum = None  # a plain mean over batches
+            for batch in loader:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    finally:
         for module, training in modes_of_modules.items():
             module.training = training
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-    if included:
-        for number, layer in enumerate(layers):
-            _average(communicator, layer, number)
 
 
 def _has_statistics(layer: nn.Module) -> bool:

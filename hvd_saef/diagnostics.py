@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression import BlockedTensor, Compression, Draws
+from hvd_saef.errors import ConfigurationMismatchError, who_has_what
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.state import BucketState
 from hvd_saef.round.averaging import whole_server_error
 from hvd_saef.round.session import Session
+from hvd_saef.transport.together import together
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Monitor:
     `csv` is a file that rank 0 writes anew, a row a measurement; `tensorboard` a
     `torch.utils.tensorboard.SummaryWriter` (or anything with its add_scalar), used on rank 0.
     Raises ValueError with overlap=True, whose steps have no moment between local step and exchange,
-    and where gradients are averaged uncompressed, so that there is nothing to measure.
+    and where gradients are averaged uncompressed, so that there is nothing to measure; what is wrong on one
+    rank, a file that cannot be written say, is raised on all. So is what goes wrong in a measurement, after
+    the exchange that it precedes: the round is complete then.
     """
 
     def __init__(
@@ -80,9 +84,22 @@ class Monitor:
         csv: str | os.PathLike[str] | None = None,
         tensorboard: Any = None,
     ) -> None:
+        self._session: Session = optimizer._saef
+        self._every, self._tensorboard = every, tensorboard
+        self._since: list[Measurement] = []
+        self._csv = Path(csv) if csv is not None and self._session.communicator.rank == 0 else None
+        everyone = together(self._session.communicator, self._begin)
+        if len(set(everyone)) > 1:
+            raise ConfigurationMismatchError(
+                f"workers disagree on every: {who_has_what(everyone)}. Make it the same on all of them."
+            )
+        self._session.before_exchange.append(self._look)
+
+    def _begin(self) -> int:
+        """Raise what is wrong with the arguments here; else the number that all must have alike."""
+        every = self._every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: a whole number of rounds >= 1 is allowed.")
-        self._session: Session = optimizer._saef
         if self._session.settings.overlap:
             raise ValueError("overlap=True cannot be measured: wrap the optimizer with overlap=False.")
         for bucket in self._session.layout.buckets:
@@ -93,16 +110,15 @@ class Monitor:
                 )
         if self._session.averages_gradients:
             raise ValueError("gradients are averaged uncompressed: there are no errors to measure.")
-        self._every, self._tensorboard = every, tensorboard
-        self._since: list[Measurement] = []
-        self._csv = Path(csv) if csv is not None and self._session.communicator.rank == 0 else None
         if self._csv:
             _append(self._csv, "w", NUMBERS)
-        self._session.before_exchange.append(self._look)
+        return every
 
     def close(self) -> None:
-        """Measure no more. Collective, as making one is."""
-        self._session.before_exchange.remove(self._look)
+        """Measure no more. Collective, as making one is; a second time it does nothing."""
+        here = self._look in self._session.before_exchange
+        if all(together(self._session.communicator, lambda: here)):
+            self._session.before_exchange.remove(self._look)
 
     def means(self) -> dict[str, float]:
         """The means of what was measured since the last call, by name; {} if nothing was. Local."""
@@ -133,11 +149,16 @@ def measure(session: Session) -> Measurement:
     if state is None:
         raise RuntimeError("nothing to measure before the first step.")
     totals = dict.fromkeys((*NUMBERS, "sent", "lost"), 0.0)
+    failure: Exception | None = None
     for bucket_state in session.exchange.order(state):
         e, s, mean = _errors(session, bucket_state)
+        try:
+            change, residual = _compressed(session, bucket_state, state.rounds < settings.warmup_steps)
+        except Exception as error:  # the others wait for the next buckets, and are told after the last
+            failure = error
+            continue
         off = mean - e
         mismatch = mean - settings.alpha * e + (1 - settings.beta) * s
-        change, residual = _compressed(session, bucket_state, state.rounds)
         totals["mismatch_exact"] += _squared(mismatch)
         totals["server_error"] += _squared(s)
         totals["error"] += _squared(e)
@@ -147,7 +168,13 @@ def measure(session: Session) -> Measurement:
         totals["sent"] += _squared(change.add_(e))
         totals["lost"] += _squared(residual)
     totals["delta"] = 1 - totals["lost"] / totals["sent"] if totals["sent"] else 1.0
-    everyone = communicator.allgather_object(totals)
+
+    def told() -> dict[str, float]:
+        if failure is not None:
+            raise failure
+        return totals
+
+    everyone = together(communicator, told)
     means = {name: sum(k[name] for k in everyone) / len(everyone) for name in NUMBERS}
     means["mismatch_bound_ef"] = means["server_error"] + means["error"]
     means["mismatch_bound_saef"] = means["server_error"] + means["error_variance"]
@@ -184,9 +211,12 @@ def auxiliary_point(optimizer: Any) -> Iterator[None]:
     """Within `with`, the parameters are the paper's auxiliary point x̃ = x - (s + ē), to evaluate there.
 
     Afterwards they are where they were. Collective at its beginning: one allreduce of the errors, and
-    an allgather of s where the server is sharded.
+    an allgather of s where the server is sharded. Before the first step x̃ is x.
+
+    Raises RuntimeError on all ranks between backward and step() with overlap=True.
     """
     session: Session = optimizer._saef
+    session.meet("auxiliary_point()")
     with optimizer.consensus():
         state = session.modes.state
         if state is not None:

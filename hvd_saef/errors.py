@@ -1,8 +1,8 @@
 """What can go wrong while workers train together.
 
 Every error here but StalledExchangeError is raised on all workers in the same step, with x, the errors and
-the optimizer's state as they were before it. Wrong arguments are ValueError and TypeError, raised where
-they are given.
+the optimizer's state as they were before it, unless it says otherwise. Wrong arguments are ValueError and
+TypeError, raised where they are given; in a collective call, the other ranks raise WorkerError.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class ConsensusError(SaefError):
 
 class WorkerError(SaefError):
     """Another worker raised an exception; names its rank and repeats its message."""
+
+
+class ExchangeError(SaefError):
+    """A compressor raised an exception within an exchange, or memory was lacking; names rank and reason.
+
+    x and the errors may differ between the workers afterwards: no step is taken before all ranks have
+    loaded a checkpoint, or called reanchor().
+    """
 
 
 class StalledExchangeError(SaefError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,19 @@ from hvd_saef.arguments import (
     give_advice,
     models_of,
     name_parameters,
+    warn_of_large_block,
 )
 from hvd_saef.compression import Compression
+from hvd_saef.memory.layout import ChooseCompressor, averages_gradients, build_layout
 from hvd_saef.modules import advise_on_unused_rows, refuse_writing_modules
+from hvd_saef.round.determinism import check_compressors
 from hvd_saef.round.model_hooks import ModelHooks
 from hvd_saef.round.session import Session
-from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights
+from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights, check_passes
+from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.nodes import Workers, find_workers, groups_of
+from hvd_saef.transport.together import together
 from hvd_saef.wrapped import SaefMethods, refuse_steps_past_ours, share, undo_horovods_initial_step
 
 
@@ -128,59 +133,118 @@ def DistributedOptimizer(
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it, its value and what is allowed.
+        WorkerError: another rank raised one of these; named with its reason.
         RuntimeError: Horovod is not initialized, is elastic, or does not run on MPI.
 
     """
-    check_horovod_arguments(op, gradient_predivide_factor)
-    settings = Settings(
-        feedback=feedback,
-        step_ahead=step_ahead,
-        server_step_ahead=server_step_ahead,
-        double_compression=double_compression,
-        averaging_period=averaging_period,
-        averaging_spread=averaging_spread,
-        averaging_fp16=averaging_fp16,
-        local_steps=local_steps,
-        warmup_steps=warmup_steps,
-        block_size=block_size,
-        server=server,
-        bucket_bytes=bucket_bytes,
-        overlap=overlap,
-        on_nonfinite=on_nonfinite,
-        check_consensus_every=check_consensus_every,
-        worker=groups_of(worker),
-        weights=weights,
-        backward_passes_per_step=backward_passes_per_step,
-        sparse_as_dense=sparse_as_dense,
-    )
-    models = models_of(model)
-    check_optimizer(optimizer, [name for name in vars(SaefMethods) if not name.startswith("_")])
-    choose = compressor_chooser(compression, dense_below)
-    names = name_parameters(optimizer, named_parameters)
-    refuse_writing_modules(models, [p for group in optimizer.param_groups for p in group["params"]])
-    communicator, included = find_communicator(process_set)
-    if not included:  # as with Horovod, a rank outside the process set trains alone
-        settings = dataclasses.replace(Settings(feedback="none"), sparse_as_dense=sparse_as_dense)
-        choose = compressor_chooser(Compression.none)
 
-    communicator = find_workers(communicator, settings)
-
-    wrapped = share(optimizer)
-    session = Session(optimizer, names, choose, settings, communicator)
-    wrapped._saef = session
-    _ = session.layout  # wrong parameters are found now, not at the first step
-    if overlap and included and session.averages_gradients:
-        raise ValueError(
-            "overlap=True has nothing to send early with feedback='none' and a dense compressor, where "
-            "gradients are averaged in step(): pass overlap=False."
+    def look() -> Plan:
+        check_horovod_arguments(op, gradient_predivide_factor)
+        check_passes(backward_passes_per_step)
+        settings = Settings(
+            feedback=feedback,
+            step_ahead=step_ahead,
+            server_step_ahead=server_step_ahead,
+            double_compression=double_compression,
+            averaging_period=averaging_period,
+            averaging_spread=averaging_spread,
+            averaging_fp16=averaging_fp16,
+            local_steps=local_steps,
+            warmup_steps=warmup_steps,
+            block_size=block_size,
+            server=server,
+            bucket_bytes=bucket_bytes,
+            overlap=overlap,
+            on_nonfinite=on_nonfinite,
+            check_consensus_every=check_consensus_every,
+            worker=groups_of(worker),
+            weights=weights,
+            sparse_as_dense=sparse_as_dense,
         )
+        models = models_of(model)
+        check_optimizer(optimizer, [name for name in vars(SaefMethods) if not name.startswith("_")])
+        choose = compressor_chooser(compression, dense_below)
+        names = name_parameters(optimizer, named_parameters)
+        refuse_writing_modules(models, [p for group in optimizer.param_groups for p in group["params"]])
+        return Plan(settings, choose, names, models)
+
+    plan, communicator, included = _plan_together(optimizer, look, process_set)
+    settings, names = plan.settings, plan.names
+    lease = communicator.lines.take(frozenset(id(p) for g in optimizer.param_groups for p in g["params"]))
+    communicator = find_workers(communicator, settings).line(lease.number)
+    together(communicator, lambda: check_compressors(plan.layout, settings, communicator))
+    wrapped = share(optimizer)
+    session = wrapped._saef = Session(
+        optimizer,
+        names,
+        plan.choose,
+        settings,
+        backward_passes_per_step,
+        plan.layout,
+        communicator,
+        lease,
+    )
     undo_horovods_initial_step(wrapped)
     refuse_steps_past_ours(wrapped)
-    if models:
-        ModelHooks(session.modes, session.origin.parameters_replaced).attach(models)
+    if plan.models:
+        ModelHooks(session.modes, session.origin.parameters_replaced).attach(plan.models)
     if communicator.rank == 0 and included:
-        give_advice(settings, compression, models)
-        advise_on_unused_rows(models, session.layout, block_size)
+        give_advice(settings, compression, plan.models)
+        warn_of_large_block(settings, plan.layout, communicator.workers)
+        advise_on_unused_rows(plan.models, session.layout, block_size)
         if not session.averages_gradients:
             advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped
+
+
+@dataclass
+class Plan:
+    """What the arguments ask for, on this rank."""
+
+    settings: Settings
+    choose: ChooseCompressor
+    names: dict[Tensor, str]
+    models: Sequence[nn.Module]
+
+    def lay_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lay out the optimizer's parameters. Raises TypeError or ValueError for what cannot be."""
+        self.layout = build_layout(optimizer.param_groups, self.names, self.choose, self.settings)
+        if self.settings.overlap and averages_gradients(self.settings, self.layout):
+            raise ValueError(
+                "overlap=True has nothing to send early with feedback='none' and a dense compressor, where "
+                "gradients are averaged in step(): pass overlap=False."
+            )
+
+    def alone(self) -> Plan:
+        """The same without anyone to exchange with."""
+        settings = Settings(feedback="none", sparse_as_dense=self.settings.sparse_as_dense)
+        return Plan(settings, compressor_chooser(Compression.none), self.names, self.models)
+
+
+def _plan_together(
+    optimizer: torch.optim.Optimizer, look: Callable[[], Plan], process_set: Any
+) -> tuple[Plan, Communicator, bool]:
+    """The plan, the ranks to talk to, and whether this is one of the process set. Collective over it.
+
+    What is wrong on one rank, is raised on all.
+    """
+    plan: Plan | None = None
+    failure: Exception | None = None
+    try:
+        plan = look()
+    except Exception as error:
+        failure = error
+    try:
+        communicator, included = find_communicator(process_set)
+    except Exception as error:
+        raise failure or error from None
+    if plan is not None and not included:  # as with Horovod, a rank outside the process set trains alone
+        plan = plan.alone()
+
+    def lay_out() -> None:
+        if plan is None:
+            raise failure or AssertionError
+        plan.lay_out(optimizer)
+
+    together(communicator, lay_out)
+    return cast(Plan, plan), communicator, included

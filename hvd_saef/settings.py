@@ -38,7 +38,6 @@ class Settings:
     check_consensus_every: int = 0
     worker: Literal["rank", "node"] | tuple[tuple[int, ...], ...] = "rank"
     weights: Weights = "equal"
-    backward_passes_per_step: int = 1
     sparse_as_dense: bool = False
 
     def __post_init__(self) -> None:
@@ -61,7 +60,6 @@ class Settings:
         _whole("block_size", self.block_size, 1, or_none=True)
         _whole("bucket_bytes", self.bucket_bytes, 1)
         _whole("check_consensus_every", self.check_consensus_every, 0)
-        _whole("backward_passes_per_step", self.backward_passes_per_step, 1)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -141,6 +139,11 @@ def _fraction(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: a number from 0 to 1 is allowed.")
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: a number from 0 to 1 is allowed.")
+
+
+def check_passes(passes: object) -> None:
+    """Raise TypeError or ValueError unless it is a number of backward passes before a step."""
+    _whole("backward_passes_per_step", passes, 1)
 
 
 def _whole(name: str, value: object, least: int, or_none: bool = False) -> None:

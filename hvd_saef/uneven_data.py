@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from hvd_saef.transport.find import find_communicator
+from hvd_saef.transport.together import together
 
 
 def common_steps(steps: int, process_set: Any = None) -> int:
@@ -15,9 +17,15 @@ def common_steps(steps: int, process_set: Any = None) -> int:
     >>> steps = hvd_saef.common_steps(len(loader))
     >>> for batch in itertools.islice(loader, steps): ...
 
-    Raises ValueError on this worker for a `steps` below 0. `process_set`: None is all ranks.
+    Raises ValueError for `steps` below 0, TypeError for what is no whole number; WorkerError on the others.
+    `process_set`: None is all ranks.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
     communicator, _ = find_communicator(process_set)
-    return int(min(communicator.allgather_object(int(steps))))
+    return min(together(communicator, lambda: _whole(steps)))
+
+
+def _whole(steps: int) -> int:
+    whole = operator.index(steps)
+    if whole < 0:
+        raise ValueError(f"steps={steps!r}: a whole number >= 0 is allowed.")
+    return whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -42,8 +41,15 @@ class SaefMethods:
         return self._saef.skip_synchronize()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """As Horovod's: how many backward passes add up before a step. Gradients add up by themselves."""
-        self._saef.settings = dataclasses.replace(self._saef.settings, backward_passes_per_step=passes)
+        """As Horovod's: how many backward passes add up before a step, from the next one on. Local.
+
+        Gradients add up by themselves; only overlap=True must know when they are complete. All ranks must set
+        the same number: the next step raises ConfigurationMismatchError if they did not.
+
+        Raises TypeError or ValueError for anything but a whole number >= 1, RuntimeError between backward and
+        step() with overlap=True.
+        """
+        self._saef.set_passes(passes)
 
     def train(self) -> None:
         """Move the parameters to b (x, stepped ahead), where this worker trains. Idempotent, local."""
@@ -158,8 +164,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             """As torch's. All workers must add the same, between two rounds; its errors start at 0."""
-            if self._saef.progress.local_steps_done:
-                raise RuntimeError("add_param_group between local steps: call flush() first.")
+            self._saef.check_growth()
             super().add_param_group(param_group)
             self._saef.grow()
 

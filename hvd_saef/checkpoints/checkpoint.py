@@ -66,6 +66,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     ranks_own = _gather_on_node(communicator, model, extra)
 
     def write() -> dict[str, Any] | None:
+        session.origin.check_whole()
         folder = Path(path)
         if rank == 0:
             _refuse_anothers(folder, session)

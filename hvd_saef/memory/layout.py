@@ -233,6 +233,11 @@ def build_layout(
     return Layout(before + buckets, description, tuple(frozen))
 
 
+def averages_gradients(settings: Settings, layout: Layout) -> bool:
+    """Whether nothing is compressed and nothing fed back, so that gradients are averaged as by Horovod."""
+    return settings.feedback == "none" and settings.local_steps == 1 and layout.dense
+
+
 def takes_part(parameter: Tensor) -> bool:
     """Whether the torch optimizer may move it: it steps with any gradient there is."""
     return parameter.requires_grad or parameter.grad is not None

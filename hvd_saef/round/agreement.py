@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from hvd_saef.errors import ConfigurationMismatchError, ConsensusError, WorkerError, who_has_what
+from hvd_saef.errors import (
+    ConfigurationMismatchError,
+    ConsensusError,
+    ExchangeError,
+    WorkerError,
+    who_has_what,
+)
 from hvd_saef.memory.layout import Layout
 from hvd_saef.transport.background import denormals
 from hvd_saef.transport.communicator import Communicator, bytes_of
+from hvd_saef.transport.together import in_words, together, who_raised
+
+BROKEN_ADVICE = (
+    "x and the errors may differ between the workers: load a checkpoint on all ranks, or go on from rank 0's "
+    "parameters by optimizer.reanchor(); until then no step is taken."
+)
 
 
 class Word(enum.IntFlag):
@@ -36,6 +49,8 @@ class Word(enum.IntFlag):
     """With overlap=True: updates of this round are on the wire already."""
     STOP = enum.auto()
     """A signal came here: let us stop after this step."""
+    BROKEN = enum.auto()
+    """What failed here did so within the exchange: x may not be the same everywhere."""
 
 
 def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:
@@ -45,20 +60,25 @@ def agree(communicator: Communicator, word: Word, failure: Exception | None) -> 
 
 def raise_failure(communicator: Communicator, failure: Exception | None) -> NoReturn:
     """The worker that failed raises its own exception, the others WorkerError. Collective."""
-    reasons = communicator.allgather_object(
-        None if failure is None else f"{type(failure).__name__}: {failure}"
-    )
-    if failure is not None:
-        raise failure
-    raise WorkerError("; ".join(f"rank {k} raised {why}" for k, why in enumerate(reasons) if why))
+    reasons = who_raised(communicator.allgather_object(in_words(failure)))
+    raise WorkerError(reasons) if failure is None else failure
 
 
-def check_configuration(communicator: Communicator, layout: Layout) -> None:
-    """Raise ConfigurationMismatchError on all workers if settings or parameters differ. Collective."""
-    mode = denormals()
-    if len(set(communicator.allgather_object((layout.digest, mode)))) == 1:
+def raise_broken(communicator: Communicator, failure: Exception | None) -> NoReturn:
+    """Raise ExchangeError on all workers, for what failed within an exchange on some. Collective."""
+    reasons = who_raised(communicator.allgather_object(in_words(failure)))
+    raise ExchangeError(f"the exchange of a round failed: {reasons}. {BROKEN_ADVICE}") from failure
+
+
+def check_configuration(communicator: Communicator, layout: Layout, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigurationMismatchError on all workers if settings, parameters or `facts` differ. Collective.
+
+    `facts` are those of now, by name.
+    """
+    facts = {"torch.set_flush_denormal": denormals(), **facts}
+    if len(set(communicator.allgather_object((layout.digest, repr(facts))))) == 1:
         return
-    settings = layout.description["settings"] | {"torch.set_flush_denormal": mode}
+    settings = layout.description["settings"] | facts
     everyone = communicator.allgather_object(layout.description | {"settings": settings})
     flattened = [_flatten(description) for description in everyone]
     keys = {key: None for items in flattened for key in items}
@@ -106,6 +126,39 @@ def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advic
             if len(set(values)) > 1:
                 who = who_has_what(values, group)
                 raise ConsensusError(f"{name} differs between the ranks of one worker: {who}. {advice}")
+
+
+def state_of(optimizer: torch.optim.Optimizer, layout: Layout) -> dict[str, Tensor]:
+    """What a torch optimizer keeps, and the numbers in its groups, by what to call them. Local."""
+    state = {
+        f"{key} of {slot.name!r}": value
+        for slot in layout.slots
+        for key, value in sorted(optimizer.state.get(slot.parameter, {}).items())
+        if isinstance(value, Tensor)
+    }
+    for i, group in enumerate(optimizer.param_groups):
+        numbers = [float(v) for v in group.values() if isinstance(v, (int, float, Tensor))]
+        state[f"parameter group {i}"] = torch.tensor(numbers, dtype=torch.float64)
+    return state
+
+
+def agree_on_sizes(
+    communicator: Communicator, sizes: Callable[[], dict[int, list[int]]]
+) -> dict[int, list[int]]:
+    """The payloads' `sizes` by bucket. Collective.
+
+    Raises ConfigurationMismatchError on all ranks if they differ, and what `sizes` raises on any.
+    """
+    everyone = together(communicator, sizes)
+    own = everyone[communicator.rank]
+    for index in own:
+        values = [theirs.get(index) for theirs in everyone]
+        if any(theirs != own[index] for theirs in values):
+            raise ConfigurationMismatchError(
+                f"workers disagree on the bytes of bucket {index}: {who_has_what(values)}. What "
+                "payload_bytes returns must depend on nothing but the layout that it is given."
+            )
+    return own
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:

@@ -8,88 +8,61 @@ serves and takes the answers down, each one bucket after the other. With overlap
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field, replace
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hvd_saef.compression import BlockedTensor, Compression, Draws, Fused, Memory
+from hvd_saef.compression import BlockedTensor, Compression, Compressor, Draws
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState, State
+from hvd_saef.round.agreement import agree_on_sizes
 from hvd_saef.round.averaging import average_errors, averages_next
 from hvd_saef.round.node_means import NodeMeans
 from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.round.trip import HERE, Trip
 from hvd_saef.settings import Settings
 from hvd_saef.transport.background import Background
 from hvd_saef.transport.communicator import Channel, Communicator
+from hvd_saef.transport.lines import Lines
 
-P = ParamSpec("P")
-T = TypeVar("T")
 BOTH_WAYS = (Channel.UP, Channel.DOWN)
 AT_A_TIME = 3
 """Buckets under way at a time: one encoded, one on the wire, one decoded."""
 
 
-class Here(Executor):
-    """Does what it is given at once, in this thread."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
-        future: Future[T] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-HERE = Here()
-
-
-@dataclass
-class Trip:
-    """One bucket's payloads on their way."""
-
-    state: BucketState
-    plain: bool
-    """Whether the parameters are plain memory that a pass can go through; else they are copied."""
-    rows: Fused
-    memories: list[Memory]
-    wire: torch.dtype | None
-    """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
-    served: BlockedTensor | None
-    """The s that this worker serves (DC)."""
-    buffers: Buffers
-    what: str
-    """Its bucket and round, for messages."""
-    sent: list[Tensor] = field(default_factory=list)
-    """This worker's payload of each part, in one buffer."""
-    encoded: Future[None] = field(default_factory=Future)
-    """Whether row 4 is done."""
-    gathered: Future[list[Tensor]] = field(default_factory=Future)
-    """The payloads for this worker's server."""
-    arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
-    """For each part the payloads to apply, once the background has them."""
-    landed: Future[None] | None = None
-    """Rows 6 and 2, where the background does them."""
-
-
 class Exchange:
     """Carries the rounds of one optimizer over its communicator and counts what they cost."""
 
-    def __init__(self, communicator: Communicator, settings: Settings, statistics: Statistics) -> None:
+    def __init__(
+        self, communicator: Communicator, lines: Lines, settings: Settings, statistics: Statistics
+    ) -> None:
+        """`communicator` talks on one of the `lines`."""
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
         self.means = NodeMeans(communicator, statistics)
+        self.failure: Exception | None = None
+        """What the compressor raised in the round under way, or memory that was not there. The others wait
+        for the bucket, so it goes on its way nevertheless, with a payload that means nothing."""
+        self._payload_sizes: dict[int, list[int]] = {}
         self._idle = [Buffers() for _ in range(AT_A_TIME)]
         self._under_way: deque[Trip] = deque()
+        self._lines = lines
         self._aside = Background(f"hvd_saef encoding {communicator.rank}")
         """Waits for no other worker, so that this one may wait for it at any time."""
 
     @property
+    def under_way(self) -> Collection[Trip]:
+        """The buckets that have left and not landed."""
+        return self._under_way
+
+    @property
     def busy(self) -> bool:
-        """Whether any bucket is under way."""
+        """Whether there are any."""
         return bool(self._under_way)
 
     # -- the parameters' start points -------------------------------------------------------------
@@ -103,6 +76,25 @@ class Exchange:
         """Write b into the parameters."""
         for bucket_state in buckets:
             bucket_state.show(self.start_point(bucket_state))
+
+    def agree_on_sizes(self, state: State | None) -> None:
+        """Ask the compressors for the payloads' sizes, which must be the same on all ranks. Collective.
+
+        Raises ConfigurationMismatchError if they are not, and what a compressor raises, on all ranks.
+        """
+        buckets = [one for one in state.buckets if one.bucket.numel] if state else []
+        self._payload_sizes = agree_on_sizes(
+            self.communicator,
+            lambda: {
+                one.bucket.index: [one.bucket.compressor.payload_bytes(part.blocks) for part in one.parts]
+                for one in buckets
+            },
+        )
+
+    def take_failure(self) -> Exception | None:
+        """What went wrong here in the round that is over."""
+        failure, self.failure = self.failure, None
+        return failure
 
     # -- a round ----------------------------------------------------------------------------------
 
@@ -124,12 +116,27 @@ class Exchange:
         state.progress.completed_round()
         wire_dtype = torch.float16 if self.settings.averaging_fp16 else None
         average_errors(self.communicator, self.statistics, due, wire_dtype)
-        self.show_start_points(due)
+        with self._noting():
+            self.show_start_points(due)
 
-    @staticmethod
-    def order(state: State) -> list[BucketState]:
-        """The buckets in the order in which all workers send them: as backward gets to them."""
-        return [bucket_state for bucket_state in reversed(state.buckets) if bucket_state.bucket.numel]
+    def order(self, state: State) -> list[BucketState]:
+        """The buckets in the order in which all workers send them, that of backward; held ones last."""
+        order = [one for one in reversed(state.buckets) if one.bucket.index in self._payload_sizes]
+        return sorted(order, key=lambda bucket_state: self.held(state, bucket_state))
+
+    def held(self, state: State, bucket_state: BucketState) -> bool:
+        """Whether the bucket must not leave before step(): the same on all ranks.
+
+        Horovod fuses the means of two optimizers that are under way at the same time, or not, as it comes:
+        that decides how they round. In step() there is one optimizer at a time.
+        """
+        if not (self.settings.overlap and self._lines.shared):
+            return False
+        compressor = self._compressor(bucket_state, state.rounds)
+        return self.communicator.node.size > 1 or compressor.wire_dtype(bucket_state.bucket.dtype) is not None
+
+    def _compressor(self, state: BucketState, rounds: int) -> Compressor:
+        return Compression.none if rounds < self.settings.warmup_steps else state.bucket.compressor
 
     def _waiting(self, state: State) -> list[BucketState]:
         """Those of them that have not left."""
@@ -167,16 +174,19 @@ class Exchange:
             trip = self._under_way.popleft()
             trip.arrived.result()
             self._idle.append(trip.buffers)
+        self.failure = None
 
     def _prepare(self, state: BucketState, rounds: int) -> Trip:
         bucket, settings = state.bucket, self.settings
         warmup = rounds < settings.warmup_steps
-        compressor = Compression.none if warmup else bucket.compressor
+        compressor = self._compressor(state, rounds)
         fits = bucket.device.type == "cpu" and self.communicator.alike
         rows = compressor.fused if fits else None
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
-        sizes = [compressor.payload_bytes(part.blocks) for part in parts]
+        sizes = self._payload_sizes[bucket.index]
+        if compressor is not bucket.compressor:
+            sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         buffers = self._idle.pop() if self._idle else Buffers()
         memories = state.memories(parts, settings.alpha, settings.beta)
         draws, served = Draws.of(rounds, bucket.index, self.communicator.worker), None
@@ -214,7 +224,7 @@ class Exchange:
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
         weights = [1.0] if trip.served or trip.wire else self.communicator.weights
-        with self.statistics.phase("decode"):
+        with self.statistics.phase("decode"), self._noting():
             for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
                 shown = memory if shows else replace(memory, points=())
                 trip.rows.receive(shown, sent, payloads, weights)
@@ -230,7 +240,7 @@ class Exchange:
         """Row 4, after `before`."""
         before()
         state = trip.state
-        with self.statistics.phase("encode"):
+        with self.statistics.phase("encode"), self._noting(trip.sent):
             if not trip.plain:
                 y = state.bucket.new_flat()
                 torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
@@ -275,13 +285,24 @@ class Exchange:
         state, device = trip.state, trip.state.bucket.device
         (answer,) = trip.buffers.pieces("answer", [trip.sent[state.mine].numel()], device)
         weights = [1.0] if trip.wire else self.communicator.weights  # what was averaged is one payload
-        trip.rows.serve(payloads, weights, trip.served, answer)
+        with self._noting([answer]):
+            trip.rows.serve(payloads, weights, trip.served, answer)
         if len(trip.sent) == 1:
             return [[answer]]
         self.communicator.doing[Channel.DOWN] = trip.what
         answers = trip.buffers.pieces("answers", [piece.numel() for piece in trip.sent], device)
         self.communicator.allgather(answer, answers, Channel.DOWN)
         return [[answer] for answer in answers]
+
+    @contextmanager
+    def _noting(self, payload: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Note what is raised within, and go on with a `payload` of zeros: the others wait for it."""
+        try:
+            yield
+        except Exception as failure:
+            self.failure = self.failure or failure
+            for piece in payload:
+                piece.zero_()
 
     def _count(self, trip: Trip) -> None:
         statistics, others = self.statistics, self.communicator.workers - 1

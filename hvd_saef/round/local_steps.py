@@ -16,7 +16,7 @@ from hvd_saef.round.gradients import prepare_sparse, sparse_refused, values
 from hvd_saef.round.guard import Guard
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.overflow import StateCopy, look_at_gradients, who_holds
-from hvd_saef.round.overlap import Overlap
+from hvd_saef.round.overlap import NoOverlap, Overlap
 
 
 class LocalSteps:
@@ -26,7 +26,7 @@ class LocalSteps:
         self,
         exchange: Exchange,
         modes: Modes,
-        overlap: Overlap | None,
+        overlap: Overlap | NoOverlap,
         guard: Guard,
         inner: torch.optim.Optimizer,
     ) -> None:
@@ -61,9 +61,9 @@ class LocalSteps:
             with torch.no_grad():
                 for gradient in gradients:
                     gradient.div_(scale.to(gradient.device))
-        if self._overlap and self._overlap.nonfinite:
+        if self._overlap.nonfinite:
             return Word.NONFINITE
-        if not (self._overlap and self._overlap.under_way):
+        if not self._overlap.under_way:
             self._guard.check_gradients(gradients)
         return look_at_gradients(gradients)
 
@@ -79,21 +79,19 @@ class LocalSteps:
 
     def take(self, local_step: Callable[[], None], layout: Layout, averages_gradients: bool) -> bool:
         """Whether it went well on all workers: else the parameters are where the round began. Collective."""
-        failure, word = None, Word.NOTHING
-        kept = StateCopy(self._inner) if self.keeps else None
+        failure, kept = None, None
+        word = Word.UNDER_WAY if self._overlap.under_way else Word.NOTHING
         try:
+            kept = StateCopy(self._inner) if self.keeps else None
             with self._statistics.phase("local_step"):
-                if self._overlap:
-                    self._overlap.finish(local_step)
-                else:
-                    local_step()
+                self._overlap.finish(local_step)
             # A scheduler that was made before wrapping watches the inner optimizer for steps.
             vars(self._inner)["_opt_called"] = True
             fits = kernels.squares_fit(self._late(layout))
-            if self._overlap and self._overlap.overflowed:
+            if self._overlap.overflowed:
                 fits = False
             if not fits or (kept and not kept.still_finite()):
-                word = Word.NONFINITE
+                word |= Word.NONFINITE
         except Exception as error:  # raised again below, once everyone knows
             failure = error
         with self._statistics.phase("agreement"):
@@ -102,7 +100,7 @@ class LocalSteps:
             return True
         after = {slot.name: slot.parameter for slot in layout.slots}
         where = who_holds(self._communicator, after, much=True)
-        if self._overlap and self._overlap.under_way:
+        if Word.UNDER_WAY in combined:
             self._overlap.abandon()
         self._modes.undo_local_steps()
         if kept:
@@ -123,4 +121,4 @@ class LocalSteps:
     def _late(self, layout: Layout) -> list[Tensor]:
         """The parameters that have not taken their step during backward."""
         everything = [slot.parameter for slot in layout.slots]
-        return [p for p in everything if not (self._overlap and self._overlap.used(p))]
+        return [p for p in everything if not self._overlap.used(p)]

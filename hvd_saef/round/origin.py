@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_saef.errors import ConfigurationMismatchError
+from hvd_saef.errors import ConfigurationMismatchError, ExchangeError
 from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
-from hvd_saef.round.agreement import check_configuration, check_consensus
+from hvd_saef.round.agreement import BROKEN_ADVICE, check_configuration, check_consensus
 from hvd_saef.round.fitting import VERSION, check_state
 from hvd_saef.round.loaded import Held, Loaded
 from hvd_saef.round.modes import Modes
@@ -66,6 +66,7 @@ class Origin:
         self.whole_server_errors: dict[str, Any] | None = None
         """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
         self._source = Source.PARAMETERS
+        self._broken = False
         self._loaded = Loaded()
         self._communicator = communicator
         self._settings = settings
@@ -84,12 +85,12 @@ class Origin:
 
     # -- at the first step after wrapping or loading, collective --------------------------------------
 
-    def settle(self, layout: Layout, kept: Layout) -> None:
+    def settle(self, layout: Layout, kept: Layout, facts: Mapping[str, Any]) -> None:
         """Agree where x, e and s come from, and take them. Collective.
 
-        `layout` is what workers must agree on; `kept` what of it has x and errors of its own.
+        `layout` and `facts` are what workers must agree on; `kept` what of it has x and errors of its own.
         """
-        check_configuration(self._communicator, layout)
+        check_configuration(self._communicator, layout, facts)
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
         mine = Standing(self._source, rounds, steps, self.consolidated, self._loaded.held)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
@@ -106,12 +107,30 @@ class Origin:
         check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
         self._settle()
 
-    def renew(self, layout: Layout, kept: Layout) -> None:
+    def renew(self, layout: Layout, kept: Layout, facts: Mapping[str, Any]) -> None:
         """Take x from rank 0's parameters as they are, and clear the errors. Collective."""
-        check_configuration(self._communicator, layout)
+        check_configuration(self._communicator, layout, facts)
         self._broadcast_parameters(layout, 0)
         self._take_parameters(kept)
         self._settle()
+        self._broken = False
+
+    def is_agreed(self) -> bool:
+        """The same as :attr:`agreed`, to be passed on."""
+        return self.agreed
+
+    def unsettle(self) -> None:
+        """Let all workers agree anew at what they do together next."""
+        self.settled = False
+
+    def broke(self) -> None:
+        """An exchange failed somewhere: what is here is not to be trained on."""
+        self.settled, self._broken = False, True
+
+    def check_whole(self) -> None:
+        """Raise ExchangeError if an exchange failed, and x was not taken anew since."""
+        if self._broken:
+            raise ExchangeError(f"the exchange of an earlier round failed. {BROKEN_ADVICE}")
 
     def _settle(self) -> None:
         self.settled, self._source, self._loaded = True, Source.KEPT, Loaded()
@@ -229,10 +248,11 @@ class Origin:
         state = self._modes.state
         if state is None or not state.buckets:
             return
-        if state.shows_x():  # where a hook had brought the parameters: the training point is kept
-            return
+        if state.shows_x() and not self._broken:
+            return  # where a hook had brought the parameters: the training point is kept
         steps = self._local_steps()
         self._anchor(state)
+        self._broken = False
         self.settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
         warnings.warn(
             "a state was loaded into the model: the consensus point x is taken from it, and all compression "
@@ -287,7 +307,7 @@ class Origin:
         """
         if saved is None:
             self._take_plain_state(kept, resumed)
-        self.settled = False
+        self.settled = self._broken = False
         self.whole_server_errors, self._loaded = None, Loaded()
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS

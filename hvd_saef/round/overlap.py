@@ -10,10 +10,10 @@ first, in the background as well.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,50 +22,54 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.memory.layout import takes_part
-from hvd_saef.memory.state import BucketState, State
+from hvd_saef.memory.state import BucketState
+from hvd_saef.round.armed import Armed
 from hvd_saef.round.exchange import Exchange
-from hvd_saef.round.gradients import (
-    prepare_sparse,
-    sparse_refused,
-    takes_sparse_only,
-    values,
-)
+from hvd_saef.round.gradients import prepare_sparse, sparse_refused, takes_sparse_only
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.node_means import NodeMean
 from hvd_saef.round.partial_steps import LocalStep, StepCode, remove_hooks, step_elsewhere, step_here
 from hvd_saef.transport.staging import so_far
 
 
-@dataclass
-class Armed:
-    """What is expected of the next backward passes."""
+class NoOverlap:
+    """overlap=False: everything happens in step()."""
 
-    state: State
-    local_step: LocalStep
-    passes: int
-    expected: deque[tuple[BucketState, dict[Tensor, int]]]
-    """The buckets that have not left, in their order; for each parameter the passes still to come."""
-    means: deque[tuple[BucketState, NodeMean]] = field(default_factory=deque)
-    """Of the buckets that have left for their ranks' mean and not been seen since."""
-    used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
-    """By parameter the gradient that a local step or a mean uses, and its version."""
-    failure: Exception | None = None
-    """What step() is to raise."""
-    nonfinite: bool = False
-    """Whether a gradient held a NaN or an infinity."""
-    overflowed: bool = False
-    """Whether a local step made such a number."""
-    waits: bool | None = None
-    """Whether all is left to step(), which takes unfrozen parameters in; known from the first gradient on."""
+    under_way = nonfinite = overflowed = False
+
+    def arm(self, local_step: LocalStep, passes: int) -> None:
+        """Nothing leaves early."""
+
+    def disarm(self) -> None:
+        """Nothing was expected."""
+
+    def used(self, parameter: Tensor) -> bool:
+        """No parameter takes its local step before step()."""
+        return False
+
+    def check(self, closure: object, scale: object) -> None:
+        """Everything goes together with it."""
+
+    def finish(self, local_step: LocalStep) -> None:
+        """The local step of all parameters."""
+        local_step()
+
+    def abandon(self) -> None:
+        """Nothing is on the wire."""
 
 
 class Overlap:
     """Watches the parameters of one optimizer for the gradients of a round's last local step."""
 
-    def __init__(self, exchange: Exchange, modes: Modes, inner: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, exchange: Exchange, modes: Modes, inner: torch.optim.Optimizer, settled: Callable[[], bool]
+    ) -> None:
+        """`settled`: whether all workers agree where x, e and s come from; before that nothing leaves."""
         self._exchange = exchange
         self._modes = modes
         self._inner = inner
+        self._settled = settled
+        self._warned = False
         self._step_code = StepCode(inner)
         self._armed: Armed | None = None
         self._handles: dict[Tensor, Any] = {}
@@ -91,18 +95,32 @@ class Overlap:
         state = self._modes.state
         if state is None:
             return
-        self._armed = Armed(state, local_step, passes, deque())
-        for bucket_state in self._exchange.order(state):
+        armed = self._armed = Armed(state, local_step, passes, deque())
+        order = self._exchange.order(state)
+        if any(self._exchange.held(state, bucket_state) for bucket_state in order):
+            self._warn_of_held()
+        for bucket_state in order:
             trained = [p for p in bucket_state.bucket.parameters if p.requires_grad]
-            self._armed.expected.append((bucket_state, dict.fromkeys(trained, passes)))
+            armed.expected.append((bucket_state, dict.fromkeys(trained, passes)))
+            armed.watched.update(trained)
             for parameter in trained:
                 if parameter not in self._handles:
                     attach: Any = parameter.register_post_accumulate_grad_hook
                     self._handles[parameter] = attach(_weakly(self._on_gradient))
 
     def disarm(self) -> None:
-        """The round is over: let what comes next go the ordinary way."""
+        """The round is over, or began anew: let what comes next go the ordinary way."""
         self._armed = None
+
+    def _warn_of_held(self) -> None:
+        if not self._warned and self._exchange.communicator.rank == 0:
+            warnings.warn(
+                "with several optimizers, what Horovod averages (uncompressed parameters, warm-up rounds, a "
+                "node's gradients) waits for step() in spite of overlap=True: under way at the same time, "
+                "means of several optimizers would not be the same bits in every run.",
+                stacklevel=5,
+            )
+        self._warned = True
 
     def used(self, parameter: Tensor) -> bool:
         """Whether the parameter has taken its local step."""
@@ -126,6 +144,9 @@ class Overlap:
                     "a gradient was changed after backward (clipped, scaled or dropped, say), but "
                     "overlap=True had used it already: pass overlap=False."
                 )
+        armed.note_options(self._inner.param_groups)
+        if armed.failure:
+            raise armed.failure
 
     def finish(self, local_step: LocalStep) -> None:
         """The local step of the parameters that have not taken it."""
@@ -142,23 +163,25 @@ class Overlap:
         step_here(self._inner, local_step, rest)
 
     def abandon(self) -> None:
-        """After an error that all workers raise: take from the wire what is on it. Collective."""
-        armed, state = self._armed, self._modes.state
+        """After an error that all workers raise: take from the wire what is on it. Collective.
+
+        What was loaded or added on some since they agreed on the buckets takes no part.
+        """
+        armed = self._armed
         self.disarm()
-        if state is None:
+        if armed is None:
             return
         if self._exchange.communicator.node.size > 1:
-            order = self._exchange.order(state)
-            here = order if armed is None else [bucket_state for bucket_state, _ in armed.expected]
-            means = [*(armed.means if armed else ()), *map(self._mean, here)]
-            for _, mean in means:
+            here = [bucket_state for bucket_state, _ in armed.expected]
+            for _, mean in [*armed.means, *map(self._mean, here)]:
                 mean.done.result()
-        self._exchange.abandon(state)
+        self._exchange.abandon(armed.state)
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         armed = self._armed
-        if armed is None or self._modes.at_x:  # at x, the local step waits for step()
+        # At x, the local step waits for step(), and so does it where something was loaded or added.
+        if armed is None or self._modes.at_x or not self._settled():
             return
         if armed.waits is None:
             armed.waits = any(takes_part(p) for _, p, _ in armed.state.layout.frozen)
@@ -174,13 +197,19 @@ class Overlap:
                 missing[parameter] -= 1
                 if not missing[parameter]:
                     del missing[parameter]
-        while armed.expected and not armed.expected[0][1]:
+        while armed.expected and not armed.expected[0][1] and self._may_leave(armed, armed.expected[0][0]):
             self._leave(armed, armed.expected.popleft()[0])
+
+    def _may_leave(self, armed: Armed, bucket_state: BucketState) -> bool:
+        """Whether a bucket whose expected gradients are there needs nothing that comes later."""
+        trained = {parameter for parameter in bucket_state.bucket.parameters if parameter.requires_grad}
+        return trained <= armed.watched and not self._exchange.held(armed.state, bucket_state)
 
     def _leave(self, armed: Armed, bucket_state: BucketState) -> None:
         parameters = bucket_state.bucket.parameters
         for parameter in parameters:
             prepare_sparse(parameter, self._inner, self._exchange.settings.sparse_as_dense)
+        armed.note_options(self._inner.param_groups)
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
         if self._exchange.communicator.node.size > 1:
@@ -188,7 +217,7 @@ class Overlap:
             if sparse and not self._exchange.settings.sparse_as_dense:
                 names = {slot.parameter: slot.name for slot in bucket_state.bucket.slots}
                 armed.failure = sparse_refused(names[sparse[0]])
-            self._look(armed, gradients.values())
+            armed.look(gradients.values())
             armed.means.append(self._mean(bucket_state))
             self._take_means(armed)
         else:
@@ -196,6 +225,7 @@ class Overlap:
 
     def _depart(self, armed: Armed, bucket_state: BucketState, gradients: dict[Tensor, Tensor]) -> None:
         """A bucket's look at its gradients, its local step, and off."""
+        armed.note_options(self._inner.param_groups)
         bucket, inner = bucket_state.bucket, self._inner
         if not self._step_code.suits_other_threads():
             self._modes.leave_early(bucket.parameters)
@@ -219,7 +249,7 @@ class Overlap:
     ) -> None:
         """A local step of some parameters, if all went well so far; in whatever thread. Raises nothing."""
         try:
-            self._look(armed, gradients)
+            armed.look(gradients)
             if armed.nonfinite or armed.failure:  # step() raises on all workers
                 return
             with self._exchange.statistics.phase("local_step"), self._modes.early.step(parameters):
@@ -228,15 +258,12 @@ class Overlap:
         except Exception as failure:
             armed.failure = failure
 
-    @staticmethod
-    def _look(armed: Armed, gradients: Iterable[Tensor]) -> None:
-        armed.nonfinite = armed.nonfinite or not kernels.all_finite([values(g) for g in gradients])
-
     def _settle(self, armed: Armed) -> None:
-        """Wait for the local steps in the background; raise what one of them raised."""
+        """Wait for the local steps in the background; raise what one of them raised, or an encoding."""
         self._exchange.wait_until_encoded()
-        if armed.failure:
-            raise armed.failure
+        failure = armed.failure or self._exchange.failure
+        if failure:
+            raise failure
 
     # -- workers of several ranks -------------------------------------------------------------------
 

@@ -85,27 +85,40 @@ def step_here(inner: torch.optim.Optimizer, local_step: LocalStep, parameters: C
             local_step()
 
 
+Options = list[dict[str, Any]]
+
+
+def options_of(groups: Iterable[dict[str, Any]]) -> Options:
+    """What tells whether an option of a group was changed since, in place or not; not its parameters."""
+    return [
+        {
+            key: (id(value), value._version) if isinstance(value, Tensor) else repr(value)
+            for key, value in group.items()
+            if key != "params"
+        }
+        for group in groups
+    ]
+
+
+def changed_option(before: Options, after: Options) -> str | None:
+    """The name of an option that is not the same in both; of as many groups."""
+    for old, new in zip(before, after, strict=True):
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            return changed[0]
+    return None
+
+
 @contextmanager
 def _unchanged_options(groups: list[dict[str, Any]]) -> Iterator[None]:
-    before = [_options(group) for group in groups]
+    before = options_of(groups)
     yield
-    for group, options in zip(groups, before, strict=True):
-        after = _options(group)
-        changed = sorted(key for key in options.keys() | after.keys() if options.get(key) != after.get(key))
-        if changed:
-            raise RuntimeError(
-                f"the optimizer's step changes {changed[0]!r} of its parameter group, and with overlap=True "
-                "it is taken once a bucket: pass overlap=False."
-            )
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What tells whether an option was changed, in place or not."""
-    return {
-        key: (id(value), value._version) if isinstance(value, Tensor) else repr(value)
-        for key, value in group.items()
-        if key != "params"
-    }
+    changed = changed_option(before, options_of(groups))
+    if changed is not None:
+        raise RuntimeError(
+            f"the optimizer's step changes {changed!r} of its parameter group, and with overlap=True "
+            "it is taken once a bucket: pass overlap=False."
+        )
 
 
 def _of(group: dict[str, Any], wanted: Collection[Tensor]) -> list[Tensor]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_saef.errors import ConsensusError, NonFiniteUpdateError
-from hvd_saef.memory.layout import ChooseCompressor, Layout, build_layout, takes_part
+from hvd_saef.memory.layout import ChooseCompressor, Layout, averages_gradients, build_layout, takes_part
 from hvd_saef.memory.progress import Progress
-from hvd_saef.round.agreement import Word, agree, check_consensus, check_workers, raise_failure
+from hvd_saef.round.agreement import (
+    Word,
+    agree,
+    check_configuration,
+    check_consensus,
+    check_workers,
+    raise_broken,
+    raise_failure,
+    state_of,
+)
 from hvd_saef.round.averaging import average_errors, average_moments, whole_server_errors
 from hvd_saef.round.determinism import check_compressors
 from hvd_saef.round.exchange import Exchange
@@ -24,10 +32,11 @@ from hvd_saef.round.local_steps import LocalSteps
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.origin import Origin
 from hvd_saef.round.overflow import sums_fit
-from hvd_saef.round.overlap import Overlap
+from hvd_saef.round.overlap import NoOverlap, Overlap
 from hvd_saef.round.statistics import Statistics
-from hvd_saef.settings import Settings
+from hvd_saef.settings import Settings, check_passes
 from hvd_saef.transport.communicator import Channel, Communicator, in_use
+from hvd_saef.transport.lines import Lease
 
 
 class Session:
@@ -39,20 +48,34 @@ class Session:
         names: dict[Tensor, str],
         choose: ChooseCompressor,
         settings: Settings,
+        passes: int,
+        layout: Layout,
         communicator: Communicator,
+        lease: Lease,
     ) -> None:
+        """`communicator` talks on the line of the `lease`."""
         self.inner = inner
         self.names = names
         self.settings = settings
+        self.passes = passes
+        """Backward passes before a step; only overlap=True must know it."""
+        self.layout = layout
+        """The buckets of all parameters."""
         self.communicator = communicator
         self.statistics = Statistics()
-        self.exchange = Exchange(communicator, settings, self.statistics)
+        self.exchange = Exchange(communicator, lease.lines, settings, self.statistics)
+        lease.used_by(communicator, self.exchange.under_way)
+        self._lease = lease
         self.progress = Progress()
         self.modes = Modes(self.exchange, self.progress)
         self._choose = choose
         self._skip_synchronize = self._synchronized = False
         self.origin = Origin(communicator, settings, self.modes, self.progress)
-        self.overlap = Overlap(self.exchange, self.modes, inner) if settings.overlap else None
+        self.overlap = (
+            Overlap(self.exchange, self.modes, inner, self.origin.is_agreed)
+            if settings.overlap
+            else NoOverlap()
+        )
         self.before_exchange: list[Callable[[], None]] = []
         """Called by all workers between a round's last local step and its exchange; may be collective."""
         self._guard = Guard(self.modes)
@@ -61,17 +84,9 @@ class Session:
         """A signal came to this worker (:class:`hvd_saef.GracefulStop`): its next word says so."""
         self.stop_agreed = False
         """Some worker's word said so: all workers know it since the same step."""
+        self._guard.claim(layout)
 
     # -- what there is ------------------------------------------------------------------------------
-
-    @cached_property
-    def layout(self) -> Layout:
-        """The buckets of all parameters."""
-        layout = build_layout(self.inner.param_groups, self.names, self._choose, self.settings)
-        check_compressors(layout, self.settings, self.communicator)
-        self._guard.claim(layout)
-        self._warn_of_large_block(layout)
-        return layout
 
     @property
     def kept(self) -> Layout:
@@ -81,20 +96,12 @@ class Session:
     @property
     def averages_gradients(self) -> bool:
         """Whether to do Horovod's arithmetic: nothing is compressed and nothing fed back."""
-        return self.settings.feedback == "none" and self.settings.local_steps == 1 and self.layout.dense
+        return averages_gradients(self.settings, self.layout)
 
-    def _warn_of_large_block(self, layout: Layout) -> None:
-        workers = self.communicator.workers
-        if not self.settings.sharded(workers) or self.communicator.rank != 0:
-            return
-        share, name = layout.largest_share()
-        if share * workers > 2:
-            warnings.warn(
-                f"the largest block, of parameter {name!r}, is {share:.0%} of all that is compressed: the "
-                f"worker that serves it sends {share * workers:.1f} times the others' share. "
-                "Set block_size to cut it, or server='replicated'.",
-                stacklevel=2,
-            )
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What ranks must have alike at a time, beside settings and parameters."""
+        return {"backward_passes_per_step": self.passes}
 
     def use(self) -> AbstractContextManager[None]:
         """See :meth:`Communicator.use`: some ranks may have no part in a method's last collectives."""
@@ -114,12 +121,13 @@ class Session:
 
         `scale` and `overflow` are a GradScaler's, or None.
         """
+        self.check_process()  # before anything is computed: torch's threads are not in a forked process
         loss, failure, word = None, None, Word.NOTHING
         try:
             self._check()
+            self.origin.check_whole()
             self.modes.before_step()
-            if self.overlap:
-                self.overlap.check(closure, scale)
+            self.overlap.check(closure, scale)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
@@ -130,7 +138,7 @@ class Session:
         if self._agree(word, failure):
             self.statistics.skipped += 1
             return loss
-        if not self._skip_synchronize and not (self.overlap and self.overlap.under_way):
+        if not self._skip_synchronize and not self.overlap.under_way:
             if self._synchronized:
                 warnings.warn(
                     "step() after synchronize() averages the gradients again: take it within "
@@ -154,8 +162,8 @@ class Session:
         if self.progress.local_steps_done >= self.settings.local_steps:
             self._complete_round()
         self.modes.after_step()
-        if self.overlap and self.progress.local_steps_done == self.settings.local_steps - 1:
-            self.overlap.arm(local_step, self.settings.backward_passes_per_step)
+        if self.progress.local_steps_done == self.settings.local_steps - 1:
+            self.overlap.arm(local_step, self.passes)
         return loss
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
@@ -172,36 +180,43 @@ class Session:
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
         """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
-        self.check_process()
-        if not self.origin.agreed:
-            word |= Word.ANCHOR
-        if self.overlap and self.overlap.under_way:
-            word |= Word.UNDER_WAY
-        if self.wants_to_stop:
-            word |= Word.STOP
-        self.communicator.doing[Channel.WORDS] = f"round {self.progress.rounds + 1}"
         with self.statistics.phase("agreement"):
-            combined = agree(self.communicator, word, failure)
-            self.stop_agreed |= Word.STOP in combined
+            combined = self._tell(word, failure)
             try:
                 self._decide(combined, failure)
             except Exception:
-                if Word.UNDER_WAY in combined and self.overlap:
+                if Word.UNDER_WAY in combined:
                     self.overlap.abandon()
                 raise
         self._local.keeps = Word.HUGE in combined
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
+
+    def _tell(self, word: Word, failure: Exception | None) -> Word:
+        """Everyone's words, this rank's with what it has to say in any. Collective."""
+        self.check_process()
+        if not self.origin.agreed:
+            word |= Word.ANCHOR
+        if self.overlap.under_way:
+            word |= Word.UNDER_WAY
+        if self.wants_to_stop:
+            word |= Word.STOP
+        self.communicator.doing[Channel.WORDS] = f"round {self.progress.rounds + 1}"
+        combined = agree(self.communicator, word, failure)
+        self.stop_agreed |= Word.STOP in combined
+        return combined
 
     def _decide(self, combined: Word, failure: Exception | None) -> None:
         if Word.FAILED in combined:
             raise_failure(self.communicator, failure)
         if Word.ANCHOR in combined:
             if Word.UNDER_WAY in combined:
+                check_configuration(self.communicator, self.layout, self._facts)
                 raise RuntimeError(
-                    "a state was loaded on some rank between backward and step(), when overlap=True had "
-                    "sent updates already: load before the forward pass."
+                    "a state was loaded between backward and step(), or on some ranks alone, and "
+                    "overlap=True had sent updates already: load on all ranks, before the forward pass."
                 )
-            self.origin.settle(self.layout, self.kept)
+            self.origin.settle(self.layout, self.kept, self._facts)
+            self._begin()
             self._check_worker(
                 "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, or load "
                 "the same state on all of them."
@@ -209,32 +224,51 @@ class Session:
         if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
             self._local.raise_nonfinite(self.layout)
 
+    def _begin(self) -> None:
+        """Where x, e and s come from was agreed on: nothing is expected, and payloads' sizes are."""
+        self.overlap.disarm()
+        try:
+            self.exchange.agree_on_sizes(self.modes.state)
+        except Exception:
+            self.origin.unsettle()
+            raise
+
+    def meet(self, what: str) -> None:
+        """All ranks are about to do `what`: if it cannot be done on any, all raise, as before. Collective."""
+        failure = self._hindrance(what)
+        combined = self._tell(Word.NOTHING, failure)
+        self._decide(combined, failure)  # a worker that was loaded since may be elsewhere in its round
+
+    def _hindrance(self, what: str, broken: bool = False) -> Exception | None:
+        """Why `what` cannot be done here; not since the exchange failed, if it mends what is `broken`."""
+        try:
+            self._check()
+            if not broken:
+                self.origin.check_whole()
+            self._refuse_under_way(what)
+            self.take_in()
+        except Exception as failure:
+            return failure
+        return None
+
     @in_use
     def flush(self) -> None:
         """Complete the round now, if any local step was taken since the last. Collective."""
-        failure: Exception | None = None
-        try:
-            self._check()
-            self._refuse_under_way("flush()")
-            self.take_in()
-        except Exception as error:
-            failure = error
-        self._agree(Word.NOTHING, failure)  # a worker that was loaded since may be elsewhere in its round
+        self.meet("flush()")
         if self.progress.local_steps_done > 0:
             self._complete_round()
 
     def _complete_round(self) -> None:
         evaluating = self.modes.evaluating
         self.modes.train()
-        for look in self.before_exchange:
-            look()
+        failure = self._look()
         self.origin.whole_server_errors = None
         if self.modes.state is not None:
             self.exchange.complete_round(self.modes.state)
-        if self.overlap:
-            self.overlap.disarm()
+        self.overlap.disarm()
         if evaluating:
             self.modes.eval()
+        self._end_round(failure)
         every = self.settings.check_consensus_every
         if every and self.progress.rounds % every == 0:
             with self.statistics.phase("agreement"):
@@ -245,20 +279,36 @@ class Session:
                     "gradient between synchronize() and step(), or memory. Load a checkpoint."
                 )
 
+    def _look(self) -> Exception | None:
+        """What those who look before the exchange raised."""
+        try:
+            for look in self.before_exchange:
+                look()
+        except Exception as failure:
+            return failure
+        return None
+
+    def _end_round(self, failure: Exception | None) -> None:
+        """Raise on all what was raised on any, within the exchange or by who looked. Collective."""
+        if self.modes.state is None or not self.modes.state.buckets:
+            return
+        broken = self.exchange.take_failure()
+        failure = broken or failure
+        with self.statistics.phase("agreement"):
+            combined = agree(self.communicator, Word.BROKEN if broken else Word.NOTHING, failure)
+        if Word.BROKEN in combined:
+            self.origin.broke()
+            raise_broken(self.communicator, failure)
+        if Word.FAILED in combined:
+            raise_failure(self.communicator, failure)
+
     def _check_worker(self, advice: str) -> None:
         """Raise ConsensusError on all ranks if the ranks of a worker differ in its state. Collective."""
-        state = {} if self.modes.state is None else self.modes.state.own()
-        for slot in self.layout.slots:
-            for key, value in sorted(self.inner.state.get(slot.parameter, {}).items()):
-                if isinstance(value, Tensor):
-                    state[f"{key} of {slot.name!r}"] = value
-        for i, group in enumerate(self.inner.param_groups):
-            numbers = [float(v) for v in group.values() if isinstance(v, (int, float, Tensor))]
-            state[f"parameter group {i}"] = torch.tensor(numbers, dtype=torch.float64)
+        own = {} if self.modes.state is None else self.modes.state.own()
         try:
-            check_workers(self.communicator, state, advice)
+            check_workers(self.communicator, own | state_of(self.inner, self.layout), advice)
         except ConsensusError:
-            self.origin.settled = False  # what comes next agrees anew
+            self.origin.unsettle()
             raise
 
     def check_process(self) -> None:
@@ -270,11 +320,25 @@ class Session:
         self.communicator.check()
 
     def _refuse_under_way(self, what: str) -> None:
-        if self.overlap and self.overlap.under_way:
+        if self.overlap.under_way:
             raise RuntimeError(
                 f"{what} between backward and step(), when overlap=True had sent updates already: call "
                 "step() first."
             )
+
+    def set_passes(self, passes: int) -> None:
+        """How many backward passes come before a step; the next step agrees on it."""
+        self._refuse_under_way("set_backward_passes_per_step()")
+        check_passes(passes)
+        if passes != self.passes:
+            self.passes = passes
+            self.origin.unsettle()
+
+    def check_growth(self) -> None:
+        """Raise RuntimeError where parameters cannot be added."""
+        self._refuse_under_way("adding or unfreezing parameters")
+        if self.progress.local_steps_done:
+            raise RuntimeError("add_param_group between local steps: call flush() first.")
 
     def take_in(self) -> None:
         """Lay out the parameters that were frozen and now take part, if any; the next step agrees on it."""
@@ -309,15 +373,12 @@ class Session:
     def synchronize(self) -> None:
         """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
         if self.averages_gradients or self.communicator.node.size > 1:
-            failure: Exception | None = None
+            failure = self._hindrance("synchronize()")
             try:
-                self._refuse_under_way("synchronize()")
-                self._check()
-                self.take_in()
                 self._local.prepare_sparse(self.layout, self.averages_gradients)
             except Exception as error:
-                failure = error
-            self._agree(Word.NOTHING, failure)
+                failure = failure or error
+            self._decide(self._tell(Word.NOTHING, failure), failure)
             self._average()
             self._synchronized = True
 
@@ -353,11 +414,11 @@ class Session:
     @in_use
     def reanchor(self) -> None:
         """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
-        self.check_process()
-        self._check()
-        self._refuse_under_way("reanchor()")
-        self.take_in()
-        self.origin.renew(self.layout, self.kept)
+        failure = self._hindrance("reanchor()", broken=True)
+        if Word.FAILED in self._tell(Word.NOTHING, failure):
+            raise_failure(self.communicator, failure)
+        self.origin.renew(self.layout, self.kept, self._facts)
+        self._begin()
 
     def stats(self) -> dict[str, float]:
         """See :func:`hvd_saef.DistributedOptimizer`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +27,13 @@ class Background(ThreadPoolExecutor):
 
     def __init__(self, name: str) -> None:
         super().__init__(1, thread_name_prefix=name)
+        self._last: Future[Any] = Future()
+        self._last.set_result(None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has done all that it was given."""
+        return self._last.done()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
         flushes = flushes_denormals()
@@ -35,7 +42,8 @@ class Background(ThreadPoolExecutor):
             torch.set_flush_denormal(flushes)
             return fn(*args, **kwargs)
 
-        return super().submit(work)
+        future = self._last = super().submit(work)
+        return future
 
 
 def flushes_denormals() -> bool:

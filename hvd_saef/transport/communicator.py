@@ -2,7 +2,8 @@
 
 Three ways to say it, one interface: MPI and Horovod (`hvd_saef.transport.mpi`), threads of one process
 (`hvd_saef.transport.threads`), and nobody to talk to (`SoloCommunicator`, for ranks outside a process set).
-Every method is collective: all workers call the same ones in the same order.
+Every method is collective: all workers call the same ones in the same order, on each line
+(`hvd_saef.transport.lines`) and channel for itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.transport.background import Background
+from hvd_saef.transport.lines import Lines
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,14 +114,37 @@ class Communicator(abc.ABC):
     def find_hosts(self) -> list[list[int]]:
         """The ranks by the host that they run on. Collective."""
 
+    @cached_property
+    def lines(self) -> Lines:
+        """Who has which line."""
+        return Lines(self)
+
+    def line(self, number: int) -> Communicator:
+        """The same ranks, with channels of their own but for WORDS; number 0 is this one. Collective."""
+        if number == 0:
+            return self
+        key = "line", number
+        if key not in self.kin:
+            self.kin[key] = self.new_line(number)
+        return self.kin[key]
+
+    @abc.abstractmethod
+    def new_line(self, number: int) -> Communicator:
+        """Make line `number`, above 0: for :meth:`line`. Collective."""
+
     def background(self, channel: Channel) -> Executor:
         """The channel's own thread, which does what it is given in order, while this one computes."""
         if channel not in self._threads:
             self._threads[channel] = Background(f"hvd_saef {channel.name} {self.rank}")
         return self._threads[channel]
 
+    @property
+    def idle(self) -> bool:
+        """Whether the background has done all that it was given."""
+        return all(thread.idle for thread in self._threads.values())
+
     @cached_property
-    def _threads(self) -> dict[Channel, Executor]:
+    def _threads(self) -> dict[Channel, Background]:
         return {}
 
     @cached_property
@@ -199,6 +224,9 @@ class SoloCommunicator(Communicator):
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
         return self
+
+    def new_line(self, number: int) -> Communicator:  # noqa: D102
+        return SoloCommunicator()
 
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         return [[0]]

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_saef.errors import WorkerError
 from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of, in_use
 from hvd_saef.transport.ending import SHUT_DOWN, Ending
 from hvd_saef.transport.libraries import horovod, mpi4py
@@ -48,15 +50,19 @@ class MpiCommunicator(Communicator):
         self.rank, self.size = own.Get_rank(), own.Get_size()
         self._watch = Watch(own, patience, names)
         self._staging = {channel: Staging() for channel in Channel}
+        self._line = 0
         _ending().then(self._watch.say_goodbye)
+
+    def new_line(self, number: int) -> Communicator:  # noqa: D102
+        return _Line(self, number)
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
         if len(ranks) == 1:
             return SoloCommunicator()
         key = tuple(self.ranks[rank] for rank in ranks), tuple(ranks)
-        if key not in _of_parts:
-            _of_parts[key] = MpiCommunicator(*key)
-        return _of_parts[key]
+        if key not in self.kin:
+            self.kin[key] = MpiCommunicator(*key)
+        return self.kin[key]
 
     @in_use
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
@@ -118,19 +124,22 @@ class MpiCommunicator(Communicator):
 
     def _wait(self, channel: Channel, request: Any, operation: str) -> None:
         """Until the request is done, which holds the memory that it works on."""
-        self._watch.wait(
-            request.Test, channel.name, f"{operation}, {self.doing.get(channel, 'at the start')}"
-        )
+        doing = self.doing.get(channel, "at the start")
+        self._watch.wait(request.Test, self._name(channel), f"{operation}, {doing}")
+
+    def _name(self, channel: Channel) -> str:
+        """What the watch calls the channel of this line."""
+        return channel.name if self._line == 0 or channel is Channel.WORDS else f"{channel.name} {self._line}"
 
     @in_use
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
         # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
         # how tensors are fused decides how sums round.
         handle = hvd.allreduce_async_(
-            tensor, name=f"hvd_saef.{name}", op=hvd.Average, process_set=self.process_set
+            tensor, name=f"hvd_saef.{self._line}.{name}", op=hvd.Average, process_set=self.process_set
         )
         what = f"the mean of {name}, {self.doing.get(Channel.WORDS, 'at the start')}"
-        self._watch.wait(lambda: hvd.poll(handle), Channel.MEANS.name, what)
+        self._watch.wait(lambda: hvd.poll(handle), self._name(Channel.MEANS), what)
         hvd.synchronize(handle)
 
     @in_use
@@ -144,20 +153,28 @@ class MpiCommunicator(Communicator):
 
     @in_use
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
-        words = self._mpi[Channel.WORDS]
-        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        words, what = self._mpi[Channel.WORDS], "a gather of objects"
+        mine, failure = _pickled(value)
         sizes = np.empty(self.size, np.int64)
-        self._wait(
-            Channel.WORDS, words.Iallgather(np.array([mine.size], np.int64), sizes), "a gather of objects"
-        )
-        together = np.empty(sizes.sum(), np.uint8)
-        places = (sizes.tolist(), (np.cumsum(sizes) - sizes).tolist())
-        self._wait(
-            Channel.WORDS,
-            words.Iallgatherv([mine, MPI.BYTE], [together, places, MPI.BYTE]),
-            "a gather of objects",
-        )
-        return [pickle.loads(piece.tobytes()) for piece in np.split(together, np.cumsum(sizes)[:-1])]
+        self._wait(Channel.WORDS, words.Iallgather(np.array([mine.size], np.int64), sizes), what)
+        pieces = [np.empty(size, np.uint8) for size in sizes]
+        most = max(1, CHUNK_BYTES // self.size)
+        for first in range(0, int(sizes.max()), most):
+            counts = np.clip(sizes - first, 0, most)
+            stops = np.cumsum(counts)
+            together = np.empty(stops[-1], np.uint8)
+            places = (counts.tolist(), (stops - counts).tolist())
+            leaving = [mine[first : first + most], MPI.BYTE]
+            self._wait(Channel.WORDS, words.Iallgatherv(leaving, [together, places, MPI.BYTE]), what)
+            for piece, part in zip(pieces, np.split(together, stops[:-1]), strict=True):
+                piece[first : first + most] = part
+        everyone = [pickle.loads(piece.data) for piece in pieces]
+        if failure is not None:
+            raise failure
+        unpickled = {rank: one.reason for rank, one in enumerate(everyone) if isinstance(one, _Unpickled)}
+        if unpickled:
+            raise WorkerError("; ".join(f"rank {rank} raised {why}" for rank, why in unpickled.items()))
+        return everyone
 
     @in_use
     def combine(self, word: int) -> int:  # noqa: D102
@@ -186,6 +203,40 @@ def _ending() -> Ending:
     return Ending(MPI)
 
 
+class _Line(MpiCommunicator):
+    """Another's ranks on a line of its own."""
+
+    def __init__(self, base: MpiCommunicator, number: int) -> None:
+        self.rank, self.size, self.ranks = base.rank, base.size, base.ranks
+        self._base, self._line, self._watch = base, number, base._watch
+        self._staging = {channel: Staging() for channel in Channel}
+        words = base._mpi[Channel.WORDS]
+        created = start(lambda: {channel: words.Dup() for channel in (Channel.UP, Channel.DOWN)})
+        base._watch.wait(created.done, Channel.WORDS.name, "hvd_saef.DistributedOptimizer")
+        self._mpi = {Channel.WORDS: words, **created.result()}
+
+    @property
+    def process_set(self) -> Any:  # Horovod's may have been removed and added anew
+        return self._base.process_set
+
+
+@dataclass(frozen=True)
+class _Unpickled:
+    """What a rank sends in place of an object that cannot be sent."""
+
+    reason: str
+
+
+def _pickled(value: Any) -> tuple[Any, Exception | None]:
+    """The bytes of a value, or of why it cannot be sent; and that."""
+    failure: Exception | None = None
+    try:
+        sent = pickle.dumps(value)
+    except Exception as error:
+        failure, sent = error, pickle.dumps(_Unpickled(f"{type(error).__name__}: {error}"))
+    return np.frombuffer(sent, np.uint8), failure
+
+
 @cache
 def _arrivals(patience: Patience) -> Watch:
     """The watch over the creation of communicators, when the world's is the only one there is."""
@@ -202,9 +253,6 @@ def _message(views: Sequence[Tensor]) -> Any:
 def _memory(buffer: Tensor) -> Any:
     """As mpi4py takes it; a tensor on a GPU as it is, by its __cuda_array_interface__."""
     return buffer.numpy() if buffer.is_cpu else buffer
-
-
-_of_parts: dict[tuple[tuple[int, ...], tuple[int, ...]], MpiCommunicator] = {}
 
 
 def abort_on_exceptions() -> None:

@@ -19,6 +19,7 @@ from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
 from hvd_saef.transport.libraries import horovod
 from hvd_saef.transport.process_sets import lanes, ranks_of, register, remember
+from hvd_saef.transport.together import together
 
 Workers = Literal["rank", "node"] | Sequence[Any]
 
@@ -56,7 +57,7 @@ def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
     key = repr(found), weights
     nodes = everyone.kin.get(key)
     if not isinstance(nodes, NodeCommunicator):
-        nodes = everyone.kin[key] = NodeCommunicator(everyone, found, by_ranks=weights == "ranks")
+        nodes = everyone.kin[key] = NodeCommunicator.of(everyone, found, by_ranks=weights == "ranks")
     nodes.find_process_sets()
     return nodes
 
@@ -79,34 +80,60 @@ def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...
 
 
 class NodeCommunicator(Communicator):
-    """Workers are `groups` of the ranks of `everyone`. Making it is collective over `everyone`.
+    """Workers are `groups` of the ranks of `everyone`; `node` and `lane` (or None) are this rank's.
 
     `by_ranks`: a worker counts by its number of ranks in means over workers, else all count alike.
     """
 
-    def __init__(self, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> None:
+    def __init__(
+        self,
+        everyone: Communicator,
+        groups: Sequence[Sequence[int]],
+        by_ranks: bool,
+        node: Communicator,
+        lane: Communicator | None,
+    ) -> None:
         self.rank, self.size, self.ranks = everyone.rank, everyone.size, everyone.ranks
-        self._everyone, self._groups = everyone, groups
+        self._everyone, self._groups, self._by_ranks = everyone, groups, by_ranks
         self._worker = next(k for k, group in enumerate(groups) if self.rank in group)
-        mine, across = groups[self._worker], lanes(groups)
-        self._place, self._lanes = mine.index(self.rank), len(across)
+        self._place, self._lanes = groups[self._worker].index(self.rank), len(lanes(groups))
         self._counts = [len(group) if by_ranks else 1 for group in groups]
-        self._node = everyone.part(mine)
-        # A node may have more ranks than another: its last ones have no lane.
-        self._lane = everyone.part(across[self._place]) if self._place < self._lanes else None
-        for part in (self, self._node, self._lane):
+        self._node, self._lane = node, lane
+        for part in (self, node, lane):
             if part is not None:
                 part.doing = everyone.doing
 
+    @classmethod
+    def of(cls, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> NodeCommunicator:
+        """That of these groups. Collective over `everyone`."""
+        mine = next(group for group in groups if everyone.rank in group)
+        node = everyone.part(mine)
+        # A node may have more ranks than another: its last ones have no lane.
+        lane = next((everyone.part(ranks) for ranks in lanes(groups) if everyone.rank in ranks), None)
+        return cls(everyone, groups, by_ranks, node, lane)
+
+    def new_line(self, number: int) -> Communicator:  # noqa: D102
+        lane = None if self._lane is None else self._lane.line(number)
+        everyone, node = self._everyone.line(number), self._node.line(number)
+        return NodeCommunicator(everyone, self._groups, self._by_ranks, node, lane)
+
     def find_process_sets(self) -> None:
-        """Horovod's, which may have been removed and added anew. Collective over all ranks, or ValueError."""
-        if self._everyone.process_set is None:
+        """Horovod's, which may have been removed and added anew. Collective over all ranks.
+
+        Raises ValueError where Horovod does not know them, WorkerError on the others.
+        """
+        everyone = self._everyone
+        if everyone.process_set is None:
             return
         groups = [[self.ranks[rank] for rank in group] for group in self._groups]
-        known = register(groups, add=self._everyone.process_set is horovod().global_process_set)
-        for part in (self._node, self._lane):
-            if part is not None and part.size > 1:
-                part.process_set = known[tuple(sorted(part.ranks))]
+
+        def find() -> None:
+            known = register(groups, add=everyone.process_set is horovod().global_process_set)
+            for part in (self._node, self._lane):
+                if part is not None and part.size > 1:
+                    part.process_set = known[tuple(sorted(part.ranks))]
+
+        together(everyone, find)
 
     @property
     def worker(self) -> int:  # noqa: D102

@@ -66,18 +66,16 @@ def remember(process_sets: Iterable[Any]) -> None:
 def register(groups: Sequence[Sequence[int]], add: bool) -> dict[tuple[int, ...], Any]:
     """Horovod's process set by ranks, for all that are :func:`wanted`. Collective over all ranks if `add`.
 
-    Raises ValueError if Horovod does not know them and none can be added.
+    Raises ValueError if Horovod does not know them and none can be added, after all were tried.
     """
     hvd = horovod()
-    found: dict[tuple[int, ...], Any] = {}
-    for ranks in wanted(groups):
-        key = tuple(ranks)
-        if len(ranks) == hvd.size():
-            found[key] = hvd.global_process_set
-            continue
+    apart = [ranks for ranks in wanted(groups) if len(ranks) < hvd.size()]
+    for ranks in apart if add else ():
         with contextlib.suppress(ValueError):  # there is one already, or none can be added
-            if add:
-                _given[key] = hvd.add_process_set(ranks)
+            _given[tuple(ranks)] = hvd.add_process_set(ranks)
+    found = {tuple(ranks): hvd.global_process_set for ranks in wanted(groups)}
+    for ranks in apart:
+        key = tuple(ranks)
         if getattr(_given.get(key), "process_set_id", None) is None:
             raise ValueError(
                 f"Horovod has no process set of the ranks {ranks} that hvd_saef knows of: call "

@@ -88,15 +88,16 @@ class Meetings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[tuple[int, ...], dict[Channel, Meeting]] = {}
+        self._known: dict[tuple[tuple[int, ...], int], dict[Channel, Meeting]] = {}
         self._left: list[int] = []
 
-    def of(self, ranks: Sequence[int]) -> Mapping[Channel, Meeting]:
-        """The meetings of these ranks, one for each channel."""
+    def of(self, ranks: Sequence[int], line: int) -> Mapping[Channel, Meeting]:
+        """The meetings of these ranks on a line, one for each channel."""
         with self._lock:
-            meetings = self._known.get(tuple(ranks))
+            key = tuple(ranks), line
+            meetings = self._known.get(key)
             if meetings is None:
-                meetings = self._known[tuple(ranks)] = {channel: Meeting(ranks) for channel in Channel}
+                meetings = self._known[key] = {channel: Meeting(ranks) for channel in Channel}
                 for rank in self._left:
                     self._leave(meetings, rank)
             return meetings
@@ -118,14 +119,20 @@ class Meetings:
 class ThreadCommunicator(Communicator):
     """One of the threads that :func:`hvd_saef.simulation.run_workers` started, among some of them."""
 
-    def __init__(self, meetings: Meetings, ranks: Sequence[int], own: int, hosts: list[list[int]]) -> None:
+    def __init__(
+        self, meetings: Meetings, ranks: Sequence[int], own: int, hosts: list[list[int]], line: int = 0
+    ) -> None:
         self.rank, self.size = list(ranks).index(own), len(ranks)
         self.ranks, self.hosts = ranks, hosts
-        self._all_meetings, self._meetings = meetings, meetings.of(ranks)
+        words = {Channel.WORDS: meetings.of(ranks, 0)[Channel.WORDS]}
+        self._all_meetings, self._meetings = meetings, {**meetings.of(ranks, line), **words}
         self._own = own
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
         return ThreadCommunicator(self._all_meetings, ranks, self._own, [])
+
+    def new_line(self, number: int) -> Communicator:  # noqa: D102
+        return ThreadCommunicator(self._all_meetings, self.ranks, self._own, self.hosts, number)
 
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         return self.hosts

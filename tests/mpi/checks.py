@@ -37,6 +37,7 @@ from tests.problems import (
 )
 from tests.problems import wrap as wrap_as
 from tests.round.test_disagreement import Flipping
+from tests.round.test_exchange_failures import Failing
 from tests.transport.test_staging import device_of_its_own
 from tests.workers import Run, everything
 
@@ -482,6 +483,114 @@ def a_second_optimizer_does_not_mind_the_first() -> None:
         return [p.detach().numpy().tobytes() for model in models for p in model.state_dict().values()]
 
     assert trained([0, 1]) == trained([0]) + trained([1])
+
+
+@check
+def objects_in_small_chunks_and_objects_that_cannot_be_sent() -> None:
+    communicator = mpi.MpiCommunicator(tuple(range(hvd.size())))
+    mine = {"rank": hvd.rank(), "values": np.arange(1000 * hvd.rank()), "empty": b""}
+    before = mpi.CHUNK_BYTES
+    mpi.CHUNK_BYTES = 101 * hvd.size()
+    try:
+        everyone = communicator.allgather_object(mine)
+        nothing = communicator.allgather_object(None)
+    finally:
+        mpi.CHUNK_BYTES = before
+    assert nothing == hvd.size() * [None]
+    for rank, theirs in enumerate(everyone):
+        assert (theirs["rank"], theirs["empty"]) == (rank, b"")
+        assert np.array_equal(theirs["values"], np.arange(1000 * rank))
+    last = hvd.rank() == hvd.size() - 1
+    with pytest.raises(Exception if last else hvd_saef.WorkerError, match=r"pickle|local object"):
+        communicator.allgather_object((lambda: None) if last else 1)
+    assert communicator.allgather_object(hvd.rank()) == list(range(hvd.size()))
+
+
+@check
+def several_optimizers_get_their_own_payloads() -> None:
+    dense: dict[str, Any] = {
+        "compression": lambda name, _: (
+            hvd_saef.Compression.none if "bias" in name else hvd_saef.Compression.sign
+        )
+    }
+    for more in ({}, {"averaging_period": 2}, {"warmup_steps": 2}, {"double_compression": False}):
+        for kinds in ((True, True), (True, False)):
+            alone, among = (
+                several_trained([overlap and kind for kind in kinds], **more) for overlap in (False, True)
+            )
+            assert alone == among
+    assert several_trained([False, False], **dense) == several_trained([True, True], **dense)
+
+
+def several_trained(overlaps: list[bool], **settings: Any) -> list[bytes]:
+    """The bits of x, the same everywhere, after some steps with gradients that not all ranks have."""
+    compression = settings.pop("compression", None)
+    pairs = []
+    for seed, overlap in enumerate(overlaps):
+        model = small_model(seed)
+        made = setup(**settings)
+        more = {} if compression is None else {"compression": compression}
+        pairs.append(
+            (
+                model,
+                wrap_as(
+                    made,
+                    torch.optim.AdamW(model.parameters(), lr=0.01),
+                    named_parameters=model.named_parameters(),
+                    model=model,
+                    bucket_bytes=100,
+                    overlap=overlap,
+                    **more,
+                ),
+            )
+        )
+    for step in range(6):
+        for model, _ in pairs:
+            if model is pairs[0][0] and hvd.rank() == hvd.size() - 1 and step % 2:
+                model.zero_grad()
+                next(model.children())(
+                    torch.ones(8, 6)
+                ).square().sum().backward()  # the last layer has no gradients
+            else:
+                backward(model, step)
+        for _, optimizer in reversed(pairs):
+            optimizer.step()
+    bits = [value.numpy().tobytes() for model, _ in pairs for value in model.state_dict().values()]
+    assert hvd.allgather_object(bits) == hvd.size() * [bits]
+    return bits
+
+
+@check
+def lines_come_back() -> None:
+    for _ in range(12):
+        several_trained([True, True])
+    optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(small_model(0).parameters(), lr=0.1))
+    assert optimizer._saef._lease.lines._made <= 4
+
+
+@check
+def everyone_is_told_of_an_exception_in_an_exchange() -> None:
+    for where in ("encode", "decode_add"):
+        odd = hvd.rank() == hvd.size() - 1
+        failing = Failing(where, 0)
+        run = Run(hvd.rank(), compression=failing, bucket_bytes=64).step()
+        failing.left[where] = 11 if odd else 0
+        with pytest.raises(hvd_saef.errors.ExchangeError, match=f"rank {hvd.size() - 1} raised Arithmetic"):
+            run.step(20)
+        run.optimizer.reanchor()
+        run.step(2)
+
+
+@check
+def everyone_is_told_of_a_wrong_argument() -> None:
+    odd = hvd.rank() == hvd.size() - 1
+    parameter = nn.Parameter(torch.zeros(3))
+    inner = torch.optim.SGD([parameter], lr=0.5)
+    with pytest.raises(ValueError if odd else hvd_saef.WorkerError, match="local_steps=0"):
+        hvd_saef.DistributedOptimizer(inner, local_steps=0 if odd else 1)
+    with pytest.raises(ValueError if odd else hvd_saef.WorkerError, match="steps=-1"):
+        hvd_saef.common_steps(-1 if odd else 3)
+    hvd_saef.DistributedOptimizer(inner)
 
 
 PROCESS_SETS: list[Any] = []

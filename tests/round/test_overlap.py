@@ -28,6 +28,11 @@ class Training:
         self.rank = rank
         self.model = copy.deepcopy(LAYERS)
         self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.wrap(overlap, **options)
+        self.data = torch.Generator().manual_seed(rank)
+
+    def wrap(self, overlap: bool = True, **options: Any) -> None:
+        """Wrap the optimizer, once more if it was."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.optimizer: Any = hvd_saef.DistributedOptimizer(
@@ -38,7 +43,6 @@ class Training:
                 overlap=overlap,
                 **options,
             )
-        self.data = torch.Generator().manual_seed(rank)
 
     def backward(self, times: int = 1) -> None:
         """Gradients of `times` batches."""
@@ -61,7 +65,8 @@ class Training:
     def state(self) -> list[Tensor]:
         """X and e, and what the torch optimizer keeps."""
         ours = self.optimizer.state_dict()["hvd_saef"]
-        kept = [v for s in self.inner.state.values() for v in s.values()]
+        parameters = [p for group in self.inner.param_groups for p in group["params"]]
+        kept = [v for p in parameters for v in self.inner.state.get(p, {}).values()]
         return [*ours["x"].values(), *ours["errors"].values(), *kept]
 
 

@@ -198,6 +198,24 @@ def test_an_exception(make: type[torch.optim.AdamW]) -> None:
         assert "rank 1 raised TypeError" in str(failures[rank])
 
 
+@pytest.mark.parametrize("sent", [0, 1], ids=["the other has sent", "it has sent itself"])
+def test_an_exception_where_only_one_has_sent(sent: int) -> None:
+    """The rank without the last layer's gradients has sent nothing, and takes part in what others have."""
+
+    def work(rank: int) -> None:
+        training = Training(rank).steps(2)
+        if rank == 1:
+            breaks(training)
+        training.optimizer.zero_grad()
+        layers = training.model if rank == sent else training.model[:3]
+        layers(torch.randn(16, 20, generator=training.data)).square().mean().backward()
+        assert training.under_way == (rank == sent)
+        training.optimizer.step()
+
+    for rank, failure in enumerate(caught(2, work)):
+        assert "rank 1 raised TypeError" in str(failure) or (rank == 1 and isinstance(failure, TypeError))
+
+
 def test_a_step_that_overflows() -> None:
     """On one worker, in the background: an error in step() on all, with x as it was."""
 
