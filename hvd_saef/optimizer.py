@@ -112,11 +112,12 @@ def DistributedOptimizer(
         bucket_bytes: bytes of parameters that travel together; an eighth of it in the first bucket, which
             leaves last. A parameter is never cut.
         overlap: step and send each bucket while backward computes the others' gradients. Rules out
-            whatever changes gradients after backward (clipping, GradScaler), closures, on_nonfinite="skip",
-            and optimizers whose step writes to its parameter group. Those of torch.optim step in a thread of
-            their own; others, and any with step hooks, in the one that computes, a call a bucket. After
-            an error in a step, errors and momentum are those of a step half taken (x is not): load a
-            checkpoint.
+            whatever changes gradients or options (a learning rate, say) between backward and step():
+            clipping, GradScaler; closures; on_nonfinite="skip"; and optimizers whose step writes to its
+            parameter group. Those of torch.optim step in a thread of their own; others, and any with step
+            hooks, in the one that computes, a call a bucket. After an error in a step, errors and momentum
+            are those of a step half taken (x is not): load a checkpoint. With several optimizers, what
+            Horovod averages waits for step().
         on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all. A local step
             that overflows is undone on all, with the local steps since the round began, but for the
             optimizer's own state (see the error).
