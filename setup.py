@@ -1,65 +1,101 @@
-"""Packaging lives in pyproject.toml; this file builds the C++ kernels, where that is possible."""
+"""Packaging lives in pyproject.toml; this file builds the C++ kernels, where that is possible.
+
+They are a library of their own, which neither torch nor Python's headers are needed for, and which every
+version of both can load. In a checkout: python setup.py build_ext --inplace
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
+import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-CSRC = Path("hvd_saef/kernels/csrc")
+KERNELS = Path("hvd_saef/kernels")
+CSRC = KERNELS / "csrc"
+NAMES: dict[str, Any] = runpy.run_path(str(KERNELS / "sources.py"))
 FLAGS = [
+    "-std=c++17",
     "-O3",
     "-g0",
     "-fopenmp",
+    "-fvisibility=hidden",
     "-ffp-contract=off",  # a fused multiply-add rounds once; the twins round twice
     "-fno-math-errno",
     "-Wno-psabi",  # vectors are passed between inlined functions only
+    "-Wno-maybe-uninitialized",  # g++ 12 warns of its own headers
 ]
+LINK = ["-fopenmp"]
 if os.environ.get("HVD_SAEF_SANITIZE") == "1":  # see make sanitize
-    FLAGS[:2] = ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+    FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    LINK = ["-fopenmp", "-fsanitize=address,undefined"]
-else:
-    LINK = ["-fopenmp"]
+    LINK += ["-fsanitize=address,undefined"]
 
 
-def kernels() -> dict[str, Any]:
-    """The extension and how it is built; nothing if torch is not here to build against.
+class BuildLibrary(build_ext):
+    """A library instead of a module. A failed build is no failed installation: there are the twins."""
 
-    A failed build is no failed installation: without the extension the twins in plain torch work.
-    """
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        print(f"hvd_saef: no C++ kernels ({error}): the twins in plain torch will be used.")
-        return {}
+    def get_ext_filename(self, fullname: str) -> str:
+        """One name for every Python."""
+        return str(Path(*fullname.split("."))) + ".so"
 
-    class Optional(BuildExtension):  # type: ignore[misc]
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except (Exception, SystemExit) as error:
-                print(
-                    f"hvd_saef: the C++ kernels were not built ({error}); the twins in plain torch will be "
-                    "used, which are slower. A C++20 compiler and Python's headers are needed."
-                )
+    def build_extension(self, ext: Extension) -> None:
+        """Build, or say in a line why not."""
+        try:
+            self.link(ext)
+        except (Exception, SystemExit) as error:
+            print(
+                f"hvd_saef: the C++ kernels were not built ({error}); the twins in plain torch will be used, "
+                "which are slower. A C++17 compiler is needed."
+            )
 
-    extension: Extension = CppExtension(
-        "hvd_saef.kernels._native",
-        sources=sorted(map(str, CSRC.glob("*.cpp"))),
-        depends=sorted(map(str, CSRC.glob("*.h"))),
-        extra_compile_args=FLAGS,
-        extra_link_args=LINK,
-        optional=True,
-    )
-    ninja = shutil.which("ninja") is not None
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": Optional.with_options(use_ninja=ninja, no_python_abi_suffix=False)},
-    }
+    def link(self, ext: Extension) -> None:
+        """The library of the sources, which are compiled side by side."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            compiled = threads.map(lambda source: self.compile(source, ext), ext.sources)
+            objects = [name for names in compiled for name in names]
+        path = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(
+            objects, path, extra_postargs=ext.extra_link_args, build_temp=self.build_temp, target_lang="c++"
+        )
+
+    def compile(self, source: str, ext: Extension) -> list[str]:
+        """The names of what became of a source."""
+        names: list[str] = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+        return names
 
 
-setup(**kernels())
+class OneWheel(bdist_wheel):
+    """The wheel is for a platform, and for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The three parts at the end of its name."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            ".".join((KERNELS / NAMES["LIBRARY"]).with_suffix("").parts),
+            sources=sorted(map(str, CSRC.glob("*.cpp"))),
+            depends=sorted(map(str, CSRC.glob("*.h"))),
+            define_macros=[("HVD_SAEF_SOURCES", f'"{NAMES["digest"](CSRC)}"')],
+            extra_compile_args=FLAGS,
+            extra_link_args=LINK,
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": OneWheel},
+)

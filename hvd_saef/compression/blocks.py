@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression.draws import Draws
+from hvd_saef.kernels import Pieces
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Memory:
     beta: float
     first: int = 0
     """The element of the bucket with which it begins."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", Pieces.of(self.points))
 
 
 @dataclass(frozen=True)

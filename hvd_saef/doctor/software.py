@@ -48,7 +48,7 @@ def check_kernels() -> Finding:
     return warning(
         "kernels",
         f"plain torch is used, slower: the compiled ones do not load ({kernels.why_none()})",
-        "`pip install --no-build-isolation -e .` in the checkout, where a C++20 compiler is",
+        "install again where a C++17 compiler is; in a checkout, python setup.py build_ext --inplace",
     )
 
 

@@ -1,8 +1,8 @@
 """Loops over flat memory: no algorithm, no workers, no MPI.
 
-Each loop is there twice: as a kernel in C++ (`csrc`, built into `_native` by setup.py), which makes one
-pass over memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the
-same bits on any device. `native` is the kernels' module, or None: then all is done by the twins, slower.
+Each loop is there twice: as a kernel in C++ (`csrc`, called by `compiled.py`), which makes one pass over
+memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the same bits on
+any device. `native` is the module of the kernels, or None: then all is done by the twins, slower.
 
 The environment variable HVD_SAEF_KERNELS=twins sets the kernels aside. Where they were not built, or do
 not load, the first use warns once and says how to build them.
@@ -14,28 +14,29 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from hvd_saef.kernels import twins
+from hvd_saef.kernels.pieces import Pieces, is_gapless
 from hvd_saef.kernels.twins import l1_norms, pack_signs, top_k, unpack_signs
 
 _REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
 if _REQUESTED not in ("", "twins"):
     raise ValueError(f"HVD_SAEF_KERNELS={_REQUESTED!r}: 'twins' is allowed, or nothing.")
 
+_NUMBERS = (torch.float32, torch.float64)
 _reason = ""  # why there are no kernels, if that is nobody's wish
 try:
     if _REQUESTED == "twins":
         raise ImportError
-    from hvd_saef.kernels import _native as native
+    from hvd_saef.kernels import compiled as native
 except ImportError as error:
     native = None  # type: ignore[assignment]
     if _REQUESTED != "twins":
-        _reason = str(error) if find_spec("hvd_saef.kernels._native") else "they were not built"
+        _reason = str(error)
 
 
 def why_none() -> str:
@@ -52,8 +53,7 @@ def available() -> bool:
 
 def native_for(flat: Tensor) -> ModuleType | None:
     """The kernels, if this memory is for them: float32 or float64 on the CPU."""
-    usable = flat.is_cpu and flat.dtype in (torch.float32, torch.float64) and available()
-    return native if usable else None
+    return native if flat.is_cpu and flat.dtype in _NUMBERS and available() else None
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -76,27 +76,34 @@ def _magnitudes(
     twin: Callable[[Sequence[Tensor]], bool],
 ) -> bool:
     """Whether all elements are at most the limit of their dtype: by the kernel or the twin."""
-    for_kernel: dict[torch.dtype, list[Tensor]] = {}
-    rest: list[Tensor] = []
+    kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        (rest if native_for(tensor) is None else for_kernel.setdefault(tensor.dtype, [])).append(tensor)
-    return all(native.at_most(some, limit(dtype)) for dtype, some in for_kernel.items()) and twin(rest)
+        kinds.setdefault((tensor.is_cpu, tensor.dtype), []).append(tensor)
+    rest: list[Tensor] = []
+    for (_, dtype), some in kinds.items():
+        if native_for(some[0]) is None:
+            rest += some
+        elif not native.at_most(some, limit(dtype)):
+            return False
+    return twin(rest)
 
 
 @functools.cache
 def _warn() -> None:
     warnings.warn(
         f"hvd_saef computes with plain torch, slowly: its C++ kernels do not load ({_reason}). Build them "
-        "with `make setup`, or `pip install --no-build-isolation -e .` where a C++ compiler is; or set "
-        "HVD_SAEF_KERNELS=twins if this is as you want it.",
+        "where a C++17 compiler is: install hvd_saef again, or in a checkout `make setup` or `python "
+        "setup.py build_ext --inplace`; or set HVD_SAEF_KERNELS=twins if this is as you want it.",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 __all__ = [
+    "Pieces",
     "all_finite",
     "available",
+    "is_gapless",
     "l1_norms",
     "native",
     "native_for",

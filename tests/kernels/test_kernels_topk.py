@@ -279,3 +279,17 @@ def test_malformed_payloads() -> None:
     assert 50 < refused < 300
     assert not memory[:PAGE].any()
     assert not memory[-PAGE:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value_dtype", VALUES[1:], ids=str)
+def test_every_number_of_16_bits(value_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Each that there is, what lies halfway and just beside, and what is beyond the range."""
+    every = torch.arange(1 << 16).to(torch.int16).view(value_dtype).float()
+    finite = every[every.isfinite()].sort().values
+    halfway = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    beside = [torch.nextafter(halfway, torch.full_like(halfway, end)) for end in (-torch.inf, torch.inf)]
+    beyond = torch.tensor([torch.finfo(value_dtype).max * 1.001, torch.finfo(torch.float32).max, 1e-45])
+    values = torch.cat([finite, -finite, halfway, *beside, beyond, -beyond]).to(dtype)
+    compressor, blocks = TopKCompressor(1, value_dtype), Blocks.cut([values.numel()], None, dtype)
+    assert same(coded(compressor, blocks, values), by_twins(compressor, blocks, values))

@@ -1,9 +1,6 @@
 // What the kernels share: runs of blocks, the parameters' own memory, tasks for threads, instruction sets.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -12,9 +9,10 @@
 #include <type_traits>
 #include <vector>
 
-namespace hvd_saef {
+#include "abi.h"
+#include "parallel.h"
 
-using at::Tensor;
+namespace hvd_saef {
 
 // -- checks: a wrong argument is a ValueError that says which one ------------------------------------
 
@@ -30,20 +28,25 @@ void check(bool right, const Parts&... parts) {
   if (!right) refuse(parts...);
 }
 
-// A 1-D contiguous CPU tensor of this dtype and length, or it is refused by its name.
-inline void check_flat(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t length) {
-  check(tensor.defined() && tensor.device().is_cpu(), name, ": a tensor on the CPU is needed");
-  check(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), "; ", dtype, " is needed");
-  check(tensor.dim() == 1 && tensor.is_contiguous(), name, ": a contiguous tensor of one dimension is needed");
-  check(tensor.numel() == length, name, " has ", tensor.numel(), " elements; ", length, " are needed");
+// The memory of so many numbers, or it is refused by its name.
+template <class T>
+inline T* memory_of(const Flat& flat, const char* name, int64_t length) {
+  check(flat.size == length, name, " has ", flat.size, " elements; ", length, " are needed");
+  return static_cast<T*>(flat.data);
 }
 
-// Calls f with a float or a double, whichever `dtype` is.
+// The same of what may be left out: nullptr then.
+template <class T>
+inline T* memory_or_null(const Flat& flat, const char* name, int64_t length) {
+  return flat.size < 0 ? nullptr : memory_of<T>(flat, name, length);
+}
+
+// Calls f with a float or a double, whichever has so many bytes.
 template <class F>
-void with_dtype(at::ScalarType dtype, const F& f) {
-  if (dtype == at::kFloat) return f(float{});
-  if (dtype == at::kDouble) return f(double{});
-  refuse("float32 or float64 is needed, not ", dtype);
+void with_number(int64_t bytes, const F& f) {
+  if (bytes == sizeof(float)) return f(float{});
+  if (bytes == sizeof(double)) return f(double{});
+  refuse("numbers of 4 or 8 bytes are needed, not of ", bytes);
 }
 
 // Payloads cut at any byte: loads and stores that need no alignment.
@@ -69,15 +72,10 @@ struct Run {
   int64_t stop() const { return start + size * count; }
 };
 
-// The rows of an int64 tensor [n, 4], checked: ascending, without gaps, from element 0.
+// A table's rows, checked: ascending, without gaps, from element 0.
 class Runs {
  public:
-  explicit Runs(const Tensor& table) {
-    check(table.device().is_cpu() && table.scalar_type() == at::kLong && table.dim() == 2 && table.size(1) == 4 &&
-              table.is_contiguous(),
-          "runs: a contiguous int64 tensor [n, 4] on the CPU is needed");
-    rows_ = reinterpret_cast<const Run*>(table.const_data_ptr<int64_t>());
-    size_ = table.size(0);
+  explicit Runs(const Flat& table) : rows_(static_cast<const Run*>(table.data)), size_(table.size) {
     for (const Run& run : *this) {
       check(run.start == numel_ && run.size > 0 && run.count > 0 && run.kept >= 0 && run.kept <= run.size,
             "runs: row (", run.start, ", ", run.size, ", ", run.count, ", ", run.kept, ") after element ", numel_);
@@ -92,7 +90,7 @@ class Runs {
 
  private:
   const Run* rows_;
-  int64_t size_ = 0, numel_ = 0;
+  int64_t size_, numel_ = 0;
 };
 
 // -- the parameters' own memory --------------------------------------------------------------------------
@@ -101,13 +99,13 @@ class Runs {
 template <class T>
 class Points {
  public:
-  Points(const std::vector<Tensor>& pieces, const Runs& runs) {
+  Points(const Flat& pieces, const Runs& runs) {
     int64_t stop = 0;
-    for (const Tensor& piece : pieces) {
-      check_flat(piece, "points", c10::CppTypeToScalarType<T>::value, piece.numel());
+    const auto* piece_of = static_cast<const Flat*>(pieces.data);
+    for (int64_t i = 0; i < pieces.size; ++i) {
       starts_.push_back(stop);
-      memory_.push_back(piece.data_ptr<T>());
-      stop += piece.numel();
+      memory_.push_back(static_cast<T*>(piece_of[i].data));
+      stop += piece_of[i].size;
     }
     if (memory_.empty()) return;
     check(stop == runs.numel(), "points have ", stop, " elements; ", runs.numel(), " are needed");
@@ -179,10 +177,10 @@ inline void for_pieces(const Runs& runs, const Task& task, const F& f) {
     for (; block < runs[r].count && left > 0; ++block, left -= runs[r].size) f(r, block, int64_t{0}, runs[r].size);
 }
 
-// Calls f(task's index, task) for all tasks, on torch's threads.
+// Calls f(task's index, task) for all tasks.
 template <class F>
-inline void for_tasks(const std::vector<Task>& tasks, const F& f) {
-  at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
+inline void for_tasks(int64_t threads, const std::vector<Task>& tasks, const F& f) {
+  parallel(threads, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t i = first; i < last; ++i) f(i, tasks[i]);
   });
 }

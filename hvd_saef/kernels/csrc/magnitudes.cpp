@@ -23,25 +23,19 @@ struct Page {
 
 }  // namespace
 
-bool at_most(const std::vector<Tensor>& tensors, double limit) {
-  if (tensors.empty()) return true;
-  const at::ScalarType dtype = tensors.front().scalar_type();
+bool at_most(const Call& call, double limit) {
   bool fits = true;
-  with_dtype(dtype, [&](auto zero) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<Tensor> copies;  // of those with gaps
     std::vector<Page> pages;
-    for (const Tensor& tensor : tensors) {
-      check(tensor.device().is_cpu() && tensor.scalar_type() == dtype,
-            "tensors: on the CPU and of one dtype they have to be");
-      const bool dense = tensor.is_non_overlapping_and_dense();
-      if (!dense) copies.push_back(tensor.contiguous());
-      const auto* memory = static_cast<const uint8_t*>((dense ? tensor : copies.back()).const_data_ptr());
-      for (int64_t offset = 0; offset < tensor.numel(); offset += kPage)
-        pages.push_back({memory + offset * sizeof(T), std::min(kPage, tensor.numel() - offset)});
+    const auto* piece_of = static_cast<const Flat*>(call.points.data);
+    for (int64_t i = 0; i < call.points.size; ++i) {
+      const auto* memory = static_cast<const uint8_t*>(piece_of[i].data);
+      for (int64_t offset = 0; offset < piece_of[i].size; offset += kPage)
+        pages.push_back({memory + offset * sizeof(T), std::min(kPage, piece_of[i].size - offset)});
     }
     std::atomic<bool> all{true};
-    at::parallel_for(0, static_cast<int64_t>(pages.size()), 1, [&](int64_t first, int64_t last) {
+    parallel(call.threads, static_cast<int64_t>(pages.size()), 1, [&](int64_t first, int64_t last, int64_t) {
       for (int64_t i = first; i < last && all.load(std::memory_order_relaxed); ++i)
         if (!page_at_most<T>(pages[i].memory, pages[i].elements, static_cast<T>(limit))) all = false;
     });

@@ -4,7 +4,7 @@
 
 namespace hvd_saef {
 
-// What it says: _native.pyi.
-bool at_most(const std::vector<Tensor>& tensors, double limit);
+// Whether no element of the call's points is larger than `limit`, below minus it, or NaN.
+bool at_most(const Call& call, double limit);
 
 }  // namespace hvd_saef

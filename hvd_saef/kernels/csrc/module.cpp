@@ -1,15 +1,14 @@
-// hvd_saef.kernels._native: what Python sees. Types and docstrings: _native.pyi.
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
-
+// The library's functions, as compiled.py calls them: it says what each does.
 #include <atomic>
+#include <new>
+#include <string>
 
 #include "common.h"
 #include "magnitudes.h"
 #include "sign.h"
 #include "topk.h"
 
-namespace py = pybind11;
+#define EXPORTED __attribute__((visibility("default")))
 
 namespace hvd_saef {
 namespace {
@@ -30,16 +29,26 @@ std::atomic<Set> chosen{available_sets().back()};
 
 const char* name_of(Set set) { return set == Set::avx512 ? "avx512" : set == Set::avx2 ? "avx2" : "baseline"; }
 
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Set set : available_sets()) names.emplace_back(name_of(set));
-  return names;
-}
+thread_local std::string message;  // of this thread's last call that failed
 
-std::string set_instruction_set(const std::string& name) {
-  for (const Set set : available_sets())
-    if (name == name_of(set)) return name_of(chosen.exchange(set));
-  refuse("no instruction set ", name, " on this CPU");
+enum Status { kFine, kRefused, kNoMemory, kOther };
+
+// What is wrong, as compiled.py's _check reads it: no exception leaves the library.
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return kFine;
+  } catch (const std::invalid_argument& error) {
+    message = error.what();
+    return kRefused;
+  } catch (const std::bad_alloc&) {
+    message = "no memory left";
+    return kNoMemory;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return kOther;
+  }
 }
 
 }  // namespace
@@ -48,24 +57,50 @@ Set instruction_set() { return chosen.load(std::memory_order_relaxed); }
 
 }  // namespace hvd_saef
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace hvd_saef;
-  const std::vector<at::Tensor> no_tensors;
-  const auto released = py::call_guard<py::gil_scoped_release>();
-  m.def("instruction_sets", &instruction_sets);
-  m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
-  m.def("at_most", &at_most, py::arg("tensors"), py::arg("limit"), released);
-  m.def("topk_encode", &topk_encode, py::arg("delta"), py::arg("runs"), py::arg("payload"), py::arg("value_dtype"),
-        py::arg("x") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0., py::arg("beta") = 0.,
-        py::arg("points") = no_tensors, py::arg("payloads") = no_tensors, py::arg("weight") = 0., released);
-  m.def("topk_decode", &topk_decode, py::arg("out"), py::arg("runs"), py::arg("payloads"), py::arg("value_dtype"),
-        py::arg("weight"), py::arg("e") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0.,
-        py::arg("beta") = 0., py::arg("points") = no_tensors, released);
-  m.def("sign_encode", &sign_encode, py::arg("delta"), py::arg("runs"), py::arg("payload"), py::arg("x") = py::none(),
-        py::arg("s") = py::none(), py::arg("alpha") = 0., py::arg("beta") = 0., py::arg("points") = no_tensors,
-        py::arg("payloads") = no_tensors, py::arg("weight") = 0., released);
-  m.def("sign_decode", &sign_decode, py::arg("out"), py::arg("runs"), py::arg("payloads"), py::arg("weight"),
-        py::arg("e") = py::none(), py::arg("sent") = py::none(), py::arg("s") = py::none(), py::arg("alpha") = 0.,
-        py::arg("beta") = 0., py::arg("points") = no_tensors, released);
-  m.def("sign_settle", &sign_settle, py::arg("memory"), py::arg("runs"), py::arg("payload"), released);
+extern "C" {
+
+EXPORTED const char* hvd_saef_sources() { return HVD_SAEF_SOURCES; }
+
+EXPORTED const char* hvd_saef_message() { return hvd_saef::message.c_str(); }
+
+EXPORTED const char* hvd_saef_instruction_sets() {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto set : hvd_saef::available_sets()) all += std::string(all.empty() ? "" : " ") + hvd_saef::name_of(set);
+    return all;
+  }();
+  return names.c_str();
 }
+
+// The one used so far; nullptr if this CPU has none of that name.
+EXPORTED const char* hvd_saef_set_instruction_set(const char* name) {
+  for (const auto set : hvd_saef::available_sets())
+    if (std::strcmp(name, hvd_saef::name_of(set)) == 0) return hvd_saef::name_of(hvd_saef::chosen.exchange(set));
+  return nullptr;
+}
+
+EXPORTED int hvd_saef_at_most(const Call* call, double limit, int* fits) {
+  return hvd_saef::guarded([&] { *fits = hvd_saef::at_most(*call, limit); });
+}
+
+EXPORTED int hvd_saef_topk_encode(const Call* call) {
+  return hvd_saef::guarded([&] { hvd_saef::topk_encode(*call); });
+}
+
+EXPORTED int hvd_saef_topk_decode(const Call* call) {
+  return hvd_saef::guarded([&] { hvd_saef::topk_decode(*call); });
+}
+
+EXPORTED int hvd_saef_sign_encode(const Call* call) {
+  return hvd_saef::guarded([&] { hvd_saef::sign_encode(*call); });
+}
+
+EXPORTED int hvd_saef_sign_decode(const Call* call) {
+  return hvd_saef::guarded([&] { hvd_saef::sign_decode(*call); });
+}
+
+EXPORTED int hvd_saef_sign_settle(const Call* call) {
+  return hvd_saef::guarded([&] { hvd_saef::sign_settle(*call); });
+}
+
+}  // extern "C"

@@ -3,11 +3,7 @@
 
 #include "common.h"
 
-#include <optional>
-
 namespace hvd_saef {
-
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kTile = 1024;  // elements: several loops over a tile stay within the first-level cache
 
@@ -24,13 +20,5 @@ struct Rows {
   Ahead<T> ahead{};
   const Points<T>* points = nullptr;
 };
-
-// The memory of a tensor that may be left out, checked.
-template <class T>
-inline const T* memory_or_null(const MaybeTensor& tensor, const char* name, const Runs& runs) {
-  if (!tensor) return nullptr;
-  check_flat(*tensor, name, c10::CppTypeToScalarType<T>::value, runs.numel());
-  return tensor->const_data_ptr<T>();
-}
 
 }  // namespace hvd_saef

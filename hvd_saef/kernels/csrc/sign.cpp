@@ -103,34 +103,32 @@ struct Format {
   int64_t bits_at(const Runs& runs, int64_t run, int64_t block, int64_t offset) const {
     return bits[run] + block * octets(runs[run]) + offset / 8;
   }
-  void check_payload(const Tensor& payload, const char* name) const { check_flat(payload, name, at::kByte, bytes); }
 };
 
 // What both directions are given, by element and by payload.
 template <class T>
-struct Call {
+struct Given {
   Runs runs;
   Format format;
   Points<T> points;
   std::vector<const uint8_t*> payloads;
   T weight;
+  int64_t threads;
   std::vector<Task> tasks;
 
-  Call(const Tensor& table, const std::vector<Tensor>& pieces, const std::vector<Tensor>& given, double w)
-      : runs(table), format(runs, sizeof(T)), points(pieces, runs), weight(static_cast<T>(w)) {
-    check(w == 0 || std::isfinite(w), "weight=", w, ": a finite number is needed");
-    for (const Tensor& payload : given) {
-      format.check_payload(payload, "payloads");
-      payloads.push_back(payload.const_data_ptr<uint8_t>());
-    }
+  explicit Given(const Call& call)
+      : runs(call.runs), format(runs, sizeof(T)), points(call.points, runs), weight(static_cast<T>(call.weight)),
+        threads(call.threads) {
+    check(std::isfinite(call.weight), "weight=", call.weight, ": a finite number is needed");
+    const auto* given = static_cast<const Flat*>(call.payloads.data);
+    for (int64_t i = 0; i < call.payloads.size; ++i)
+      payloads.push_back(memory_of<const uint8_t>(given[i], "payloads", format.bytes));
     split(runs, tasks);
   }
 
-  T* memory(const Tensor& tensor, const char* name) const {
-    check_flat(tensor, name, c10::CppTypeToScalarType<T>::value, runs.numel());
-    return tensor.data_ptr<T>();
-  }
-  T* memory(const MaybeTensor& tensor, const char* name) const { return tensor ? memory(*tensor, name) : nullptr; }
+  T* memory(const Flat& flat, const char* name) const { return memory_of<T>(flat, name, runs.numel()); }
+  T* memory_if(const Flat& flat, const char* name) const { return memory_or_null<T>(flat, name, runs.numel()); }
+  uint8_t* payload(const Flat& flat, const char* name) const { return memory_of<uint8_t>(flat, name, format.bytes); }
 
   void terms(int64_t run, int64_t block, int64_t offset, std::vector<Term<T>>& terms) const {
     terms.clear();
@@ -148,34 +146,34 @@ T scale_of(Tree& tree, const Run& run) {
 }
 
 template <class T>
-void encode(const Call<T>& call, T* delta, uint8_t* payload, const T* x, const T* s, const Ahead<T>& ahead) {
-  const Runs& runs = call.runs;
+void encode(const Given<T>& given, T* delta, uint8_t* payload, const T* x, const T* s, const Ahead<T>& ahead) {
+  const Runs& runs = given.runs;
   thread_local std::vector<double> scratch;
-  scratch.resize(call.tasks.size() * kLine);
+  scratch.resize(given.tasks.size() * kLine);
   double* partial = scratch.data();  // of each page: the threads below have a scratch of their own
-  for_tasks(call.tasks, [&](int64_t index, const Task& task) {
+  for_tasks(given.threads, given.tasks, [&](int64_t index, const Task& task) {
     std::vector<Term<T>> terms;
     for_pieces(runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {
       const Run& run = runs[r];
       const int64_t start = run.start + block * run.size + offset;
-      call.terms(r, block, offset, terms);
+      given.terms(r, block, offset, terms);
       const Piece<T> piece{delta + start, x ? x + start : nullptr, nullptr, s ? s + start : nullptr,
-                           call.points.at(start), &terms};
-      uint8_t* head = payload + call.format.scale_at(runs, r, block);
+                           given.points.at(start), &terms};
+      uint8_t* head = payload + given.format.scale_at(runs, r, block);
       if (run.dense()) {
         HVD_SAEF_DISPATCH(encode_dense, piece, ahead, elements, head + offset * sizeof(T));
         return;
       }
       Tree tree;
       HVD_SAEF_DISPATCH(encode_signs, piece, ahead, elements,
-                        payload + call.format.bits_at(runs, r, block, offset), tree);
+                        payload + given.format.bits_at(runs, r, block, offset), tree);
       if (task.whole) store(head, scale_of<T>(tree, run));
       else std::copy_n(tree.lines(), kLine, partial + index * kLine);
     });
   });
   // The scales of blocks of several pages.
-  for (size_t i = 0; i < call.tasks.size();) {
-    const Task& task = call.tasks[i];
+  for (size_t i = 0; i < given.tasks.size();) {
+    const Task& task = given.tasks[i];
     const Run& run = runs[task.run];
     if (task.whole || run.dense()) {
       ++i;
@@ -183,24 +181,24 @@ void encode(const Call<T>& call, T* delta, uint8_t* payload, const T* x, const T
     }
     Tree tree;
     for (int64_t offset = 0; offset < run.size; offset += kPage, ++i) tree.add(partial + i * kLine);
-    store(payload + call.format.scale_at(runs, task.run, task.block), scale_of<T>(tree, run));
+    store(payload + given.format.scale_at(runs, task.run, task.block), scale_of<T>(tree, run));
   }
 }
 
 template <class T>
-void decode(const Call<T>& call, T* out, T* e, const uint8_t* sent, const T* s, const Ahead<T>& ahead) {
-  const Runs& runs = call.runs;
+void decode(const Given<T>& given, T* out, T* e, const uint8_t* sent, const T* s, const Ahead<T>& ahead) {
+  const Runs& runs = given.runs;
   const bool past_caches = runs.numel() * static_cast<int64_t>(sizeof(T)) >= kLarge;
-  for_tasks(call.tasks, [&](int64_t, const Task& task) {
+  for_tasks(given.threads, given.tasks, [&](int64_t, const Task& task) {
     std::vector<Term<T>> terms;
     for_pieces(runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {
       const Run& run = runs[r];
       const int64_t start = run.start + block * run.size + offset;
-      call.terms(r, block, offset, terms);
+      given.terms(r, block, offset, terms);
       const Piece<T> piece{out + start, nullptr, e ? e + start : nullptr, s ? s + start : nullptr,
-                           call.points.at(start), &terms};
+                           given.points.at(start), &terms};
       const bool settles = sent != nullptr && !run.dense();
-      const T scale = settles ? load<T>(sent + call.format.scale_at(runs, r, block)) : T{0};
+      const T scale = settles ? load<T>(sent + given.format.scale_at(runs, r, block)) : T{0};
       HVD_SAEF_DISPATCH(decode, piece, ahead, elements, settles ? &scale : nullptr, past_caches);
     });
 #if defined(__x86_64__)
@@ -210,51 +208,48 @@ void decode(const Call<T>& call, T* out, T* e, const uint8_t* sent, const T* s, 
 }
 
 template <class T>
-Ahead<T> ahead_of(double alpha, double beta) {
-  return {static_cast<T>(alpha), static_cast<T>(beta)};
+Ahead<T> ahead_of(const Call& call) {
+  return {static_cast<T>(call.alpha), static_cast<T>(call.beta)};
 }
 
 }  // namespace
 
-void sign_encode(const Tensor& delta, const Tensor& runs, const Tensor& payload, const MaybeTensor& x,
-                 const MaybeTensor& s, double alpha, double beta, const std::vector<Tensor>& points,
-                 const std::vector<Tensor>& payloads, double weight) {
-  with_dtype(delta.scalar_type(), [&](auto zero) {
+void sign_encode(const Call& call) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    const Call<T> call(runs, points, payloads, weight);
-    call.format.check_payload(payload, "payload");
-    check(x.has_value() == !call.points.none() || call.runs.numel() == 0, "x and points: both are needed, or neither");
-    encode<T>(call, call.memory(delta, "delta"), payload.data_ptr<uint8_t>(), call.memory(x, "x"),
-              call.memory(s, "s"), ahead_of<T>(alpha, beta));
+    const Given<T> given(call);
+    uint8_t* payload = given.payload(call.payload, "payload");
+    check((call.other.size >= 0) == !given.points.none() || given.runs.numel() == 0,
+          "x and points: both are needed, or neither");
+    encode<T>(given, given.memory(call.memory, "delta"), payload, given.memory_if(call.other, "x"),
+              given.memory_if(call.server, "s"), ahead_of<T>(call));
   });
 }
 
-void sign_decode(const Tensor& out, const Tensor& runs, const std::vector<Tensor>& payloads, double weight,
-                 const MaybeTensor& e, const MaybeTensor& sent, const MaybeTensor& s, double alpha, double beta,
-                 const std::vector<Tensor>& points) {
-  with_dtype(out.scalar_type(), [&](auto zero) {
+void sign_decode(const Call& call) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    const Call<T> call(runs, points, payloads, weight);
-    if (sent) call.format.check_payload(*sent, "sent");
-    check(!sent || e, "sent: it settles e, which is not given");
-    check(call.points.none() || alpha == 0 || e, "alpha=", alpha, ": e is needed");
-    decode<T>(call, call.memory(out, "out"), call.memory(e, "e"), sent ? sent->const_data_ptr<uint8_t>() : nullptr,
-              call.memory(s, "s"), ahead_of<T>(alpha, beta));
+    const Given<T> given(call);
+    const bool settles = call.payload.size >= 0, has_e = call.other.size >= 0;
+    const uint8_t* sent = settles ? given.payload(call.payload, "sent") : nullptr;
+    check(!settles || has_e, "sent: it settles e, which is not given");
+    check(given.points.none() || call.alpha == 0 || has_e, "alpha=", call.alpha, ": e is needed");
+    decode<T>(given, given.memory(call.memory, "out"), given.memory_if(call.other, "e"), sent,
+              given.memory_if(call.server, "s"), ahead_of<T>(call));
   });
 }
 
-void sign_settle(const Tensor& memory, const Tensor& runs, const Tensor& payload) {
-  with_dtype(memory.scalar_type(), [&](auto zero) {
+void sign_settle(const Call& call) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    const Call<T> call(runs, {}, {}, 0);
-    call.format.check_payload(payload, "payload");
-    T* start = call.memory(memory, "memory");
-    const uint8_t* scales = payload.const_data_ptr<uint8_t>();
-    for_tasks(call.tasks, [&](int64_t, const Task& task) {
-      for_pieces(call.runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {
-        const Run& run = call.runs[r];
+    const Given<T> given(call);
+    const uint8_t* scales = given.payload(call.payload, "payload");
+    T* start = given.memory(call.memory, "memory");
+    for_tasks(given.threads, given.tasks, [&](int64_t, const Task& task) {
+      for_pieces(given.runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {
+        const Run& run = given.runs[r];
         if (run.dense()) return;
-        const T scale = load<T>(scales + call.format.scale_at(call.runs, r, block));
+        const T scale = load<T>(scales + given.format.scale_at(given.runs, r, block));
         HVD_SAEF_DISPATCH(settle, start + run.start + block * run.size + offset, elements, scale);
       });
     });

@@ -7,25 +7,23 @@ namespace hvd_saef {
 #define HVD_SAEF_LOOPS "topk_decode_loops.h"
 #include "each_set.h"
 
-void topk_decode(const Tensor& out, const Tensor& table, const std::vector<Tensor>& payloads,
-                 at::ScalarType value_dtype, double weight, const MaybeTensor& e, const MaybeTensor& s, double alpha,
-                 double beta, const std::vector<Tensor>& pieces) {
-  with_dtype(out.scalar_type(), [&](auto zero) {
+void topk_decode(const Call& call) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    const Runs runs(table);
-    const Points<T> points(pieces, runs);
-    check_flat(out, "out", c10::CppTypeToScalarType<T>::value, runs.numel());
-    const T *error = memory_or_null<T>(e, "e", runs), *server = memory_or_null<T>(s, "s", runs);
-    check(points.none() || alpha == 0 || error != nullptr, "alpha=", alpha, ": e is needed");
-    const Ahead<T> ahead{static_cast<T>(alpha), static_cast<T>(beta)};
-    T* memory = out.data_ptr<T>();
-    with_value_dtype<T>(value_dtype, [&](auto number) {
+    const Runs runs(call.runs);
+    const Points<T> points(call.points, runs);
+    T* memory = memory_of<T>(call.memory, "out", runs.numel());
+    const T* error = memory_or_null<T>(call.other, "e", runs.numel());
+    const T* server = memory_or_null<T>(call.server, "s", runs.numel());
+    check(points.none() || call.alpha == 0 || error != nullptr, "alpha=", call.alpha, ": e is needed");
+    const Ahead<T> ahead{static_cast<T>(call.alpha), static_cast<T>(call.beta)};
+    with_value<T>(call.value, [&](auto number) {
       using V = decltype(number);
       const TopKFormat<V> format(runs);
-      Incoming<T, V> incoming(runs, format, payloads, weight);
+      Incoming<T, V> incoming(runs, format, call.payloads, call.weight);
       std::vector<Task> tasks;
       split(runs, tasks);
-      for_tasks(tasks, [&](int64_t, const Task& task) {
+      for_tasks(call.threads, tasks, [&](int64_t, const Task& task) {
         incoming.add_to(memory, task);
         if (points.none()) return;
         for_pieces(runs, task, [&](int64_t r, int64_t block, int64_t offset, int64_t elements) {

@@ -57,15 +57,16 @@ struct Scratch {
 template <class T, class V>
 class Encoder {
  public:
-  Encoder(T* delta, const Runs& runs, const TopKFormat<V>& format, uint8_t* payload, const Rows<T>& rows)
-      : delta_(delta), runs_(runs), format_(format), payload_(payload), rows_(rows) {
+  Encoder(T* delta, const Runs& runs, const TopKFormat<V>& format, uint8_t* payload, const Rows<T>& rows,
+          int64_t threads)
+      : delta_(delta), runs_(runs), format_(format), payload_(payload), rows_(rows), threads_(threads) {
     split(runs, tasks_);
     pages_.resize(tasks_.size());
   }
 
   void encode(Incoming<T, V>* incoming) {
     if (incoming != nullptr) {
-      for_tasks(tasks_, [&](int64_t, const Task& task) {
+      for_tasks(threads_, tasks_, [&](int64_t, const Task& task) {
         update_task(task);
         incoming->add_to(delta_, task);
       });
@@ -76,7 +77,7 @@ class Encoder {
     guess_blocks();
     collect_all();
     for_blocks([&](Block& block, bool alone) { settle_block(block, alone); });
-    for_tasks(tasks_, [&](int64_t index, const Task& task) {
+    for_tasks(threads_, tasks_, [&](int64_t index, const Task& task) {
       if (!task.whole && !runs_[task.run].dense()) write_page(index);
     });
   }
@@ -111,11 +112,11 @@ class Encoder {
   // each with all threads.
   template <class F>
   void for_blocks(const F& f) {
-    const bool many = static_cast<int64_t>(blocks_.size()) >= 2 * at::get_num_threads();
+    const bool many = static_cast<int64_t>(blocks_.size()) >= 2 * threads_;
     if (!many)
       for (Block& block : blocks_) f(block, true);
     else
-      at::parallel_for(0, static_cast<int64_t>(blocks_.size()), 1, [&](int64_t first, int64_t last) {
+      parallel(threads_, static_cast<int64_t>(blocks_.size()), 1, [&](int64_t first, int64_t last, int64_t) {
         for (int64_t i = first; i < last; ++i) f(blocks_[i], false);
       });
   }
@@ -164,11 +165,11 @@ class Encoder {
   // The pass over memory. What fits into one task is finished here.
   void collect_all() {
     thread_local std::vector<Found<T>> stores;
-    stores.resize(std::max<size_t>(stores.size(), at::get_num_threads()));
+    stores.resize(std::max<size_t>(stores.size(), threads_));
     Found<T>* all = stores.data();
-    const int64_t room = kStored / at::get_num_threads();
-    at::parallel_for(0, static_cast<int64_t>(tasks_.size()), 1, [&](int64_t first, int64_t last) {
-      Found<T>& store = all[at::get_thread_num()];
+    const int64_t room = kStored / threads_;
+    parallel(threads_, static_cast<int64_t>(tasks_.size()), 1, [&](int64_t first, int64_t last, int64_t thread) {
+      Found<T>& store = all[thread];
       store.size = 0;
       for (int64_t i = first; i < last; ++i) {
         const Task& task = tasks_[i];
@@ -261,9 +262,9 @@ class Encoder {
 
   // Calls f(first page, last page) for a block's pages, on all threads if they have nothing else to do.
   template <class F>
-  static void for_pages(const Block& block, bool alone, const F& f) {
-    if (alone) at::parallel_for(block.task, block.task + block.pages, 4, f);
-    else f(block.task, block.task + block.pages);
+  void for_pages(const Block& block, bool alone, const F& f) const {
+    parallel(alone ? threads_ : 1, block.pages, 4,
+             [&](int64_t first, int64_t last, int64_t) { f(block.task + first, block.task + last); });
   }
 
   // Finds the threshold, and what each page keeps.
@@ -331,6 +332,7 @@ class Encoder {
   const TopKFormat<V>& format_;
   uint8_t* payload_;
   Rows<T> rows_;
+  const int64_t threads_;
   std::vector<Task> tasks_;
   std::vector<Page<T>> pages_;     // by task
   std::vector<int64_t> block_of_;  // by task: which of blocks_, or -1
@@ -339,24 +341,24 @@ class Encoder {
 
 }  // namespace
 
-void topk_encode(const Tensor& delta, const Tensor& table, const Tensor& payload, at::ScalarType value_dtype,
-                 const MaybeTensor& x, const MaybeTensor& s, double alpha, double beta,
-                 const std::vector<Tensor>& pieces, const std::vector<Tensor>& payloads, double weight) {
-  with_dtype(delta.scalar_type(), [&](auto zero) {
+void topk_encode(const Call& call) {
+  with_number(call.number, [&](auto zero) {
     using T = decltype(zero);
-    const Runs runs(table);
-    const Points<T> points(pieces, runs);
-    check_flat(delta, "delta", c10::CppTypeToScalarType<T>::value, runs.numel());
-    check(x.has_value() == !points.none() || runs.numel() == 0, "x and points: both are needed, or neither");
-    const Rows<T> rows{memory_or_null<T>(x, "x", runs), memory_or_null<T>(s, "s", runs),
-                       {static_cast<T>(alpha), static_cast<T>(beta)}, &points};
-    with_value_dtype<T>(value_dtype, [&](auto number) {
+    const Runs runs(call.runs);
+    const Points<T> points(call.points, runs);
+    T* delta = memory_of<T>(call.memory, "delta", runs.numel());
+    check((call.other.size >= 0) == !points.none() || runs.numel() == 0, "x and points: both are needed, or neither");
+    const Rows<T> rows{memory_or_null<T>(call.other, "x", runs.numel()),
+                       memory_or_null<T>(call.server, "s", runs.numel()),
+                       {static_cast<T>(call.alpha), static_cast<T>(call.beta)},
+                       &points};
+    with_value<T>(call.value, [&](auto number) {
       using V = decltype(number);
       const TopKFormat<V> format(runs);
-      format.check_payload(payload, "payload");
-      Incoming<T, V> incoming(runs, format, payloads, weight);
-      Encoder<T, V> encoder(delta.data_ptr<T>(), runs, format, payload.data_ptr<uint8_t>(), rows);
-      encoder.encode(payloads.empty() ? nullptr : &incoming);
+      uint8_t* payload = format.payload(call.payload, "payload");
+      Incoming<T, V> incoming(runs, format, call.payloads, call.weight);
+      Encoder<T, V> encoder(delta, runs, format, payload, rows, call.threads);
+      encoder.encode(call.payloads.size == 0 ? nullptr : &incoming);
     });
   });
 }

@@ -1,23 +1,22 @@
 // Where things lie in a Top-K payload: page counts, values, offsets. And adding payloads to memory.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <atomic>
-#include <limits>
 
+#include "narrow.h"
 #include "rows.h"
 
 namespace hvd_saef {
 
-// Calls f with a number of the dtype that values travel in: T's own, or one of 16 bits.
+enum Value : int64_t { kOwn = 0, kHalf = 1, kBFloat16 = 2 };
+
+// Calls f with a number of the kind that values travel in: T's own, or one of 16 bits.
 template <class T, class F>
-void with_value_dtype(at::ScalarType dtype, const F& f) {
-  if (dtype == c10::CppTypeToScalarType<T>::value) return f(T{});
-  if (dtype == at::kHalf) return f(c10::Half{});
-  if (dtype == at::kBFloat16) return f(c10::BFloat16{});
-  refuse("value_dtype: ", c10::CppTypeToScalarType<T>::value, ", float16 or bfloat16 is needed, not ", dtype);
+void with_value(int64_t value, const F& f) {
+  if (value == kOwn) return f(T{});
+  if (value == kHalf) return f(Half{});
+  if (value == kBFloat16) return f(BFloat16{});
+  refuse("value_dtype: ", value, " is none of 0, 1 and 2");
 }
 
 // What of `value` travels, rounded to nearest; what is beyond the range as its largest.
@@ -25,15 +24,15 @@ template <class V, class T>
 inline V rounded(T value) {
   if constexpr (std::is_same_v<T, V>) return value;
   else {
-    const T most = static_cast<T>(static_cast<float>(std::numeric_limits<V>::max()));
-    return V(static_cast<float>(value > most ? most : value < -most ? -most : value));
+    const T most = static_cast<T>(V::kLargest);
+    return V::nearest(static_cast<float>(value > most ? most : value < -most ? -most : value));
   }
 }
 
 template <class T, class V>
 inline T widened(V value) {
   if constexpr (std::is_same_v<T, V>) return value;
-  else return static_cast<T>(static_cast<float>(value));
+  else return static_cast<T>(value.number());
 }
 
 // Payloads whose values are of type V.
@@ -68,7 +67,7 @@ class TopKFormat {
   int64_t offset_at(const Run& run, int64_t r, int64_t block, int64_t i) const {
     return offsets_ + (first_[r].offsets + block * run.kept + i) * sizeof(uint16_t);
   }
-  void check_payload(const Tensor& payload, const char* name) const { check_flat(payload, name, at::kByte, bytes_); }
+  uint8_t* payload(const Flat& flat, const char* name) const { return memory_of<uint8_t>(flat, name, bytes_); }
 
  private:
   struct Index {
@@ -82,11 +81,11 @@ class TopKFormat {
 template <class T, class V>
 class Incoming {
  public:
-  Incoming(const Runs& runs, const TopKFormat<V>& format, const std::vector<Tensor>& payloads, double weight)
+  Incoming(const Runs& runs, const TopKFormat<V>& format, const Flat& payloads, double weight)
       : runs_(runs), format_(format), weight_(static_cast<T>(weight)) {
-    for (const Tensor& payload : payloads) {
-      format.check_payload(payload, "payloads");
-      bytes_.push_back(payload.const_data_ptr<uint8_t>());
+    const auto* given = static_cast<const Flat*>(payloads.data);
+    for (int64_t i = 0; i < payloads.size; ++i) {
+      bytes_.push_back(format.payload(given[i], "payloads"));
       index_pages(bytes_.back());
     }
   }
