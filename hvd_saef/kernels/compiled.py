@@ -171,7 +171,8 @@ def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
     """
     if not tensors:
         return True
-    dtype, numbers = _dtype(tensors[0]), []
+    dtype = _dtype(tensors[0])
+    numbers: list[int] = []
     copies = []  # of those with gaps, for as long as the call takes
     for tensor in tensors:  # many, of a few elements each: in a hurry
         if tensor.dtype is not dtype or not tensor.is_cpu:
