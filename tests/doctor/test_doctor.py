@@ -103,7 +103,7 @@ def broken_kernels(how: str, folder: Path) -> None:
     """Makes such a fault in a copy of the package's kernels."""
     library = folder / LIBRARY
     if how == "damaged kernels":
-        library.write_bytes(library.read_bytes()[:1000])
+        library.write_bytes(bytes(library.stat().st_size))  # zeros, as after a disk was full
     elif how == "kernels of another processor":
         contents = bytearray(library.read_bytes())
         contents[18:20] = (0xF3).to_bytes(2, sys.byteorder)  # e_machine: RISC-V
