@@ -87,47 +87,55 @@ def DistributedOptimizer(
             local step takes them as they are; where gradients are averaged, they are refused.
         process_set: the Horovod process set whose ranks are the workers, others train alone; None is
             `hvd.global_process_set`.
-        model: with it, forward passes in eval mode and model.state_dict() see x by themselves. A module, or
-            a list of those that are called; a container without a forward of its own counts as its children.
-        feedback: "saef"; "ef" is plain error feedback, "none" is none. "none" with an uncompressed
-            `compression` is Horovod's own arithmetic.
-        step_ahead: α in [0, 1]: how far each worker steps ahead by its own error; only with "saef". Less is
-            closer to plain error feedback.
-        server_step_ahead: β in [0, 1]: how far to step ahead by the server's error too; needs "saef", double
-            compression and a replicated server, whose bytes it costs.
-        double_compression: the server's answer is compressed too (DC); False is single-way (SC).
+        model: with it, forward passes in eval mode and model.state_dict() see x by themselves. It is a
+            module, or a list of the modules that you call; a container without a forward of its own counts as
+            its children.
+        feedback: "saef" is step-ahead error feedback, "ef" is plain error feedback, "none" is no feedback.
+            "none" with an uncompressed `compression` is Horovod's own arithmetic.
+        step_ahead: α in [0, 1]: how far each worker steps ahead by its own error; only with "saef". A smaller
+            α is closer to plain error feedback.
+        server_step_ahead: β in [0, 1]: how far each worker steps ahead by the server's error too. β > 0 needs
+            "saef", double-way compression and a replicated server, which sends more bytes.
+        double_compression: True compresses the server's answer too: double-way compression (DC). False is
+            single-way compression (SC).
         averaging_period: p >= 2: the errors are averaged every p rounds, by a ring allreduce. A smaller p
             means less gradient mismatch and more bytes. None is never.
-        averaging_spread: each bucket is averaged in a round of its own within the p, not all in one.
-        averaging_fp16: errors are averaged in float16; what that rounds away stays in each worker's error.
-        local_steps: H >= 1: local steps between two exchanges; `flush()` completes a round early. More
-            means fewer bytes, and workers that are further apart.
+        averaging_spread: with True, each bucket is averaged in a round of its own among the p rounds, instead
+            of all buckets in one round.
+        averaging_fp16: with True, errors are averaged in float16; what that rounds away stays in each
+            worker's error.
+        local_steps: H >= 1: the number of local steps in a round, which ends with one exchange; `flush()`
+            completes a round early. A larger H means fewer bytes, and workers that are further apart.
         warmup_steps: the number of first rounds that are exchanged uncompressed.
-        block_size: elements a block has at most, each block with a scale or a top k of its own. Smaller
-            blocks fit better and send more scales. None is one block a tensor.
-        dense_below: blocks of fewer elements (biases, norms) travel as they are, in the same payload; their
+        block_size: the most elements of a block; each block has a scale or a top k of its own. Smaller blocks
+            fit better and send more scales. None is one block a tensor.
+        dense_below: blocks of fewer elements (biases, norms) travel uncompressed, in the same payload; their
             error stays 0.
-        server: "sharded" cuts the server of DC between the workers: less work and fewer bytes, but not with
-            β > 0; "replicated" runs the server on every worker; "auto" is sharded where β = 0.
-        bucket_bytes: bytes of parameters that travel together; an eighth of it in the first bucket, which
-            leaves last. A parameter is never cut.
-        overlap: step and send each bucket while backward computes the others' gradients. Rules out
-            whatever changes gradients or options (a learning rate, say) between backward and step():
-            clipping, GradScaler; closures; on_nonfinite="skip"; and optimizers whose step writes to its
-            parameter group. Those of torch.optim step in a thread of their own; others, and any with step
-            hooks, in the one that computes, a call a bucket. After an error in a step, errors and momentum
-            are those of a step half taken (x is not): load a checkpoint. With several optimizers, what
-            Horovod averages waits for step().
-        on_nonfinite: "raise" NonFiniteUpdateError on all workers, or "skip" the step on all. A local step
-            that overflows is undone on all, with the local steps since the round began, but for the
-            optimizer's own state (see the error).
-        check_consensus_every: rounds between two checks that x has the same bits on all workers, and a
-            worker's state on all its ranks; 0 is off.
-        worker: what a worker is. "rank", or "node": all ranks of a host, whose gradients are averaged in
-            full precision before each local step, so that e, momentum and the rest are the node's. Or a list
-            of groups of ranks, as Horovod process sets or lists of Horovod's ranks. Needs
-            `hvd.init(process_sets=hvd_saef.process_sets())`.
-        weights: "equal", for workers of the same number of ranks, or "ranks": each counts by its number.
+        server: "sharded" cuts the server of DC between the workers: less work and fewer bytes, but β must be
+            0. "replicated" runs the server on every worker. "auto" is "sharded" where β = 0.
+        bucket_bytes: bytes of the parameters that travel together as a bucket. The first bucket, which leaves
+            last, has an eighth of that. A parameter is never cut.
+        overlap: with True, each bucket is stepped and sent while backward computes the gradients of the other
+            buckets. It excludes whatever changes gradients or options (a learning rate, say) between backward
+            and step(): clipping, GradScaler. It also excludes closures, on_nonfinite="skip", and optimizers
+            whose step writes to its parameter group. The optimizers of torch.optim step in a thread of their
+            own. Other optimizers, and any with step hooks, step in the thread that computes, with one call
+            for each bucket. After an error in a step, the errors and the momentum are those of a half-taken
+            step (x is not): load a checkpoint. With several optimizers, what Horovod averages waits for
+            step().
+        on_nonfinite: at a NaN or an infinity, "raise" raises NonFiniteUpdateError on all workers, and "skip"
+            skips the step on all. A local step that overflows is undone on all workers, together with the
+            local steps since the round began. The optimizer's own state is undone in some cases only (see
+            NonFiniteUpdateError).
+        check_consensus_every: the number of rounds between two checks that x has the same bits on all
+            workers, and a worker's state the same bits on all its ranks; 0 is never.
+        worker: what a worker is: "rank", or "node", which is all ranks of a host. Their gradients are
+            averaged in full precision before each local step, so e, momentum and all other state belong to
+            the node. A list of groups of ranks is allowed too, as Horovod process sets or lists of Horovod's
+            ranks. All but "rank" need
+            `hvd.init(process_sets=hvd_saef.process_sets(worker))`.
+        weights: "equal" is for workers of the same number of ranks. With "ranks", each worker counts by its
+            number of ranks.
 
     Returns:
         An instance of the wrapped optimizer's class, with the methods of :class:`SaefMethods`.
