@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,27 +37,10 @@ from tests.machine.worker import LOOKS
 
 MOST = 6
 """Steps of a program, at most."""
-NOT_YET = frozenset(
-    {
-        "collectives under way",
-        "overlap after a change",
-        "rates under way",
-        "several overlap",
-    }
-)
-"""What is known not to work, and is not drawn."""
-
-
-def drawn(feature: str) -> bool:
-    """Whether it is drawn: HVD_SAEF_MACHINE=all draws what is known not to work, too."""
-    return feature not in NOT_YET or os.environ.get("HVD_SAEF_MACHINE", "") == "all"
-
-
-def _closures() -> list[str]:
-    """The kinds that are drawn."""
-    looks = ["in eval mode", "evaluates after"] if drawn("closures that look") else []
-    ends = ["ends in eval"] if drawn("closures that end in eval") else []
-    return ["plain", "raises", *looks, *ends]
+CLOSURES = ("plain", "raises", "in eval mode", "evaluates after", "ends in eval")
+"""The kinds of closures."""
+OVERLAPS = [(False,), (False,), (True,), (False, False), (True, True), (True, False), (False, True)]
+"""Which optimizers overlap, of one or two."""
 
 
 @st.composite
@@ -85,7 +67,7 @@ def options(draw: Any, /, **fixed: Any) -> Options:
         "server": draw(st.sampled_from(servers)),
         "small_buckets": draw(st.booleans()),
         "optimizer": draw(st.sampled_from(["sgd", "sgdm", "adamw"])),
-        "overlap": draw(st.sampled_from(_overlaps())),
+        "overlap": draw(st.sampled_from(OVERLAPS)),
         "hooked": draw(st.sampled_from([True, True, False])),
         "on_nonfinite": draw(st.sampled_from(["raise", "skip"])),
         "extra": draw(st.sampled_from(["there", "there", "frozen", "later"])),
@@ -97,14 +79,6 @@ def options(draw: Any, /, **fixed: Any) -> Options:
     if made.averages_gradients:
         return dataclasses.replace(made, overlap=tuple(False for _ in made.overlap))
     return dataclasses.replace(made, on_nonfinite="raise")
-
-
-def _overlaps() -> list[tuple[bool, ...]]:
-    one = [(False,), (False,), *([(True,)] if drawn("overlap") else [])]
-    several = [(False, False)]
-    if drawn("several overlap"):
-        several += [(True, True), (True, False), (False, True)]
-    return [*one, *(several if drawn("several optimizers") else [])]
 
 
 def _subsets(size: int) -> Any:
@@ -123,9 +97,8 @@ def peeks(size: int) -> Any:
 
 def collectives(chosen: Options) -> Any:
     """What all ranks call."""
-    whole = not any(chosen.overlap) or drawn("overlap after a change")
-    kinds = ["flush", "consolidate", *(["reanchor"] if whole else [])]
-    return st.builds(Collective, st.none(), st.sampled_from(kinds), st.sampled_from([0, 0, 1]))
+    kinds = st.sampled_from(["flush", "consolidate", "reanchor"])
+    return st.builds(Collective, st.none(), kinds, st.sampled_from([0, 0, 1]))
 
 
 def between(size: int, chosen: Options) -> Any:
@@ -138,25 +111,18 @@ def between(size: int, chosen: Options) -> Any:
         collectives(chosen),
         st.builds(Freeze, st.none(), st.sampled_from(LAYERS), st.booleans()),
         st.builds(Forward, ranks, st.integers(0, 3), st.just(False)),
+        st.builds(Save),
+        st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
+        st.builds(Clamp, ranks),
     ]
-    changes = not any(chosen.overlap) or drawn("overlap after a change")
-    if changes:
-        actions += [
-            st.builds(Save),
-            st.builds(
-                Load, st.none(), st.booleans() if chosen.hooked and drawn("models loaded") else st.just(False)
-            ),
-        ]
-    if changes and len(chosen.overlap) == 1 and (chosen.hooked or drawn("checkpoints without model=")):
+    if len(chosen.overlap) == 1:
         actions += [st.builds(SaveCheckpoint), st.builds(LoadCheckpoint)]
-    if drawn("written by hand"):
-        actions.append(st.builds(Clamp, ranks))
-    if drawn("models loaded") and chosen.hooked and changes:
+    if chosen.hooked:
         actions.append(st.builds(LoadModel, st.none(), st.sampled_from(["saved", "x", "other"])))
-    if drawn("hooks") and not any(chosen.overlap):
+    if not any(chosen.overlap):
         when = st.sampled_from(["pre", "post"])
         actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
-    if chosen.extra == "later" and changes:
+    if chosen.extra == "later":
         actions.append(st.builds(Grow))
     return st.one_of(actions)
 
@@ -165,12 +131,8 @@ def midway(size: int, chosen: Options) -> Any:
     """What is called between backward and step()."""
     if not any(chosen.overlap):
         return peeks(size) | between(size, chosen)
-    actions = [peeks(size)]
-    if drawn("rates under way"):
-        actions.append(st.builds(Rate, _subsets(size), st.sampled_from([0.02, 0.2])))
-    if drawn("collectives under way"):
-        actions.append(collectives(chosen))
-    return st.one_of(actions)
+    rate = st.builds(Rate, _subsets(size), st.sampled_from([0.02, 0.2]))
+    return peeks(size) | rate | collectives(chosen)
 
 
 @st.composite
@@ -179,7 +141,7 @@ def iterations(draw: Any, /, chosen: Options) -> list[Action]:
     size, parts = chosen.size, range(len(chosen.overlap))
     number, overlaps = draw(st.integers(0, 9)), any(chosen.overlap)
     if draw(st.integers(0, 3)) == 0 and not overlaps:
-        kind = draw(st.sampled_from(_closures()))
+        kind = draw(st.sampled_from(CLOSURES))
         closure = {"closure": kind, "number": number, "ranks": draw(_subsets(size))}
         return [Step(part=part, **closure) for part in parts]
     used = draw(st.sampled_from([LAYERS, LAYERS, ("first", "second"), ("extra",), ("second", "extra")]))
