@@ -142,8 +142,8 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
             NumPy's numbers in the groups (a learning rate, say) become Python's, so that torch.load takes it.
             """
+            self._saef.refuse_under_way("state_dict()")  # e and momentum have taken a step that x has not
             self._saef.take_in()
-            self._saef.exchange.wait_until_encoded()
             state_dict: dict[str, Any] = super().state_dict()
             # Not its "state", whose dicts are the optimizer's own: Horovod's broadcast writes into them.
             state_dict["param_groups"] = python_numbers(state_dict["param_groups"])

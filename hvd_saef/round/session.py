@@ -245,7 +245,7 @@ class Session:
             self._check()
             if not broken:
                 self.origin.check_whole()
-            self._refuse_under_way(what)
+            self.refuse_under_way(what)
             self.take_in()
         except Exception as failure:
             return failure
@@ -319,7 +319,8 @@ class Session:
         self._guard.check(self.layout)
         self.communicator.check()
 
-    def _refuse_under_way(self, what: str) -> None:
+    def refuse_under_way(self, what: str) -> None:
+        """Raise RuntimeError where updates of a round have left that step() has not completed. Local."""
         if self.overlap.under_way:
             raise RuntimeError(
                 f"{what} between backward and step(), when overlap=True had sent updates already: call "
@@ -328,7 +329,7 @@ class Session:
 
     def set_passes(self, passes: int) -> None:
         """How many backward passes come before a step; the next step agrees on it."""
-        self._refuse_under_way("set_backward_passes_per_step()")
+        self.refuse_under_way("set_backward_passes_per_step()")
         check_passes(passes)
         if passes != self.passes:
             self.passes = passes
@@ -336,7 +337,7 @@ class Session:
 
     def check_growth(self) -> None:
         """Raise RuntimeError where parameters cannot be added."""
-        self._refuse_under_way("adding or unfreezing parameters")
+        self.refuse_under_way("adding or unfreezing parameters")
         if self.progress.local_steps_done:
             raise RuntimeError("add_param_group between local steps: call flush() first.")
 
@@ -347,7 +348,7 @@ class Session:
 
     def grow(self) -> None:
         """Lay out the parameters that were added or unfrozen; once training began, after the others."""
-        self._refuse_under_way("adding or unfreezing parameters")
+        self.refuse_under_way("adding or unfreezing parameters")
         for i, group in enumerate(self.inner.param_groups):
             for j, parameter in enumerate(group["params"]):
                 self.names.setdefault(parameter, f"noname.{i}.{j}")

@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,15 +174,35 @@ def test_a_look_at_x_in_between() -> None:
         for step in range(6):
             training.backward()
             if look and step:
-                ours = training.optimizer.state_dict()["hvd_saef"]["x"]
+                x = training.optimizer._saef.modes.state.views_of("x")
                 with training.optimizer.consensus():
-                    assert same([p.detach() for p in training.model.parameters()], list(ours.values()))
+                    assert same([p.detach() for p in training.model.parameters()], list(x.values()))
             training.optimizer.step()
         return training.state()
 
     plain = together(2, lambda k: work(k, overlap=False, look=False))
     looking = together(2, lambda k: work(k, overlap=True, look=True))
     assert all(same(a, b) for a, b in zip(looking, plain, strict=True))
+
+
+def test_a_state_cannot_be_saved_in_between(tmp_path: Path) -> None:
+    """Errors and momentum have taken the step by then, and x has not: loading that would lose the update."""
+
+    def work(rank: int) -> tuple[str, str]:
+        training = Training(rank, overlap=True)
+        training.backward()
+        training.optimizer.step()
+        training.backward()
+        with pytest.raises(RuntimeError, match="between backward and step") as local:
+            training.optimizer.state_dict()
+        with pytest.raises(hvd_saef.CheckpointError, match="between backward and step") as all_of_them:
+            hvd_saef.save_checkpoint(tmp_path, training.model, training.optimizer)
+        training.optimizer.step()
+        hvd_saef.save_checkpoint(tmp_path, training.model, training.optimizer)
+        return str(local.value), str(all_of_them.value)
+
+    for said in together(2, work):
+        assert all("call step() first" in words for words in said)
 
 
 def clip(training: Training) -> None:
