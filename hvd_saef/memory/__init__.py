@@ -1,1 +1,1 @@
-"""Algorithm 1 and what it works on: x, e and s of each bucket, and how parameters are laid out in it."""
+"""Algorithm 1 and its data: x, e and s of each bucket, and the layout of the parameters in buckets."""

@@ -1,14 +1,14 @@
-"""Algorithm 1 of Xu, Huo and Huang, "Step-Ahead Error Feedback", for one bucket. No MPI, no hooks.
+"""Algorithm 1 of Xu, Huo and Huang, "Step-Ahead Error Feedback", for one bucket.
 
-The paper's symbols, which the arguments carry:
+Local: nothing here uses MPI or hooks. The arguments are named by the paper's symbols:
 
-x   the consensus point (the paper's x_t), the same bits on every worker
+x   the consensus point (the paper's x_t), which has the same bits on every worker
 e   this worker's error (e_t^k); s the server's error (e_t)
 b   the start point of the local steps (x_{t+1/2}^k); y their end point (x_{t+1}^k)
-Δ   what the worker would like to send (Δ_{t+1}^k); D what the server would like to answer (Δ_{t+1})
+Δ   the worker's update before compression (Δ_{t+1}^k); D the server's update before compression (Δ_{t+1})
 C   the compressor; u the update that all workers apply
 
-A round is these rows, to which comments and docstrings refer everywhere:
+A round consists of these rows. Comments and docstrings everywhere refer to the rows by these numbers:
 
 row  who          what
 1    all          every p rounds: ē ← mean of e over the workers (ring allreduce), then e ← ē
@@ -19,10 +19,12 @@ row  who          what
 5'   the server   double-way compression (DC): D = s + mean of C(Δ); u = C(D); s ← D - u
 6    all          x ← x - u
 
-Three differences from the paper: α, between EF (0) and SAEF (1), is the coefficient of SA-PEF; β steps
-ahead by the server's error too; and the server runs on every worker, or a part of it on each.
+The library differs from the paper in three points: α, between 0 (EF) and 1 (SAEF), is the coefficient of
+SA-PEF; β steps ahead by the server's error too; and either every worker runs the whole server, or each
+worker runs a part of it.
 
-Row 1 is in :mod:`hvd_saef.round.averaging`, row 3 in :mod:`hvd_saef.round.local_steps`; the others are here.
+Row 1 is in :mod:`hvd_saef.round.averaging` and row 3 in :mod:`hvd_saef.round.local_steps`. The other rows
+are here.
 """
 
 from __future__ import annotations
@@ -37,30 +39,33 @@ from hvd_saef.compression import BlockedTensor, Compressor, Draws, Memory
 
 
 def step_ahead(x: Tensor, e: Tensor, s: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """Row 2: b = x - α·e - β·s. `s` is needed only where β > 0. Returns new memory."""
+    """Row 2: returns b = x - α·e - β·s in new memory. `s` is needed only where β > 0."""
     b = x.clone()
     if alpha:
-        b.sub_(e if alpha == 1 else e * alpha)  # the product apart: a fused one would round differently
+        b.sub_(e if alpha == 1 else e * alpha)  # two operations: a fused one would round differently
     if beta and s is not None:
         b.sub_(s if beta == 1 else s * beta)
     return b
 
 
 def add_update(e: Tensor, b: Tensor, y: Tensor) -> None:
-    """Row 4, first half: Δ = e + b - y, in e's memory. `b` is used up."""
+    """Row 4, first half: writes Δ = e + b - y into e, in place. The memory of `b` is overwritten."""
     e.add_(b.sub_(y))
 
 
 class PlainRows:
-    """Rows 4 to 6 and 2 around any C, as the paper has them; `Compressor.fused` does the same faster."""
+    """Computes rows 4, 5', 6 and 2 around any compressor C, one after the other as in the paper.
+
+    `Compressor.fused` computes the same bits faster.
+    """
 
     def __init__(self, compressor: Compressor, draws: Draws | None = None) -> None:
-        """`draws` is what this worker's compressor may draw in this round."""
+        """Keep `draws`, the random numbers that this worker's compressor may use in this round."""
         self._compressor = compressor
         self._draws = draws or Draws()
 
     def send(self, memory: Memory, payload: Tensor) -> None:
-        """Row 4: Δ = e + b - y; write C(Δ) into `payload`; e ← Δ - C(Δ)."""
+        """Row 4: computes Δ = e + b - y, writes C(Δ) into `payload`, and leaves Δ - C(Δ) in e."""
         if memory.points:
             b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
             add_update(memory.e, b, torch.cat(list(memory.points)))
@@ -69,7 +74,10 @@ class PlainRows:
     def serve(
         self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
     ) -> None:
-        """Row 5': D = s + Σ weight_k·C(Δ_k), in rank order; write u = C(D) into `answer`; s ← D - u."""
+        """Row 5': writes u = C(D) into `answer` and leaves D - u in s, where D = s + Σ weight_k·C(Δ_k).
+
+        The sum runs in the order of the workers.
+        """
         for payload, weight in zip(payloads, weights, strict=True):
             self._compressor.decode_add(payload, s, weight)
         self._compressor.encode(s, answer)
@@ -77,9 +85,10 @@ class PlainRows:
     def receive(
         self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
     ) -> None:
-        """Row 6: x ← x - u, where u = Σ weight_k·C(...), in rank order; and row 2 of the next round.
+        """Row 6: subtracts u = Σ weight_k·C(...) from x, in place; then row 2 of the next round.
 
-        The payloads are the server's one answer with weight 1, or (row 5) all workers' with weight 1/K.
+        The sum runs in the order of the workers. The payloads are the server's one answer, with weight 1, or
+        (row 5) those of all workers, with weight 1/K each. Row 2 writes b into `memory.points`, if any.
         """
         x = self._blocked(memory.x, memory)
         for payload, weight in zip(payloads, weights, strict=True):

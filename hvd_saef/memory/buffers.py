@@ -1,4 +1,4 @@
-"""Memory that stays from step to step: what is allocated anew is mapped anew, page by page. Local."""
+"""Buffers that are kept from step to step, since the system maps new memory page by page. Local."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Bytes: what any dtype and a line of the cache want."""
+"""The alignment of a piece, in bytes: it suits every dtype and is the length of a cache line."""
 
 
 class Buffers:
-    """For one use after the other: each grows to what the largest needs, and stays."""
+    """Holds buffers that are used again and again: each grows to the largest size asked for, and is kept."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
     def pieces(self, name: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Pieces of so many bytes in one buffer, uninitialized and aligned, until the next use."""
+        """Returns one uint8 tensor of each of the `sizes` (bytes), aligned and uninitialized.
+
+        All lie in the buffer `name`, and are valid until the next call with that name and device.
+        """
         starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < starts[-1]:

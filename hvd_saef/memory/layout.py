@@ -1,4 +1,4 @@
-"""Parameters → blocks → buckets, and the parts into which a sharded server cuts a bucket. Local."""
+"""How parameters are laid out in buckets, and buckets cut into blocks and servers' parts. Local."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hvd_saef.settings import Settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAST_TO_LEAVE = 8
-"""How many times smaller the first bucket is: backward completes it last, and nothing hides its trip."""
+"""The first bucket is this many times smaller: backward completes it last, so nothing hides its exchange."""
 ChooseCompressor = Callable[[str, Tensor], Compressor]
 Entry = tuple[str, Tensor, Compressor]
-"""A parameter with its name and what compresses it."""
+"""A parameter's name, the parameter and its compressor."""
 
 
 def _form(parameter: Tensor) -> tuple[Any, ...]:
@@ -31,19 +31,19 @@ def _form(parameter: Tensor) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in its bucket's flat memory."""
+    """The place of one parameter in its bucket's flat memory."""
 
     name: str
     parameter: Tensor
     start: int
     form: tuple[Any, ...] = field(init=False)
-    """What the parameter was like when it was laid out."""
+    """The dtype, device, shape and strides that the parameter had when it was laid out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "form", _form(self.parameter))
 
     def change(self) -> str | None:
-        """What has changed since then, in words."""
+        """Returns in words what of `form` has changed since then; None if nothing has."""
         now = _form(self.parameter)
         if now == self.form:
             return None
@@ -53,14 +53,14 @@ class Slot:
 
     @property
     def stop(self) -> int:
-        """The element after the parameter's last."""
+        """The index of the element after the parameter's last one."""
         return self.start + self.parameter.numel()
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's place in `flat`, in the parameter's shape: a view.
+        """Returns a view of the parameter's place in `flat`, in the parameter's shape.
 
-        The elements are taken in the parameter's memory order where that is dense (channels_last
-        too), so that copies run straight through memory, else in logical order.
+        The elements are in the parameter's memory order where its memory has no gaps (channels_last
+        too), so that copies run straight through memory; otherwise they are in logical order.
         """
         part = flat[self.start : self.stop]
         if is_gapless(self.parameter):
@@ -72,7 +72,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Part:
-    """Whole blocks of a bucket from element `start` to `stop`: what one server of a sharded DC serves."""
+    """Whole blocks of a bucket, from element `start` to `stop`, which one server of a sharded DC serves."""
 
     start: int
     stop: int
@@ -81,7 +81,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters of one compressor, dtype and device, end to end in one flat memory."""
+    """Parameters with one compressor, one dtype of x and one device, end to end in one flat memory."""
 
     index: int
     slots: tuple[Slot, ...]
@@ -91,34 +91,34 @@ class Bucket:
 
     @property
     def numel(self) -> int:
-        """Elements of all its parameters."""
+        """The number of elements of all the bucket's parameters."""
         return self.blocks.numel
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of x, e and s: float32 or wider."""
+        """The dtype of x, e and s, which is float32 or wider."""
         return self.blocks.dtype
 
     @property
     def dense(self) -> bool:
-        """Whether its payloads are averaged by Horovod's allreduce."""
+        """True if Horovod's allreduce averages the bucket's payloads."""
         return self.compressor.wire_dtype(self.dtype) is not None
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """Its parameters, in order."""
+        """The bucket's parameters, in the order of the slots."""
         return [slot.parameter for slot in self.slots]
 
     def new_flat(self) -> Tensor:
-        """Flat memory for the bucket, [numel], zeros."""
+        """Returns new flat memory for the bucket, [numel], filled with zeros."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """`flat` ([numel]) cut into views of the parameters' shapes."""
+        """Returns a view of `flat` ([numel]) for each parameter, in the parameter's shape."""
         return [slot.view(flat) for slot in self.slots]
 
     def parts(self, number: int) -> list[Part]:
-        """The bucket cut at block boundaries into `number` parts, as even as its blocks allow."""
+        """Cuts the bucket at block boundaries into `number` parts, which are as even as the blocks allow."""
         cuts = [self.blocks.nearest_boundary(j * self.numel // number) for j in range(number)] + [self.numel]
         return [
             Part(start, stop, self.blocks.between(start, stop)) for start, stop in itertools.pairwise(cuts)
@@ -127,33 +127,36 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All buckets of an optimizer, and what the workers must agree on."""
+    """All buckets of an optimizer, and the description that the workers must agree on."""
 
     buckets: tuple[Bucket, ...]
     description: dict[str, Any]
     frozen: tuple[Entry, ...] = ()
-    """The optimizer's other parameters, which are left alone until they take part."""
+    """The optimizer's other parameters; they are left alone until they take part."""
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the description."""
+        """The SHA-256 hash of the description, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def slots(self) -> list[Slot]:
-        """All slots, bucket by bucket."""
+        """The slots of all buckets, bucket by bucket."""
         return [slot for bucket in self.buckets for slot in bucket.slots]
 
     @property
     def dense(self) -> bool:
-        """Whether nothing travels as a payload, nor will once frozen parameters train."""
+        """True if every bucket is dense, and every bucket of frozen parameters will be, once these train."""
         later = ((compressor, state_dtype(parameter.dtype)) for _, parameter, compressor in self.frozen)
         return all(bucket.dense for bucket in self.buckets) and all(
             compressor.wire_dtype(dtype) is not None for compressor, dtype in later
         )
 
     def largest_share(self) -> tuple[float, str]:
-        """The largest block of compressed payloads, as a fraction of all of them, and its parameter."""
+        """Returns the largest compressed block, as a fraction of all compressed elements, and its parameter.
+
+        The parameter is given by name. The result is (0.0, "") if no bucket is compressed.
+        """
         compressed = [bucket for bucket in self.buckets if not bucket.dense and bucket.numel]
         if not compressed:
             return 0.0, ""
@@ -170,10 +173,10 @@ def build_layout(
     settings: Settings,
     earlier: Layout | None = None,
 ) -> Layout:
-    """Lay out the parameters of `param_groups` that take part, in their order.
+    """Lays out the parameters of `param_groups` that take part, in their order.
 
-    With an `earlier` layout of some of them, its buckets stay, and new ones follow.
-    Raises TypeError for a parameter that is not of a real floating dtype, ValueError for an expanded one.
+    The buckets of an `earlier` layout stay, and the parameters that it lacks get new buckets after them.
+    Raises TypeError for a parameter of a dtype that is not real floating, ValueError for an expanded one.
     """
     laid_out = {slot.parameter for slot in earlier.slots} if earlier else set()
     open_buckets: dict[tuple[torch.dtype, torch.device, str], list[Entry]] = {}
@@ -186,7 +189,7 @@ def build_layout(
                 continue
             name = names[parameter]
             if not takes_part(parameter):
-                known = parameter.dtype in DTYPES  # a table of integers, say, is nothing to compress
+                known = parameter.dtype in DTYPES  # integers, say, cannot be compressed
                 frozen.append((name, parameter, choose(name, parameter) if known else Compression.none))
                 continue
             if parameter.dtype not in DTYPES:
@@ -234,12 +237,12 @@ def build_layout(
 
 
 def averages_gradients(settings: Settings, layout: Layout) -> bool:
-    """Whether nothing is compressed and nothing fed back, so that gradients are averaged as by Horovod."""
+    """Returns True if gradients are averaged as by Horovod: nothing is compressed, nothing fed back."""
     return settings.feedback == "none" and settings.local_steps == 1 and layout.dense
 
 
 def takes_part(parameter: Tensor) -> bool:
-    """Whether the torch optimizer may move it: it steps with any gradient there is."""
+    """Returns True if the torch optimizer may change the parameter: it uses any gradient that exists."""
     return parameter.requires_grad or parameter.grad is not None
 
 

@@ -1,4 +1,4 @@
-"""x, e and s, bucket by bucket, and what of them goes into and comes out of a state dict. Local."""
+"""x, e and s of all buckets, and how a state dict exports and restores them. Local."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from hvd_saef.settings import Settings
 
 @dataclass
 class BucketState:
-    """One bucket's x, e and s, flat; and which of its blocks this worker is the server of."""
+    """One bucket's x, e and s as flat tensors, and the part of the bucket that this worker serves."""
 
     bucket: Bucket
     x: Tensor
-    """The consensus point, [numel]: the same bits on every worker."""
+    """The consensus point, [numel]; it has the same bits on every worker."""
     e: Tensor
     """This worker's error, [numel]."""
     s: Tensor | None
-    """The server's error for `parts[mine]`; None with single-way compression."""
+    """The server's error for `parts[mine]`, flat; None with single-way compression."""
     parts: list[Part]
-    """The servers' shares: part k is worker k's if the server is sharded, else there is one, the bucket."""
+    """The servers' parts: worker k serves part k of a sharded server; else the only part is the bucket."""
     mine: int
-    """The part that this worker serves."""
+    """The index of the part that this worker serves."""
     _where: Any = None
     _memories: list[Memory] = field(default_factory=list)
 
     @property
     def sharded(self) -> bool:
-        """Whether other workers serve other parts."""
+        """True if other workers serve other parts of the bucket."""
         return len(self.parts) > 1
 
     def start_point(self, alpha: float, beta: float, s: Tensor | None) -> Tensor:
-        """Row 2's b, flat, in new memory, rounded as the parameters round it."""
+        """Returns b of row 2, [numel], in new memory, rounded to the parameters' dtypes."""
         b = algorithm.step_ahead(self.x, self.e, s, alpha, beta)
         for slot in self.bucket.slots:
             if slot.parameter.dtype != b.dtype:
@@ -53,28 +53,28 @@ class BucketState:
 
     @torch.no_grad()
     def show(self, flat: Tensor) -> None:
-        """Write `flat` ([numel]) into the parameters, rounded to their dtype."""
+        """Writes `flat` ([numel]) into the parameters, rounded to their dtypes."""
         if self.bucket.parameters:
             torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
 
     def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
-        """The memory of parts of the bucket, in their order, for a pass over each.
+        """Returns a Memory for each of `parts`, in their order, for one pass over each part.
 
-        Made anew if a parameter's memory is elsewhere than before, or there are other parts.
+        The list is cached. It is made anew if a parameter's memory has moved or the number of parts is another.
         """
         where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts)
         if where != self._where:
             self._where, self._memories = where, []
             for part, pieces in zip(parts, _cut(self._points(), parts), strict=True):
                 stretch = slice(part.start, part.stop)
-                s = self.s if beta else None  # with β > 0 the server is replicated: one part
+                s = self.s if beta else None  # β > 0 means a replicated server, so s is of the only part
                 self._memories.append(
                     Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta, part.start)
                 )
         return self._memories
 
     def _points(self) -> list[Tensor]:
-        """The parameters' own memory, 1-D, end to end; none if it is not plain memory of x's dtype."""
+        """Returns the parameters' own memory, 1-D, end to end; [] unless all are gapless and of x's dtype."""
         parameters = self.bucket.parameters
         if not all(p.dtype == self.bucket.dtype and is_gapless(p) for p in parameters):
             return []
@@ -82,7 +82,7 @@ class BucketState:
 
     @torch.no_grad()
     def anchor(self) -> None:
-        """Take x from the parameters and clear the errors."""
+        """Takes x from the parameters and sets the errors to zero."""
         if self.bucket.parameters:
             torch._foreach_copy_(self.bucket.views(self.x), self.bucket.parameters)
         self.e.zero_()
@@ -91,7 +91,7 @@ class BucketState:
 
 
 class State:
-    """The state of all buckets, and how far it is."""
+    """The x, e and s of all buckets, and the training's progress."""
 
     def __init__(
         self, layout: Layout, settings: Settings, worker: int, workers: int, progress: Progress
@@ -107,7 +107,7 @@ class State:
 
     @property
     def rounds(self) -> int:
-        """t, the number of completed rounds."""
+        """The number t of completed rounds."""
         return self.progress.rounds
 
     def _add(self, bucket: Bucket) -> BucketState:
@@ -121,18 +121,18 @@ class State:
         return self.buckets[-1]
 
     def grow(self, layout: Layout) -> None:
-        """Take up the buckets that `layout` has beyond the ones here, x from their parameters."""
+        """Adds the buckets of `layout` that are not here yet, and takes their x from their parameters."""
         for bucket in layout.buckets[len(self.buckets) :]:
             self._add(bucket).anchor()
         self.layout = layout
 
     def anchor(self) -> None:
-        """Take x from the parameters and clear all errors."""
+        """Takes x from the parameters and sets all errors to zero."""
         for bucket_state in self.buckets:
             bucket_state.anchor()
 
     def shows_x(self) -> bool:
-        """Whether the parameters hold x, as far as their dtypes can."""
+        """Returns True if the parameters hold x, rounded to their dtypes."""
         return all(
             torch.equal(view.to(parameter.dtype), parameter)
             for bucket_state in self.buckets
@@ -142,12 +142,12 @@ class State:
         )
 
     def show_x(self) -> None:
-        """Write x into the parameters."""
+        """Writes x into the parameters, rounded to their dtypes."""
         for bucket_state in self.buckets:
             bucket_state.show(bucket_state.x)
 
     def views_of(self, which: str) -> dict[str, Tensor]:
-        """`"x"` or `"e"` of every parameter, by name and in its shape: views."""
+        """Returns x or e (`which` is "x" or "e") of each parameter, by name: views in its shape."""
         return {
             slot.name: slot.view(getattr(bucket_state, which))
             for bucket_state in self.buckets
@@ -155,7 +155,7 @@ class State:
         }
 
     def own(self) -> dict[str, Tensor]:
-        """What is this worker's alone, by what to call it: views of e, and the s that is here."""
+        """Returns what only this worker has, by its title in messages: views of e, and the s served here."""
         own = {f"the error of {name!r}": view for name, view in self.views_of("e").items()}
         served = {
             f"the server's error {bucket_state.bucket.index}": bucket_state.s
@@ -165,16 +165,16 @@ class State:
         return own | served
 
     def error_norms(self) -> tuple[float, float]:
-        """Euclidean norms of this worker's e and of the s that it holds."""
+        """Returns the Euclidean norms of this worker's e and of the s that this worker holds."""
         e = [bucket_state.e for bucket_state in self.buckets]
         s = [bucket_state.s for bucket_state in self.buckets if bucket_state.s is not None]
         return _norm(e), _norm(s)
 
     def export(self) -> dict[str, Any]:
-        """Copies of t, x, e and s as plain tensors by parameter name.
+        """Returns t and copies of x, e and s, as plain tensors by parameter name.
 
-        x and errors have the parameter's shape. A server error is {"start", "values"}: the served
-        stretch of the parameter's flat memory, from element `start`.
+        x and errors have the parameter's shape. A server error is {"start", "values"}: the stretch of the
+        parameter's flat memory that this worker serves, which begins at element `start`.
         """
         server: dict[str, Any] = {}
         for bucket_state in self.buckets:
@@ -191,12 +191,12 @@ class State:
 
     @staticmethod
     def is_in(saved: Mapping[str, Any]) -> bool:
-        """Whether anything that :meth:`export` gives is in `saved`."""
+        """Returns True if `saved` holds any key that :meth:`export` returns."""
         return any(key in saved for key in EXPORTED)
 
     @staticmethod
     def check(saved: Mapping[str, Any], layout: Layout) -> None:
-        """Raise ValueError if what :meth:`export` gave does not fit these parameters."""
+        """Raises ValueError if `saved`, which :meth:`export` returned, does not fit the parameters."""
         for key in EXPORTED:
             if key not in saved:
                 raise misfit(f"it has no {key!r}")
@@ -212,7 +212,10 @@ class State:
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> bool:
-        """Take what :meth:`check` found fitting. Returns whether all of s that is served here was in it."""
+        """Takes x, e and s from `saved`, which :meth:`check` has accepted.
+
+        Sets s to zero where `saved` lacks it. Returns True if `saved` had all of the s that is served here.
+        """
         found = 0
         for bucket_state in self.buckets:
             for slot in bucket_state.bucket.slots:
@@ -228,20 +231,20 @@ class State:
         )
 
     def clear_errors(self) -> None:
-        """Set e to zero."""
+        """Sets this worker's e to zero."""
         for bucket_state in self.buckets:
             bucket_state.e.zero_()
 
     def scale_errors(self, factor: float) -> None:
-        """Multiply e."""
+        """Multiplies this worker's e by `factor`, in place."""
         for bucket_state in self.buckets:
             bucket_state.e.mul_(factor)
 
 
 def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:
-    """Copy what `stretches`, by parameter, hold of the bucket's memory from `start` on into `out`.
+    """Copies into `out`, the bucket's memory from element `start` on, what `stretches` hold of it.
 
-    Returns the number of elements found; the others stay as they are.
+    `stretches` are as in :meth:`State.export`. Returns the number of elements found; `out` keeps its others.
     """
     found = 0
     for slot in bucket.slots:
@@ -256,7 +259,10 @@ def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, s
 
 
 def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
-    """The inverse: `values` of the bucket's memory from `start` on, by parameter, as copies."""
+    """Returns copies of `values`, the bucket's memory from element `start` on, by parameter.
+
+    The inverse of :func:`place_stretches`.
+    """
     stretches: dict[str, Any] = {}
     for slot in bucket.slots:
         first, last = max(slot.start, start), min(slot.stop, start + values.numel())
@@ -269,7 +275,7 @@ def cut_stretches(bucket: Bucket, values: Tensor, start: int) -> dict[str, Any]:
 
 
 def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[list[Tensor]]:
-    """Of memory that consists of `pieces`, end to end, what lies in each part."""
+    """Yields for each part what lies in it of the `pieces`, which are one memory, end to end."""
     starts = list(itertools.accumulate((piece.numel() for piece in pieces), initial=0))
     for part in parts:
         inside = []
@@ -283,9 +289,10 @@ def _cut(pieces: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[list[Tenso
 
 
 def _assign(parts: list[Part], loads: list[int]) -> list[Part]:
-    """The parts in the order of the workers that serve them: the largest to who serves least so far.
+    """Returns the parts in the workers' order; the worker that serves least so far gets the largest.
 
-    `loads`, elements by worker, goes on. Blocks are not cut, so one bucket's parts may be uneven.
+    `loads` holds the elements that each worker serves, and is increased in place. Blocks are not cut, so the
+    parts of one bucket may be uneven.
     """
     workers = sorted(range(len(parts)), key=lambda worker: loads[worker])
     assigned = dict(zip(workers, sorted(parts, key=lambda part: part.start - part.stop), strict=True))
@@ -298,12 +305,12 @@ EXPORTED = ("rounds", "x", "errors", "server_errors")
 
 
 def misfit(reason: str) -> ValueError:
-    """An error that says why a loaded state cannot be taken."""
+    """Returns the error that says why a loaded state cannot be taken."""
     return ValueError(f"the loaded state under 'hvd_saef' does not fit: {reason}.")
 
 
 def check_shapes(what: str, saved: Mapping[str, Tensor], layout: Layout) -> None:
-    """Raise ValueError unless `saved` has a tensor of the right shape for every parameter, by name."""
+    """Raises ValueError unless `saved` has one tensor of the right shape for every parameter, by name."""
     shapes = {slot.name: tuple(slot.parameter.shape) for slot in layout.slots}
     if set(shapes) != set(saved):
         odd = min(set(shapes).symmetric_difference(saved))
