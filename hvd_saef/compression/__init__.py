@@ -1,4 +1,4 @@
-"""C, the compressor: one file each. No workers, no MPI."""
+"""The compressors, the paper's C, each in a file of its own. Local: nothing here knows workers or MPI."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from hvd_saef.compression.topk import TopKCompressor
 
 
 class Compression:
-    """The compressors by name, as `horovod.torch.Compression` has them."""
+    """The built-in compressors by name, as in `horovod.torch.Compression`."""
 
     none: ClassVar[Compressor] = NoneCompressor()
-    """Dense, in x's dtype."""
+    """Sends dense values in x's dtype."""
     fp16: ClassVar[Compressor] = FP16Compressor()
-    """Dense, in float16."""
+    """Sends dense values in float16."""
     sign: ClassVar[Compressor] = SignCompressor()
-    """1 bit a parameter and a scale a block."""
+    """Sends 1 bit for each parameter and one scale for each block."""
 
     @staticmethod
     def topk(ratio: float, value_dtype: torch.dtype | None = None) -> Compressor:
-        """The `ratio` (in (0, 1]; 0.01 is 1 %) of each block's entries that are largest.
+        """Returns a compressor that sends the share `ratio` of each block's entries, the largest ones.
 
-        `value_dtype` torch.float16 or torch.bfloat16 sends them in 2 bytes instead of x's 4.
+        `ratio` is in (0, 1]; 0.01 is 1 %. A `value_dtype` of torch.float16 or torch.bfloat16 sends each value
+        in 2 bytes instead of the 4 of a float32 x.
         """
         return TopKCompressor(ratio, value_dtype)
 
 
 BUILT_IN: tuple[type[Compressor], ...] = (NoneCompressor, FP16Compressor, SignCompressor, TopKCompressor)
-"""The compressors that come with the package, the least lossy first: all that lists compressors asks here."""
+"""The compressors that come with the package, the least lossy first. All code that lists them reads this."""
 
 __all__ = [
     "BUILT_IN",

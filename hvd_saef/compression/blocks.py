@@ -1,4 +1,4 @@
-"""A bucket's flat memory, and the blocks it is cut into, which is what compressors see."""
+"""A bucket's flat memory and the blocks that it is cut into: compressors see nothing else. Local."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """The element after the run's last."""
+        """The index of the element after the run's last one."""
         return self.start + self.size * self.count
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How flat memory of `dtype` is cut into blocks: runs of equal ones, without gaps, from element 0."""
+    """How flat memory of `dtype` is cut into blocks: runs of equal blocks, from element 0, without gaps."""
 
     runs: tuple[Run, ...]
     dtype: torch.dtype
 
     @classmethod
     def cut(cls, sizes: list[int], block_size: int | None, dtype: torch.dtype) -> Blocks:
-        """Cut tensors of `sizes` elements, laid end to end, into blocks of at most `block_size`."""
+        """Cuts tensors of `sizes` elements, laid end to end, into blocks of at most `block_size` elements.
+
+        No block spans two tensors. With `block_size` None every tensor is one block.
+        """
         runs: list[Run] = []
         start = 0
         for size in sizes:
@@ -49,21 +52,21 @@ class Blocks:
 
     @cached_property
     def numel(self) -> int:
-        """Elements in all blocks."""
+        """The number of elements in all blocks."""
         return self.runs[-1].stop if self.runs else 0
 
     @cached_property
     def count(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return sum(run.count for run in self.runs)
 
     @cached_property
     def largest(self) -> int:
-        """Elements of the largest block."""
+        """The number of elements of the largest block."""
         return max((run.size for run in self.runs), default=0)
 
     def table(self, kept: Callable[[int], int]) -> Tensor:
-        """The runs as the kernels read them: int64, rows of start, size, count and kept(size). Cached."""
+        """Returns the runs as kernels read them: int64, with rows start, size, count, kept(size). Cached."""
         if kept not in self._tables:
             rows = [(run.start, run.size, run.count, kept(run.size)) for run in self.runs]
             self._tables[kept] = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
@@ -74,14 +77,14 @@ class Blocks:
         return {}
 
     def nearest_boundary(self, element: int) -> int:
-        """The block boundary nearest to `element`, as an element; the lower one of two as near."""
+        """Returns the block boundary nearest to `element`, as an element index; of two as near, the lower."""
         for run in self.runs:
             if element <= run.stop:
                 return run.start + (2 * (element - run.start) + run.size - 1) // (2 * run.size) * run.size
         return self.numel
 
     def between(self, start: int, stop: int) -> Blocks:
-        """The blocks between two block boundaries, counted from the first of them."""
+        """Returns the blocks between two block boundaries; `start` becomes element 0."""
         runs = []
         for run in self.runs:
             first, last = max(start, run.start), min(stop, run.stop)
@@ -92,22 +95,22 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Memory:
-    """Whole blocks of a bucket on one worker, as a pass over them reads and writes it. All 1-D."""
+    """The memory of whole blocks of a bucket on one worker, for one pass over it. All tensors are 1-D."""
 
     blocks: Blocks
     x: Tensor
-    """The consensus point, [numel], of the blocks' dtype as all that follows."""
+    """The consensus point, [numel]. This and the other tensors have the blocks' dtype."""
     e: Tensor
-    """This worker's error."""
+    """This worker's error, [numel]."""
     s: Tensor | None
-    """The server's error, where this worker knows it and steps ahead by it."""
+    """The server's error, [numel], if this worker steps ahead by it; else None."""
     points: Sequence[Tensor]
-    """The parameters' own memory, end to end [numel]; a run lies within one piece. Empty where the
-    parameters are not plain memory of the blocks' dtype."""
+    """The parameters' own memory in pieces, end to end [numel]; every run lies within one piece. Empty where
+    the parameters are not gapless memory of the blocks' dtype."""
     alpha: float
     beta: float
     first: int = 0
-    """The element of the bucket with which it begins."""
+    """The element of the bucket with which this memory begins."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", Pieces.of(self.points))
@@ -122,17 +125,18 @@ class BlockedTensor:
     draws: Draws = field(default_factory=Draws)
 
     def uniform(self, run: Run, own: bool = False) -> Tensor:
-        """Random numbers in [0, 1) for a run's elements, [count, size], of the blocks' dtype.
+        """Returns random numbers in [0, 1) for a run's elements, [count, size], of the blocks' dtype.
 
-        They depend on the round, the bucket and the element's place in it, and on nothing else. So all
-        workers draw the same, for what they send, for decoding it, and for the server's answer. With `own`,
-        which is for encoding only, each worker draws others, and all who run the server draw one answer's.
+        The numbers depend only on the round, the bucket and the element's place in the bucket. So all workers
+        draw the same numbers when they encode, when they decode, and for the server's answer. With `own`,
+        which is for encoding only, each worker draws its own numbers, and for the server's answer all who
+        run the server draw the same.
         """
         numel = run.stop - run.start
         drawn = self.draws.uniform(run.start, numel, self.blocks.dtype, self.flat.device, own)
         return drawn.view(run.count, run.size)
 
     def rows(self) -> Iterator[tuple[Run, Tensor]]:
-        """Each run with its memory as a matrix, a block a row: a view, of shape [count, size]."""
+        """Yields each run with a view of its memory, [count, size]: one row for each block."""
         for run in self.blocks.runs:
             yield run, self.flat[run.start : run.stop].view(run.count, run.size)

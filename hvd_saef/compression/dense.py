@@ -1,4 +1,4 @@
-"""Dense payloads, which Horovod's allreduce averages: nothing compressed, or half the bytes."""
+"""Compressors whose payloads are dense: Horovod's allreduce averages them, uncompressed or in float16."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hvd_saef.compression.compressor import Compressor, Considered
 
 
 class DenseCompressor(Compressor):
-    """One number of the wire's dtype an element; what the cast rounds away stays in the error."""
+    """Sends each element as one number of the wire's dtype; what the cast rounds away stays in the error."""
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that travels for x of `dtype`."""
+        """Returns the dtype that travels for x of `dtype`."""
         return dtype
 
     def payload_bytes(self, layout: Blocks) -> int:
-        """The elements' number times the bytes of the wire's dtype."""
+        """Returns the number of elements times the bytes of the wire's dtype."""
         return layout.numel * self.wire_dtype(layout.dtype).itemsize
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
@@ -30,7 +30,7 @@ class DenseCompressor(Compressor):
         if wire.dtype == delta.flat.dtype:
             wire.copy_(delta.flat)
         else:
-            most = torch.finfo(wire.dtype).max  # what is beyond it stays in the error
+            most = torch.finfo(wire.dtype).max  # what exceeds it stays in the error
             wire.copy_(delta.flat.clamp(-most, most))
         delta.flat.sub_(wire.to(delta.flat.dtype))
 
@@ -45,7 +45,7 @@ class DenseCompressor(Compressor):
 
 @dataclass(frozen=True)
 class NoneCompressor(DenseCompressor):
-    """C = the identity."""
+    """C is the identity: the update travels as it is."""
 
     call = "hvd_saef.Compression.none"
     costs: ClassVar[tuple[str, ...]] = ("float32",)
@@ -62,7 +62,7 @@ class NoneCompressor(DenseCompressor):
 
 @dataclass(frozen=True)
 class FP16Compressor(DenseCompressor):
-    """C rounds to float16. The sum rounds on the wire too, and that rounding is lost."""
+    """C rounds to float16. The sum on the wire is rounded too, and that rounding error is lost."""
 
     call = "hvd_saef.Compression.fp16"
     costs: ClassVar[tuple[str, ...]] = ("float16",)
@@ -77,5 +77,5 @@ class FP16Compressor(DenseCompressor):
         return [Considered("Horovod fp16", "hvd-fp16", cls(), averaging_periods=())]
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float16, whatever x is."""
+        """Returns float16, whatever the dtype of x is."""
         return torch.float16

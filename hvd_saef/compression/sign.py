@@ -18,20 +18,21 @@ from hvd_saef.compression.compressor import Compressor, Considered, Fused, check
 class SignCompressor(Compressor):
     """C(v) = (‖v‖₁/d)·sign(v) for each block v of d elements; v itself for d < `dense_below`.
 
-    Payload: the scales ‖v‖₁/d of all blocks in x's dtype (or, for dense blocks, their elements), then
-    the others' sign bits, least significant bit first, each block's from a fresh byte. The sign is the
-    float's sign bit: 0.0 is +, -0.0 is -.
+    The payload begins with the scales ‖v‖₁/d of all blocks in x's dtype; an uncompressed block has its
+    elements there instead. The sign bits of the compressed blocks follow, least significant bit first; each
+    block begins with a new byte. The sign is the float's sign bit: 0.0 is +, -0.0 is -.
 
     Raises TypeError or ValueError for a `dense_below` that is not a whole number >= 0.
     """
 
     dense_below: int = field(default=0, kw_only=True)
+    """Blocks of fewer elements travel uncompressed."""
 
     def __post_init__(self) -> None:
         check_dense_below(self.dense_below)
 
     def uncompressed(self, size: int) -> bool:
-        """Whether blocks of `size` elements travel as they are."""
+        """Returns True if blocks of `size` elements travel uncompressed."""
         return size < self.dense_below
 
     call = "hvd_saef.Compression.sign"
@@ -50,7 +51,7 @@ class SignCompressor(Compressor):
         ]
 
     def payload_bytes(self, layout: Blocks) -> int:
-        """One number of x's dtype a block and a bit an element, each block's bits in whole bytes."""
+        """Returns the bytes: a number of x's dtype a block, and a bit an element, in whole bytes a block."""
         return sum(self._sections(layout))
 
     @property
@@ -77,7 +78,7 @@ class SignCompressor(Compressor):
             native.sign_decode(out.flat, self._table(out.blocks), [payload], weight)
 
     def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
-        """:meth:`encode` on any device."""
+        """Does what :meth:`encode` does, in plain torch on any device."""
         heads, bits = [], []
         for run, rows in delta.rows():
             if self.uncompressed(run.size):
@@ -92,7 +93,7 @@ class SignCompressor(Compressor):
         torch.cat([payload[:0], *(head.view(torch.uint8) for head in heads), *bits], out=payload)
 
     def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """:meth:`decode_add` on any device."""
+        """Does what :meth:`decode_add` does, in plain torch on any device."""
         start, rest = self._sections(out.blocks)
         if payload.numel() != start + rest:
             raise ValueError(f"a sign payload of {payload.numel()} bytes: {start + rest} were expected.")
@@ -111,11 +112,11 @@ class SignCompressor(Compressor):
             rows.add_(torch.where(kernels.unpack_signs(bits, run.size), -column, column))
 
     def _head(self, run: Run) -> int:
-        """Numbers that the run's blocks have in the payload's first part."""
+        """Returns how many numbers the run's blocks have in the payload's first part."""
         return run.count * (run.size if self.uncompressed(run.size) else 1)
 
     def _sections(self, blocks: Blocks) -> tuple[int, int]:
-        """Bytes of the payload's two parts: numbers, and bits."""
+        """Returns the bytes of the payload's two parts: the numbers, and the sign bits."""
         numbers = sum(self._head(run) for run in blocks.runs)
         bits = sum(run.count * _octets(run.size) for run in blocks.runs if not self.uncompressed(run.size))
         return numbers * blocks.dtype.itemsize, bits
@@ -124,13 +125,13 @@ class SignCompressor(Compressor):
         return blocks.table(self._kept)
 
     def _kept(self, size: int) -> int:
-        """As kernels are told: all elements of a dense block, none of another."""
+        """Returns for kernels how many elements of a block travel uncompressed: all `size` or none."""
         return size if self.uncompressed(size) else 0
 
 
 @dataclass(frozen=True)
 class _FusedSign:
-    """The rows around C by kernels. `send` leaves Δ in e, and `receive` subtracts C(Δ)."""
+    """Computes the rows around C by kernels. `send` leaves Δ in e, and `receive` subtracts C(Δ) from e."""
 
     compressor: SignCompressor
 

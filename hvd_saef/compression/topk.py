@@ -1,4 +1,4 @@
-"""Top-K: only the largest entries of each block travel."""
+"""Top-K: only the entries of largest magnitude of each block travel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
 
-PAGE = 1 << 16  # elements that a uint16 offset reaches
+PAGE = 1 << 16  # elements: the range of a uint16 offset
 COUNT, OFFSET = torch.int32, torch.uint16
 Payload = TypeVar("Payload", Tensor, Sequence[Tensor])
 
@@ -23,12 +23,13 @@ Payload = TypeVar("Payload", Tensor, Sequence[Tensor])
 class TopKCompressor(Compressor):
     """Keeps each block's min(d, max(1, ⌈ratio·d⌉)) entries of largest magnitude, exactly.
 
-    Ties go to the lower index. `value_dtype` rounds what travels (the rounding stays in the error):
-    torch.float16, torch.bfloat16 or None, x's dtype. What is beyond its range travels as its largest.
+    Ties go to the lower index. The values travel in `value_dtype`: torch.float16, torch.bfloat16 or None,
+    which is x's dtype. The rounding stays in the error; a value beyond the dtype's range travels as the
+    largest of that range, and the rest stays in the error too.
 
-    Payload: for each block of more than one page (65,536 elements) how many entries each of its pages
-    keeps, int32; all blocks' kept values; their offsets within their pages, ascending, uint16. A block
-    that is kept whole has values only.
+    The payload has three parts: for each block of more than one page (65,536 elements) the number of entries
+    that each of its pages keeps, int32; the kept values of all blocks; and the offsets of these values within
+    their pages, ascending, uint16. A block that is kept whole has values only.
 
     Raises TypeError or ValueError for a ratio that is not a number in (0, 1], or another value_dtype.
     """
@@ -70,13 +71,13 @@ class TopKCompressor(Compressor):
         return [Considered(f"Top-K {100 * k:g} %", f"topk-{100 * k:g}", cls(k)) for k in (0.01, 0.001)]
 
     def kept(self, size: int) -> int:
-        """How many of a block's `size` elements travel."""
+        """Returns how many elements of a block of `size` elements travel."""
         if size < self.dense_below:
             return size
         return min(size, max(1, math.ceil(self.ratio * size)))
 
     def payload_bytes(self, layout: Blocks) -> int:
-        """See the class: for each kept element a value and two bytes of offset, and a bit more."""
+        """Returns the bytes: a value and a two-byte offset for each kept entry, and the pages' counts."""
         return sum(self._sections(layout))
 
     @property
@@ -102,7 +103,7 @@ class TopKCompressor(Compressor):
             native.topk_decode(out.flat, *self._given(out.blocks, [payload]), weight)
 
     def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
-        """:meth:`encode` on any device."""
+        """Does what :meth:`encode` does, in plain torch on any device."""
         counts, values, offsets = [], [], []
         for run, rows in delta.rows():
             kept, pages = self.kept(run.size), _pages(run.size)
@@ -122,7 +123,7 @@ class TopKCompressor(Compressor):
         payload.copy_(torch.cat([payload[:0], *pieces]))
 
     def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """:meth:`decode_add` on any device."""
+        """Does what :meth:`decode_add` does, in plain torch on any device."""
         sections = self._sections(out.blocks)
         if payload.numel() != sum(sections):
             raise ValueError(f"a Top-K payload of {payload.numel()} bytes: {sum(sections)} were expected.")
@@ -147,15 +148,15 @@ class TopKCompressor(Compressor):
             rows.scatter_add_(1, columns, sent)
 
     def _given(self, blocks: Blocks, payload: Payload) -> tuple[Tensor, Payload, torch.dtype]:
-        """What kernels are told after the memory that they work on."""
+        """Returns the arguments that kernels take after the memory that they work on."""
         return blocks.table(self.kept), payload, self._wire(blocks.dtype)
 
     def _wire(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the values that travel for x of `dtype`."""
+        """Returns the dtype of the values that travel for x of `dtype`."""
         return self.value_dtype or dtype
 
     def _rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What is sent of `values`, and what is left of them."""
+        """Returns `values` in the dtype in which they travel, and the rest, which stays in the error."""
         if self.value_dtype is None:
             return values.clone(), torch.zeros_like(values)
         most = torch.finfo(self.value_dtype).max
@@ -163,7 +164,7 @@ class TopKCompressor(Compressor):
         return sent, values - sent.to(values.dtype)
 
     def _sections(self, blocks: Blocks) -> list[int]:
-        """Bytes of the payload's three parts: pages' counts, values, offsets."""
+        """Returns the bytes of the payload's three parts: the pages' counts, the values, the offsets."""
         sections = [0, 0, 0]
         for run in blocks.runs:
             kept, pages = self.kept(run.size), _pages(run.size)
@@ -176,7 +177,7 @@ class TopKCompressor(Compressor):
 
 @dataclass(frozen=True)
 class _FusedTopK:
-    """The rows around C by kernels."""
+    """Computes the rows around C by kernels."""
 
     compressor: TopKCompressor
 
@@ -208,7 +209,7 @@ def _pages(size: int) -> int:
 
 
 def _page_of_each(counts: Tensor, kept: int) -> Tensor:
-    """Which page of its block each kept element lies on, [blocks, kept], of how many each page keeps."""
+    """Returns the page of each kept element, [blocks, kept], from `counts` of each page, [blocks, pages]."""
     if bool((counts < 0).any() | (counts.sum(dim=1) != kept).any()):
         raise ValueError(f"a Top-K payload whose pages' counts do not add up to the {kept} kept in a block.")
     pages = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])

@@ -60,7 +60,7 @@ class BucketState:
     def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
         """Returns a Memory for each of `parts`, in their order, for one pass over each part.
 
-        The list is cached. It is made anew if a parameter's memory has moved or the number of parts is another.
+        The list is cached, and made anew if a parameter's memory or the number of parts has changed.
         """
         where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts)
         if where != self._where:
