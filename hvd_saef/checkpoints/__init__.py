@@ -1,1 +1,1 @@
-"""What a run needs to go on later: checkpoints of all workers, and one state for other numbers of workers."""
+"""Checkpoints, from which a run goes on later, with as many workers or with another number of them."""

@@ -1,9 +1,10 @@
-"""Checkpoints of all workers: a file a worker and a manifest, written whole or not at all.
+"""Checkpoints of all workers: one file for each worker and a manifest, written whole or not at all.
 
-A checkpoint is a folder. Each worker's file holds the model at x, the optimizer with ours in it, and what
-its ranks add; `manifest.json` names the files of one complete set, with their sizes and hashes. It is
-written last, and the set before it is deleted after that, so there is a whole set at any time. All ranks
-must see the folder. Files are loaded with `weights_only=True`: they run no code.
+A checkpoint is a folder. Each worker's file holds the model at x, the optimizer's state dict with the
+errors in it, and what the worker's ranks add; `manifest.json` names the files of one complete set, with
+their sizes and hashes. The manifest is written after the files, and only then is the earlier set deleted, so
+the folder holds a whole set at any time. All ranks must see the folder. Files are loaded with
+`weights_only=True`: they run no code. Collective.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from hvd_saef.transport.communicator import Communicator
 OnMismatch = Literal["error", "redistribute", "reset"]
 T = TypeVar("T")
 _writers: weakref.WeakKeyDictionary[Session, str] = weakref.WeakKeyDictionary()
-"""The optimizers of this process that have saved, with what their manifests call them."""
+"""The optimizers of this process that have saved, each with the name that its manifests give it."""
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any, **extra: Any) -> None:
-    """Save the model at x, the optimizer and `extra` into the folder `path`, in place of what is there.
+    """Saves the model at x, the optimizer and `extra` into the folder `path`, in place of what is there.
 
-    Collective. `extra` is plain numbers, strings, tensors and lists, tuples and dicts of them: an epoch, a
-    scheduler's state_dict(), torch.get_rng_state(). Each rank's own is saved. NumPy's numbers become
-    Python's, here and in the optimizer's state. Each optimizer needs a folder of its own.
+    Collective. `extra` consists of numbers, strings, tensors, and lists, tuples and dicts of them: an epoch,
+    a scheduler's state_dict(), torch.get_rng_state(). Each rank's own `extra` is saved. NumPy's numbers
+    become Python's, in `extra` and in the optimizer's state. Each optimizer needs a folder of its own.
 
-    Raises CheckpointError on all ranks, naming rank and reason, if any could not write, or holds what
-    :func:`load_checkpoint` would refuse (by its place); what was there before is then still whole.
+    Raises CheckpointError on all ranks, naming rank and reason, if any rank cannot write, or has a value
+    (named by its place) that :func:`load_checkpoint` would refuse. The earlier checkpoint is then still whole.
     """
     session = _session(optimizer)
     communicator = session.communicator
@@ -78,7 +79,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
             contents = {what: as_loadable(value, what) for what, value in held.items()}
             contents |= {"format": FORMAT, "others": ranks_own[1:]}
             write_whole(folder / name, lambda file: torch.save(contents, file))
-        _read(folder / name, "meta")  # all but the numbers in the tensors, of which the hash speaks
+        _read(folder / name, "meta")  # the file must load; the hash covers the tensors' numbers
         return describe(folder / name)
 
     try:
@@ -108,25 +109,25 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
 def load_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: Any, on_mismatch: OnMismatch = "error"
 ) -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` wrote into `path`, and return this rank's `extra`.
+    """Loads what :func:`save_checkpoint` wrote into `path`, and returns this rank's `extra`.
 
-    Collective. For as many workers as saved it, to the bit. For another number, or where a worker's
-    file is missing or damaged, `on_mismatch` says what to do:
+    Collective. As many workers as saved the checkpoint restore every bit. If their number is another, or a
+    worker's file is missing or damaged, `on_mismatch` says what happens:
 
-    - "error": CheckpointError, the default;
-    - "redistribute": every worker gets the mean error, the server's error and the mean momentum of the
-      files there are, which is what x̃ depends on; local steps since the last round go on in the errors;
-    - "reset": x is kept; errors, local steps since then, momentum and all other optimizer state start anew.
+    - "error", the default: a CheckpointError is raised;
+    - "redistribute": every worker gets the mean error and the server's error, on which x̃ depends, and the
+      mean momentum, of the files there are; local steps since the last round become a part of the errors;
+    - "reset": x is kept; errors, those local steps, momentum and all other optimizer state start anew.
 
-    In both cases `extra` and the model's buffers are those of worker k modulo the files there are; where a
-    worker had another number of ranks, of the rank at the same place in it modulo that number.
+    In the last two cases worker k takes `extra` and the model's buffers from file k modulo the number of
+    whole files; in the file, rank r of the worker takes those of rank r modulo the number of ranks there.
 
     Raises CheckpointError on all ranks, naming file and reason, with model and optimizer as they were.
     """
     session = _session(optimizer)
     communicator = session.communicator
     wanted: list[Any] = communicator.allgather_object(on_mismatch)
-    for one in wanted:  # all ranks raise, whoever passed it
+    for one in wanted:  # all ranks raise, whichever rank passed the value
         if one not in ("error", "redistribute", "reset"):
             raise ValueError(f"on_mismatch={one!r}: 'error', 'redistribute' and 'reset' are allowed.")
     if len(set(wanted)) > 1:
@@ -136,7 +137,7 @@ def load_checkpoint(
     found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
     manifest = found[0]
     files: list[dict[str, Any]] = manifest["files"]
-    # Who reads which file is agreed on first: from here on all ranks do the same.
+    # First the ranks agree which files are whole: from here on all ranks do the same.
     told = _everyone(communicator, lambda: damage(folder, files[communicator.rank :: communicator.size]))
     problems = {name: reason for found in told for name, reason in found.items()}
     same = manifest["workers"] == communicator.workers and not problems
@@ -168,12 +169,12 @@ def load_checkpoint(
             stacklevel=2,
         )
     own: dict[str, Any] = {}
-    _everyone(communicator, lambda: own.update(read()))  # on its own, not told to the others
+    _everyone(communicator, lambda: own.update(read()))  # what this rank has read is not sent to the others
 
     def take() -> None:
-        # The optimizer first: a model's state that is the x it has leaves the errors alone.
+        # The optimizer is first: loading a model whose values are the optimizer's x leaves the errors alone.
         optimizer.load_state_dict(own["optimizer"])
-        with optimizer.consensus():  # with or without hooks of ours on the model
+        with optimizer.consensus():  # the model may have hooks of hvd_saef or not
             model.load_state_dict(own["model"])
 
     _everyone(communicator, take)
@@ -190,11 +191,11 @@ def _session(optimizer: Any) -> Session:
 
 
 def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[str, Any]) -> list[Any]:
-    """What each rank of this worker has of its own, if there are several: `extra` and the model's buffers.
+    """Returns `extra` and the model's buffers of each rank of this worker; [] if all workers are one rank.
 
     Collective.
 
-    Raises CheckpointError on all ranks if any rank's cannot be saved.
+    Raises CheckpointError on all ranks if those of any rank cannot be saved.
     """
     if communicator.workers == communicator.size:
         return []
@@ -211,7 +212,7 @@ def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[st
 
 
 def _take_ranks_own(contents: dict[str, Any], place: int) -> None:
-    """Put what was the own of the rank at `place` in its worker in place of the first's."""
+    """Replaces the first rank's `extra` and buffers in `contents` by those of the rank at `place`."""
     others = contents.get("others", [])
     place %= 1 + len(others)
     if place:
@@ -222,7 +223,7 @@ def _take_ranks_own(contents: dict[str, Any], place: int) -> None:
 
 
 def _refuse_anothers(folder: Path, session: Session) -> None:
-    """Raise CheckpointError if the folder holds what another optimizer of this process saved."""
+    """Raises CheckpointError if the folder holds a checkpoint of another optimizer of this process."""
     try:
         writer = read_manifest(folder).get("writer")
     except CheckpointError:
@@ -233,7 +234,7 @@ def _refuse_anothers(folder: Path, session: Session) -> None:
         return [other for other in others if _parameters(other).isdisjoint(_parameters(session))]
 
     if others():
-        gc.collect()  # one that was dropped does not count
+        gc.collect()  # an optimizer that the user has dropped does not count
     if not others():
         return
     raise CheckpointError(
@@ -247,7 +248,7 @@ def _parameters(session: Session) -> set[Tensor]:
 
 
 def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
-    """What `do` returned on every rank; CheckpointError on all if it raised on any. Collective."""
+    """Returns what `do` returned on every rank; raises CheckpointError on all if any raised. Collective."""
     outcome: T | None = None
     failure: Exception | None = None
     try:
@@ -266,7 +267,7 @@ def _reason(failure: Exception) -> str:
 
 
 def _manifest(folder: Path, session: Session) -> dict[str, Any]:
-    """The manifest in `folder`. Raises CheckpointError unless it is whole and of this model."""
+    """Returns the manifest in `folder`. Raises CheckpointError unless it is whole and of this model."""
     manifest = read_manifest(folder)
     saved = [(p["name"], p["shape"], p["dtype"]) for p in manifest["layout"]["parameters"]]
     ours = [(p["name"], p["shape"], p["dtype"]) for p in session.layout.description["parameters"]]
@@ -286,7 +287,7 @@ def _counts(manifest: Mapping[str, Any], communicator: Communicator) -> str:
 
 
 def _read(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """What a worker's file holds; its tensors on "meta" have no numbers, and none are read."""
+    """Returns the contents of a worker's file. With `device` "meta", the tensors' numbers are not read."""
     try:
         contents: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
@@ -297,7 +298,7 @@ def _read(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def _check_fit(own: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
-    """Raise before anything is loaded if any of it would not fit."""
+    """Raises CheckpointError or ValueError if anything in `own` does not fit. Changes nothing."""
     shapes = {name: _shape(value) for name, value in model.state_dict().items()}
     saved = {name: _shape(value) for name, value in own["model"].items()}
     for name in [*shapes, *saved]:

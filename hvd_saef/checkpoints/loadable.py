@@ -1,6 +1,6 @@
-"""What `torch.load(weights_only=True)` takes: NumPy's numbers become Python's, what else it refuses is named.
+"""Makes values loadable by `torch.load(weights_only=True)`, or names the value that cannot be loaded. Local.
 
-Local.
+NumPy's numbers become Python's.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from hvd_saef.errors import CheckpointError
 
 Leaf = Callable[[Any, str], Any]
-"""What becomes of a value that is no container, at a place."""
+"""Called as leaf(value, place) for a value that is no container; returns what replaces the value."""
 
 
 def python_numbers(value: Any) -> Any:
-    """`value` with NumPy's numbers as Python's, also within dicts, lists and tuples, and their keys."""
+    """Returns `value` with NumPy's numbers as Python's, also in dicts (and their keys), lists and tuples."""
     return _rebuilt(value, "", lambda one, place: _python(one))
 
 
 def as_loadable(value: Any, place: str) -> Any:
-    """The same, if `torch.load(weights_only=True)` takes all of it.
+    """Returns `value` in the form of :func:`python_numbers`, if `torch.load(weights_only=True)` takes it.
 
-    Raises CheckpointError for the first part that it does not take, by its place: `place['key'][0]`.
+    Raises CheckpointError for the first part that cannot be loaded, named by its place: `place['key'][0]`.
     """
     try:
         return _rebuilt(value, place, _loadable)
@@ -38,7 +38,7 @@ def as_loadable(value: Any, place: str) -> Any:
 
 
 def _rebuilt(value: Any, place: str, leaf: Leaf) -> Any:
-    """`value` with its leaves replaced; itself, where all of them stay."""
+    """Returns `value` with its leaves replaced, or `value` itself if no leaf changes."""
     kind = type(value)
     if kind in (dict, OrderedDict):
         items = [
@@ -48,7 +48,7 @@ def _rebuilt(value: Any, place: str, leaf: Leaf) -> Any:
         if all(a is b and c is d for (a, c), (b, d) in zip(items, value.items(), strict=True)):
             return value
         rebuilt = kind(items)
-        if kind is OrderedDict:  # a module's state dict carries the versions of its parts
+        if kind is OrderedDict:  # a module's state dict has its parts' versions as attributes
             vars(rebuilt).update(vars(value))
         return rebuilt
     if kind in (list, tuple):
@@ -81,7 +81,7 @@ def _loadable(value: Any, place: str) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor of the kind that always loads; others are tried."""
+    """Returns True if `value` is a tensor of a kind that always loads. Other values are tried."""
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
@@ -91,7 +91,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _instead(value: Any) -> str:
-    """What to save in place of it."""
+    """Returns in words what the user can save instead of `value`."""
     if isinstance(value, np.ndarray):
         return "torch.from_numpy(array), or array.tolist()"
     if isinstance(value, os.PathLike):

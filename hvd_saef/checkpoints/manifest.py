@@ -19,16 +19,16 @@ MANIFEST = "manifest.json"
 FORMAT = "hvd_saef checkpoint 1"
 _WORKERS = r"step\d{8,}-[0-9a-f]{8}-rank\d{5,}\.pt"
 OURS = re.compile(rf"{_WORKERS}|\.({_WORKERS}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}\.tmp")
-"""The exact names of workers' files, and of what a killed save leaves."""
+"""The exact names of workers' files, and of the temporary files that a killed save leaves."""
 
 
 def file_of(rounds: int, nonce: str, rank: int) -> str:
-    """What the file of a worker is called, by its first rank and the set's nonce (8 hexadecimal digits)."""
+    """Returns a worker's file name; `rank` is its first rank, `nonce` the set's 8 hexadecimal digits."""
     return f"step{rounds:08d}-{nonce}-rank{rank:05d}.pt"
 
 
 def remove_others(folder: Path, files: list[dict[str, Any]]) -> None:
-    """Delete the sets that came before these files, and what killed saves left; nothing else."""
+    """Deletes the sets before `files`, and the temporary files of killed saves; nothing else."""
     current = {file["name"] for file in files}
     for path in folder.iterdir():
         if OURS.fullmatch(path.name) and path.name not in current and path.is_file():
@@ -36,7 +36,10 @@ def remove_others(folder: Path, files: list[dict[str, Any]]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all: under another name first, on the disk before it is renamed."""
+    """Writes a file whole or not at all: `write` fills a temporary file, which is synced, then renamed.
+
+    Raises CheckpointError, naming the file and the reason, if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -47,7 +50,7 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save's own is a RuntimeError
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save raises RuntimeError
             raise
         why = str(error) if isinstance(error, OSError) else _why_not(path.parent, error)
         raise CheckpointError(f"{path} cannot be written ({why})") from error
@@ -59,13 +62,13 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def _why_not(folder: Path, error: Exception) -> str:
-    """What an error in writing a file means, which does not say so itself."""
+    """Returns in words why writing failed, since torch's error does not say that the disk is full."""
     free = shutil.disk_usage(folder).free
     return f"the disk is full or nearly: {free} bytes are free; {error}" if free < 1 << 26 else str(error)
 
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written: with a hash of itself."""
+    """Returns the bytes of the manifest's file: JSON with a hash of the manifest in it."""
     return json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
 
 
@@ -75,7 +78,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """Returns a file's entry in the manifest: its name, size in bytes and SHA-256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": _hash(path)}
 
 
@@ -88,7 +91,7 @@ def _hash(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`. Raises CheckpointError, naming the file and what is wrong with it."""
+    """Returns the manifest in `folder`. Raises CheckpointError, naming the file and its fault."""
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
@@ -98,14 +101,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def opened(path: Path, content: bytes) -> dict[str, Any]:
-    """The manifest that a file holds. Raises CheckpointError, naming the file and what is wrong with it."""
+    """Returns the manifest in `content`. Raises CheckpointError, naming the file and its fault."""
     try:
         manifest: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this version ({FORMAT!r})")
-    # To the byte: a copy that is longer, say, is none that was written here.
+    # Every byte is compared: a copy with something appended, say, was not written here.
     if manifest.get("seal") != _seal(manifest) or content != sealed(manifest):
         raise CheckpointError(f"{path} is damaged: it does not hold what its seal says")
     for file in manifest["files"]:
@@ -115,7 +118,7 @@ def opened(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def damage(folder: Path, files: list[dict[str, Any]]) -> dict[str, str]:
-    """What is wrong with these files."""
+    """Returns in words what is wrong with `files`, by name; whole files are left out."""
     wrong = {}
     for file in files:
         path = folder / file["name"]

@@ -1,4 +1,4 @@
-"""One state for all workers out of the states of K others: what x̃ depends on is kept. Local."""
+"""Makes one state for all workers out of the states of K other workers, so that x̃ is kept. Local."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hvd_saef.memory import algorithm
 
 
 def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]:
-    """Optimizer state dicts of several workers → one for each of `workers`: mean errors and moments.
+    """Returns one optimizer state dict, for each of `workers`, with the mean errors and moments of `states`.
 
-    The server's error is put together from the stretches that the workers kept, zero where none is
-    left. Workers of several ranks count as they did. Local steps since the last round go on as a part of
-    the errors. Sums run in the order given, so every worker gets the same bits. `states` are read one at
-    a time and used up.
+    The server's error is put together from the stretches that the workers kept; it is zero where none is
+    left. A worker of several ranks has the weight that it had in training. Local steps since the last round
+    become a part of the errors. Sums run in the order of `states`, so every worker gets the same bits.
+    `states` are read one at a time; their tensors are overwritten.
     """
     merged = _counted(next(states))
     ours = merged["hvd_saef"]
@@ -32,7 +32,7 @@ def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]
         _place(state["hvd_saef"].get("server_errors", {}), served)
         for index, moments in state["state"].items():
             if index not in merged["state"]:
-                merged["state"][index] = moments  # others had no gradient yet, and add zero
+                merged["state"][index] = moments  # the states before had no gradient yet, and add zero
                 continue
             for key, value in moments.items():
                 if _is_moment(key, value):
@@ -49,7 +49,7 @@ def mean_state(states: Iterator[dict[str, Any]], workers: int) -> dict[str, Any]
 
 
 def _counted(state: dict[str, Any]) -> dict[str, Any]:
-    """A worker's state dict with errors and moments times what the worker counts."""
+    """Multiplies a worker's errors and moments by the worker's weight, in place; returns `state`."""
     _take_up_local_steps(state["hvd_saef"])
     count = state["hvd_saef"].get("count", 1)
     if count != 1:
@@ -60,7 +60,7 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_up_local_steps(ours: dict[str, Any]) -> None:
-    """What local steps since the last round did, b - y, becomes a part of the errors."""
+    """Adds the movement of the local steps since the last round, b - y, to the errors in place."""
     points: dict[str, Tensor] = ours.get("reached") or {}
     if points and "settings" not in ours:  # files of 0.1.0 do not say where the steps began
         warnings.warn("local steps since the last round are dropped: the files are of 0.1.0", stacklevel=2)
@@ -69,14 +69,14 @@ def _take_up_local_steps(ours: dict[str, Any]) -> None:
         settings: dict[str, float] = ours["settings"]
         x, e = ours["x"][name], ours["errors"][name]
         s = torch.zeros_like(x)
-        if settings["beta"]:  # the server is replicated: all of s is here, in the order of x's memory
+        if settings["beta"]:  # the replicated server's whole s is here, in the order of x's memory
             s.as_strided((x.numel(),), (1,)).copy_(ours["server_errors"][name]["values"])
         b = algorithm.step_ahead(x, e, s, settings["alpha"], settings["beta"])
         algorithm.add_update(e, b.to(y.dtype).to(b.dtype), y)
 
 
 def without_errors(state: dict[str, Any], workers: int) -> dict[str, Any]:
-    """One worker's optimizer state dict → one for each of `workers`, with x and the groups alone kept."""
+    """Returns one optimizer state dict, for each of `workers`, that keeps only x and the groups."""
     ours = state["hvd_saef"]
     for error in ours.get("errors", {}).values():
         error.zero_()

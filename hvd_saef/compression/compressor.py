@@ -90,7 +90,7 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def payload_bytes(self, layout: Blocks) -> int:
-        """Returns the payload's bytes. They depend on the blocks alone, so all workers know them beforehand."""
+        """Returns the payload's bytes. They depend on the blocks alone: all workers know them beforehand."""
 
     @abc.abstractmethod
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
