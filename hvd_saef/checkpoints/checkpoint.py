@@ -55,7 +55,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     become Python's, in `extra` and in the optimizer's state. Each optimizer needs a folder of its own.
 
     Raises CheckpointError on all ranks, naming rank and reason, if any rank cannot write, or has a value
-    (named by its place) that :func:`load_checkpoint` would refuse. The earlier checkpoint is then still whole.
+    (named by its place) that :func:`load_checkpoint` would refuse. The earlier checkpoint then stays whole.
     """
     session = _session(optimizer)
     communicator = session.communicator
