@@ -1,8 +1,8 @@
-"""`hvd-saef doctor`: what is installed, whether it fits together, and what to do where it does not.
+"""`hvd-saef doctor` reports what is installed, whether it fits together, and how to fix what does not.
 
-Each check, in `software`, `mpi` and `machine`, looks at one thing and finds it ok, or has a warning or a
-failure with its fix. On several ranks, what all of them found is one line, versions are compared, and every
-link between two hosts is timed.
+Each check, in `software`, `mpi` and `machine`, looks at one thing: it is ok, or the check returns a warning
+or a failure with its fix. On several ranks, findings that all ranks have become one line, versions are
+compared, and every link between two hosts is timed. Collective over the ranks of a job.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ CHECKS: Sequence[Callable[[], Any]] = (
     machine.check_interfaces,
 )
 SLOW = 0.5
-"""A link with less than this part of the median rate is worth a warning."""
+"""A link with less than this share of the median rate gets a warning."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in the whole job."""
+    """The findings of the whole job."""
 
     ranks: int
     findings: Sequence[tuple[Finding, Sequence[int]]]
-    """Each with the ranks that found it."""
+    """The findings, each with the ranks that found it."""
     links: Sequence[Link]
 
     @property
     def verdict(self) -> str:
-        """The worst of all."""
+        """The worst status of all findings: "failure", "warning" or "ok"."""
         found = {finding.status for finding, _ in self.findings}
         return next(status for status in ("failure", "warning", "ok") if status in found)
 
     def as_json(self) -> str:
-        """For programs: every finding with its ranks, every link in seconds and bits a second."""
+        """Returns the report for programs: findings with their ranks; links in seconds and bits a second."""
         findings = [asdict(finding) | {"ranks": list(ranks)} for finding, ranks in self.findings]
         links = [asdict(link) for link in self.links]
         everything = {"verdict": self.verdict, "ranks": self.ranks, "findings": findings, "links": links}
         return json.dumps(everything, indent=1)
 
     def as_text(self) -> str:
-        """For readers: a line each, the fix below it."""
+        """Returns the report for readers: one line for each finding, with its fix in the line below."""
         lines = []
         for check, likewise in self._by_check():
             finding, ranks = likewise[0]
@@ -88,9 +88,9 @@ class Report:
 
 
 def examine() -> Report | None:
-    """Inspect this process, or all ranks of the job that it is in: the report on rank 0, else None.
+    """Inspects all ranks of the job that this process is in; without MPI, this process alone. Collective.
 
-    Collective.
+    Returns the report on rank 0, and None on the other ranks.
     """
     found, mine = inspect(), software.versions()
     if MPI is None:
@@ -110,7 +110,7 @@ def examine() -> Report | None:
 
 
 def run(as_json: bool = False) -> int:
-    """Print the report on rank 0, and return the exit code, 1 for a failure, on all. Collective."""
+    """Prints the report on rank 0; returns the exit code on all ranks, 1 for a failure. Collective."""
     report = examine()
     if report is not None:
         print(report.as_json() if as_json else report.as_text(), flush=True)
@@ -119,7 +119,7 @@ def run(as_json: bool = False) -> int:
 
 
 def inspect() -> list[Finding]:
-    """What all checks found on this rank. Collective over the ranks of a job, but for broken ones."""
+    """Returns what all checks found on this rank. Collective; a rank without mpi4py looks at itself alone."""
     findings: list[Finding] = []
     for check in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
@@ -134,7 +134,7 @@ def inspect() -> list[Finding]:
 
 
 def merge(everyone: Sequence[Sequence[Finding]]) -> list[tuple[Finding, list[int]]]:
-    """Each finding once, with the ranks that have it, in the order of the checks."""
+    """Returns each finding once, with the ranks that have it, in the order of the checks."""
     ranks: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(everyone):
         for finding in findings:
@@ -144,7 +144,7 @@ def merge(everyone: Sequence[Sequence[Finding]]) -> list[tuple[Finding, list[int
 
 
 def compare(everyone: Sequence[Mapping[str, str]]) -> list[Finding]:
-    """Whether all ranks have the same versions."""
+    """Returns a failure for each version that differs between ranks, or one finding that is ok."""
     findings = []
     for what in everyone[0]:
         who: dict[str, list[int]] = {}
@@ -158,7 +158,7 @@ def compare(everyone: Sequence[Mapping[str, str]]) -> list[Finding]:
 
 
 def judge(links: Sequence[Link]) -> Finding:
-    """Names the slowest link between two hosts."""
+    """Returns a finding that names the slowest link between two hosts."""
     if not links:
         return ok("links", "all ranks are on one host")
     slowest = min(links, key=lambda link: link.bits_per_second)

@@ -1,4 +1,4 @@
-"""What a check of `hvd-saef doctor` returns."""
+"""The findings that the checks of `hvd-saef doctor` return. Local."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ REBUILD = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report."""
+    """The result of one check, which is a line of the report."""
 
     check: str
     status: Status
     found: str
     fix: str = ""
-    """What to do, unless all is well."""
+    """What the user can do; empty if the status is "ok"."""
 
 
 def ok(check: str, found: str) -> Finding:
-    """All is well."""
+    """Returns a finding that all is well."""
     return Finding(check, "ok", found)
 
 
 def warning(check: str, found: str, fix: str) -> Finding:
-    """It works, but not as it could."""
+    """Returns a finding that training works, but not as well as it could."""
     return Finding(check, "warning", found, fix)
 
 
 def failure(check: str, found: str, fix: str) -> Finding:
-    """Training does not work like this."""
+    """Returns a finding that training does not work like this."""
     return Finding(check, "failure", found, fix)
 
 
 def output(*command: str, both: bool = False) -> str:
-    """What a command prints; nothing if it is not there or fails."""
+    """Returns what a command prints, with `both` on stderr too; "" if it cannot run or takes over 30 s."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -53,5 +53,5 @@ def output(*command: str, both: bool = False) -> str:
 
 
 def some(ranks: Sequence[int]) -> str:
-    """The first of them, and how many more."""
+    """Returns in words the first eight of `ranks`, and how many more there are."""
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

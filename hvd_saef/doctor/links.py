@@ -1,4 +1,4 @@
-"""How fast hosts exchange bytes: every pair of them once. Collective."""
+"""Measures how fast hosts exchange bytes, once for every pair of hosts. Collective."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 
 MESSAGE = 4 << 20
-"""Bytes of the message that a link's rate is timed with."""
+"""The bytes of the message by which a link's rate is timed."""
 PINGS, REPEATS = 20, 3
-"""Round trips of one byte, of which the mean is taken, and of a message, of which the fastest is."""
+"""The round trips of one byte, whose mean counts, and those of a message, whose fastest counts."""
 PAUSE = 0.01
-"""Seconds between two looks of a rank that is not timed whether the others are done."""
+"""The seconds between two looks of a waiting rank whether the ranks that are timed are done."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What was measured between two hosts, there and back, halved."""
+    """The measurements between two hosts: half of a round trip."""
 
     hosts: tuple[str, str]
     seconds: float
-    """That one byte takes."""
+    """The seconds that one byte takes."""
     bits_per_second: float
-    """Of a large message."""
+    """The rate of a large message."""
 
     def __str__(self) -> str:
         rate, unit = self.bits_per_second / 1e9, "Gbit/s"
@@ -35,8 +35,11 @@ class Link:
 
 
 def pairings(number: int) -> Iterator[list[tuple[int, int]]]:
-    """Rounds of a tournament: each of `number` meets each other once, and nobody is twice in a round."""
-    seats = list(range(number + number % 2))  # an even number of seats; who sits opposite nobody pauses
+    """Yields the rounds of a tournament of `number` hosts, as lists of pairs.
+
+    Each host meets each other host once, and is in a round once at most.
+    """
+    seats = list(range(number + number % 2))  # the seat added to an odd number is empty: its opposite pauses
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
         facing = zip(seats[:half], reversed(seats[half:]), strict=True)
@@ -45,10 +48,10 @@ def pairings(number: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def time_links(communicator: Any, host: str) -> list[Link]:
-    """The links between all hosts, on every rank of an mpi4py communicator. Collective.
+    """Returns the links between all hosts, on every rank of an mpi4py `communicator`. Collective.
 
-    One rank a host speaks for it; `host` is this rank's. Pairs that have no host in common are timed at the
-    same time, as they exchange in training.
+    `host` is the name of this rank's host. One rank of each host exchanges the messages. Pairs that have no
+    host in common are timed at the same time, since they exchange at the same time in training.
     """
     rank = communicator.Get_rank()
     hosts = communicator.allgather(host)

@@ -1,4 +1,4 @@
-"""Checks of cores, names and network interfaces."""
+"""Checks of cores, names and network interfaces. Local, but that check_cores() is collective."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvd_saef.transport.mpi import MPI
 
 
 def check_cores() -> Finding:
-    """Threads of all ranks here against the cores that they may use."""
+    """Compares the threads of all ranks on this host with the cores that they may use. Collective."""
     cores = len(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
     ranks = _ranks_here()
-    bound = cores < (os.cpu_count() or 1)  # a binding is a rank's own, else all ranks share the cores
+    bound = cores < (os.cpu_count() or 1)  # bound cores are a rank's own; else all ranks share them
     wanted = threads if bound else threads * ranks
     found = f"{ranks} ranks of {threads} threads on {cores} cores" + (" each" if bound and ranks > 1 else "")
     if wanted <= cores:
@@ -41,7 +41,7 @@ def _ranks_here() -> int:
 
 
 def check_name() -> Finding:
-    """Launchers look up hosts by name."""
+    """Checks that the host's name resolves, since launchers look up hosts by name."""
     name = socket.gethostname()
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(name, None)}
@@ -52,7 +52,7 @@ def check_name() -> Finding:
 
 
 def check_interfaces() -> Finding:
-    """MPI over TCP uses all interfaces; those of bridges lead nowhere."""
+    """Warns of bridges: MPI over TCP uses all interfaces, and those of bridges lead nowhere."""
     names = [name for _, name in socket.if_nameindex() if name != "lo"]
     up = [name for name in names if _reads(f"/sys/class/net/{name}/operstate") in ("up", "unknown")]
     bridges = [name for name in up if re.match(r"docker|virbr|br-|cni|flannel|podman", name)]

@@ -1,4 +1,4 @@
-"""Checks of MPI: one library, several threads, and ranks that find each other."""
+"""Checks of MPI: one library, calls from several threads, and ranks that find each other. Local."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvd_saef.transport.mpi import MPI
 
 
 def check_mpi() -> Iterator[Finding]:
-    """mpi4py, its library, and whether several threads may call it."""
+    """Reports mpi4py and its MPI library, and checks that several threads may call the library."""
     if MPI is None:
         why = import_error("mpi4py.MPI")
         yield failure("mpi4py", f"cannot be imported: {why}", BOOTSTRAP)
@@ -46,7 +46,7 @@ def check_mpi() -> Iterator[Finding]:
 
 
 def check_same_library() -> Finding | None:
-    """mpi4py and Horovod must be linked against one MPI."""
+    """Checks that mpi4py and Horovod are linked against one MPI. Returns None if one of them is unknown."""
     ours, theirs = _library("mpi4py.MPI"), _library("horovod.torch.mpi_lib_v2")
     if ours is None or theirs is None:
         return None
@@ -57,10 +57,10 @@ def check_same_library() -> Finding | None:
 
 
 def _library(module: str) -> str | None:
-    """The MPI library that the loader finds for an extension module, by itself."""
+    """Returns the MPI library that the loader finds by itself for an extension module, or None."""
     try:
         spec = importlib.util.find_spec(module)
-    except Exception:  # a parent package that cannot be imported
+    except Exception:  # the parent package cannot be imported
         spec = None
     origin = spec.origin if spec else _extension(module)
     if origin is None:
@@ -71,7 +71,7 @@ def _library(module: str) -> str | None:
 
 
 def _extension(module: str) -> str | None:
-    """Where an extension of a package is that does not import."""
+    """Returns the file of an extension module whose package does not import, or None."""
     package, *parts = module.split(".")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -81,7 +81,7 @@ def _extension(module: str) -> str | None:
 
 
 def check_launcher() -> Iterator[Finding]:
-    """The mpirun on the PATH is of the library, and the ranks that it started found each other."""
+    """Checks that mpirun on the PATH belongs to the library, and that the ranks found each other."""
     if MPI is None:
         return
     vendor, version = MPI.get_vendor()
@@ -111,7 +111,7 @@ def check_launcher() -> Iterator[Finding]:
 
 
 def check_cuda_aware() -> Finding | None:
-    """Whether MPI takes memory of a GPU, and is asked to."""
+    """Reports whether MPI accepts GPU memory, and whether the user has asked for that."""
     asked = os.environ.get("HVD_SAEF_CUDA_AWARE_MPI") == "1"
     library = _library("mpi4py.MPI")
     if MPI is None or library is None:
@@ -132,7 +132,7 @@ def check_cuda_aware() -> Finding | None:
 
 
 def check_pmix() -> Finding:
-    """By which SLURM's srun connects ranks."""
+    """Checks that SLURM's srun has PMIx, by which it connects ranks."""
     listed = output("srun", "--mpi=list", both=True)
     if "plugin types" not in listed:
         return ok("PMIx", "no SLURM here")

@@ -1,4 +1,4 @@
-"""How the ranks of a job are spread over hosts: what worker="node" would make of them."""
+"""How the ranks of a job are spread over hosts, and which workers worker="node" would make of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ OTHERWISE = 'or worker="node" with weights="ranks", where a host counts by its r
 
 
 def spread(communicator: Any, host: str) -> Finding:
-    """What ranks share memory on how many hosts; `host` is this rank's. Collective over an mpi4py one."""
+    """Returns the finding on which ranks share memory. Collective over an mpi4py `communicator`.
+
+    `host` is the name of this rank's host.
+    """
     return judge_spread(find_hosts(communicator), communicator.allgather(host))
 
 
 def judge_spread(groups: Sequence[Sequence[int]], hosts: Sequence[str]) -> Finding:
-    """`groups` of ranks share memory, which makes them a node; rank r calls its host hosts[r]."""
+    """Returns the finding for `groups` of ranks that share memory, each a node; rank r is on hosts[r]."""
     sizes = sorted({len(group) for group in groups})
     apart = [name for name in dict.fromkeys(hosts) if sum(hosts[group[0]] == name for group in groups) > 1]
     if apart:

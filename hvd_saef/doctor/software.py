@@ -1,4 +1,4 @@
-"""Checks of versions, and of what was built for what. Local."""
+"""Checks of versions, and that parts were built for each other. Local."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OLDEST_TORCH = (2, 13)
 
 
 def check_python() -> Finding:
-    """The interpreter and this package."""
+    """Reports the versions of Python and of this package."""
     version = platform.python_version()
     return ok("hvd_saef", f"{hvd_saef.__version__} in {Path(hvd_saef.__file__).parent}, Python {version}")
 
 
 def check_torch() -> Finding:
-    """Old ones are untried."""
+    """Warns of torch versions older than those that were tried."""
     known = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if known < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
@@ -40,7 +40,7 @@ def check_torch() -> Finding:
 
 
 def check_kernels() -> Finding:
-    """The loops in C++, or the twins that stand in for them."""
+    """Reports whether the C++ kernels are used, or their slower twins in plain torch."""
     if kernels.native is not None:
         return ok("kernels", f"compiled, for {kernels.native.instruction_sets()[-1]}")
     if not kernels.why_none():
@@ -53,7 +53,7 @@ def check_kernels() -> Finding:
 
 
 def check_horovod() -> Iterator[Finding]:
-    """Installed, built for this torch, and with MPI."""
+    """Checks that Horovod is installed, was built for this torch, and was built with MPI."""
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
         yield failure("Horovod", "is not installed", BOOTSTRAP)
@@ -84,7 +84,7 @@ def _built_for(metadata: Path) -> str:
 
 
 def import_error(module: str) -> str:
-    """Why a module does not import."""
+    """Returns in words why a module does not import."""
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -93,7 +93,7 @@ def import_error(module: str) -> str:
 
 
 def check_gpu() -> Finding:
-    """With GPUs, Horovod should average by NCCL."""
+    """Checks that Horovod has NCCL for averaging, where torch sees a GPU."""
     if not torch.cuda.is_available():
         return ok("GPU", "none seen by torch")
     count = torch.cuda.device_count()
@@ -103,7 +103,7 @@ def check_gpu() -> Finding:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all ranks."""
+    """Returns the versions that must be the same on all ranks, by name."""
     found = {
         "Python": platform.python_version(),
         "torch": torch.__version__,

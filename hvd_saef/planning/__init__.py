@@ -1,1 +1,1 @@
-"""A model of a step's time, to say beforehand which method would pay."""
+"""A model of a step's time, which says beforehand which method would save time."""

@@ -1,9 +1,9 @@
-"""A model of a step's time, by method: what `hvd-saef plan` answers from. No workers, no MPI.
+"""A model of a step's time, by method, from which `hvd-saef plan` answers. Local; it needs no MPI.
 
-The model is linear: a step's time is the compute, plus for each feature of a method (bytes over the
-bandwidth, messages, parameters that are encoded, payloads that are decoded) its number times a constant.
-The constants are fitted on measured steps by `benchmarks/scaling.py`, which also shows how far off the
-model is on those it was not fitted on. Of other machines, networks and numbers of workers it gives a
+The model is linear: a step's time is the time of the compute, plus a term for each feature of the method
+(bytes over the bandwidth, messages, encoded parameters, decoded payloads). A term is the feature's number
+times a constant. `benchmarks/scaling.py` fits the constants on measured steps, and shows the model's errors
+on steps that the fit did not use. For other machines, networks and numbers of workers the model gives a
 prediction, not a measurement.
 """
 
@@ -23,35 +23,35 @@ from hvd_saef.compression import BUILT_IN, Blocks, Compressor, Considered, Dense
 from hvd_saef.settings import Settings
 
 CLOSE = 1.05
-"""A method within 5 % of the fastest is as good as it, and the least lossy of those is recommended."""
+"""Methods within 5 % of the fastest count as equally fast; the least lossy of them is recommended."""
 
 
 GENERAL = ("wire", "byte", "message", "fixed")
 """The features that every method has:
 
-- wire: of the bytes a worker sends over the bandwidth; 1 where the wire is full all the time;
-- byte: for each byte sent, whatever the bandwidth: what the network costs the processor;
-- message: for each message that a worker sends one after the other;
-- fixed: for each step with an exchange, however little it sends.
+- wire: the seconds that the sent bytes take at the bandwidth; the constant is 1 if the wire is always full;
+- byte: the bytes sent; the constant is the processor's time for each, whatever the bandwidth;
+- message: the messages that a worker sends one after the other;
+- fixed: 1 for a step with an exchange, however little is sent.
 """
 FEATURES = (*GENERAL, *(cost for compressor in BUILT_IN for cost in compressor.costs))
-"""The features of a step's time: the general ones, and what each compressor says that its work costs."""
+"""The features of a step's time: the general ones, and the `costs` of each compressor."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds that each unit of a feature takes; `wire` is a factor, since its feature is in seconds.
+    """The seconds that one unit of each feature takes; `wire` is a factor, since its feature is in seconds.
 
-    Raises ValueError for a feature that is missing, unknown or no number >= 0.
+    Raises ValueError if a feature is missing or unknown, or its constant is not a number >= 0.
     """
 
     seconds: Mapping[str, float]
-    """By feature."""
+    """The seconds, by feature."""
     source: str = ""
-    """What the constants were fitted on."""
+    """The measurements on which the constants were fitted, in words."""
 
     def __post_init__(self) -> None:
-        for name in (*self.seconds, *FEATURES):  # what is unknown says more than what is missing
+        for name in (*self.seconds, *FEATURES):  # an unknown name tells more than a missing one
             value = self.seconds.get(name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if name not in FEATURES or not number or not 0 <= float(value or 0) < math.inf:
@@ -60,14 +60,14 @@ class Constants:
                 )
 
     def save(self, path: Path) -> None:
-        """Write the constants as JSON."""
+        """Writes the constants to `path` as JSON."""
         path.write_text(json.dumps({**self.seconds, "source": self.source}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path | None = None) -> Constants:
-        """The constants in the file, or those that come with the package.
+        """Returns the constants in the file `path`; without a path, those that come with the package.
 
-        Raises ValueError for a file that does not hold them, OSError for one that cannot be read.
+        Raises ValueError if the file does not hold constants, OSError if it cannot be read.
         """
         text = (path or resources.files("hvd_saef.planning") / "plan.json").read_text()
         try:
@@ -79,20 +79,20 @@ class Constants:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, and on what."""
+    """A training job: the model's sizes, the machines and the network."""
 
     sizes: Sequence[int]
-    """Elements of each parameter tensor."""
+    """The number of elements of each parameter tensor."""
     workers: int
-    """Ranks that exchange."""
+    """The number of ranks that exchange."""
     bandwidth: float
-    """Bits a second that a node can send; infinity where only processors limit."""
+    """The bits a second that a node can send; infinity if only the processors limit the speed."""
     compute: float
-    """Seconds of a step without any exchange."""
+    """The seconds of a step without any exchange."""
     ranks: int = 1
-    """On each node: they share its bandwidth."""
+    """The number of ranks on each node, which share the node's bandwidth."""
     inside: float = math.inf
-    """Bits a second that a rank can send to the others of its node."""
+    """The bits a second that a rank can send to the other ranks of its node."""
 
     def __post_init__(self) -> None:
         if self.workers % self.ranks:
@@ -102,32 +102,32 @@ class Job:
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters."""
+        """The number of elements of all parameters."""
         return sum(self.sizes)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to exchange: Horovod's ring allreduce, or one of this library's."""
+    """A way to exchange updates: Horovod's ring allreduce, or a method of this library."""
 
     name: str
     compressor: Compressor
     double: bool = True
-    """Double-way compression with a sharded server; False is single-way."""
+    """True for double-way compression with a sharded server, False for single-way compression."""
     averaging_period: int | None = None
     node: bool = False
-    """Whether a worker is a node: worker="node"."""
+    """True if each node is one worker: worker="node"."""
 
     @property
     def dense(self) -> bool:
-        """Whether Horovod's allreduce carries the method's numbers."""
+        """True if the method sends its numbers by Horovod's allreduce."""
         return isinstance(self.compressor, DenseCompressor)
 
     @property
     def call(self) -> str:
-        """How a user asks for the method."""
+        """The call by which a user asks for the method."""
         arguments = [f"compression={self.compressor.call}"]
-        if self.dense:  # Horovod's own arithmetic
+        if self.dense:  # feedback "none" gives Horovod's own arithmetic
             arguments += ['feedback="none"']
         arguments += [] if self.double else ["double_compression=False"]
         arguments += [f"averaging_period={self.averaging_period}"] if self.averaging_period else []
@@ -135,11 +135,14 @@ class Method:
         return f"hvd_saef.DistributedOptimizer({', '.join(arguments)})"
 
     def payload(self, sizes: Sequence[int]) -> int:
-        """Bytes of one worker's update."""
+        """Returns the bytes of one worker's payload for tensors of `sizes` elements."""
         return self.compressor.payload_bytes(Blocks.cut(list(sizes), None, torch.float32))
 
     def bytes_sent(self, sizes: Sequence[int], workers: int) -> float:
-        """Bytes that a worker sends a step, the mean over workers and steps, without protocol overhead."""
+        """Returns the bytes that a worker sends in a step, without protocol overhead.
+
+        They are the mean over workers and steps.
+        """
         return self._sent(sizes, workers) + self._averaged(sizes, workers)
 
     def _sent(self, sizes: Sequence[int], workers: int) -> float:
@@ -152,7 +155,7 @@ class Method:
         return 2 * (workers - 1) / workers * 4 * sum(sizes) / period if period else 0.0
 
     def bytes_between_nodes(self, job: Job) -> float:
-        """Bytes that a node sends to others a step. A ring enters and leaves a node once."""
+        """Returns the bytes that a node sends to others in a step. A ring enters and leaves a node once."""
         nodes = job.workers // job.ranks
         if self.node:
             return self.bytes_sent(job.sizes, nodes)
@@ -164,7 +167,7 @@ class Method:
         return self._sent(job.sizes, job.workers) * outside + self._averaged(job.sizes, job.workers)
 
     def features(self, job: Job) -> dict[str, float]:
-        """How much of what each constant stands for is in a step."""
+        """Returns the number of units of each feature in a step."""
         workers, size = job.workers // (job.ranks if self.node else 1), job.parameters
         found = dict.fromkeys(FEATURES, 0.0)
 
@@ -186,7 +189,8 @@ class Method:
             add(self.compressor.work(size, 0))
             found["message"] = 2 * (workers - 1)
             return found
-        # A server of 1/K of the model decodes K payloads, and each worker its answers; or all K payloads.
+        # DC: a server decodes K payloads of 1/K of the model, and each worker all answers.
+        # SC: each worker decodes K whole payloads.
         add(self.compressor.work(size * (1 + self.double / workers), (2 if self.double else workers) * size))
         buckets = math.ceil(4 * size / Settings.bucket_bytes)
         found["message"] = buckets * (workers - 1) * (1 + self.double) + 2 * math.ceil(math.log2(workers))
@@ -197,17 +201,17 @@ class Method:
 
 
 def seconds(features: Mapping[str, float], constants: Constants) -> float:
-    """What the features take by the model."""
+    """Returns the seconds that the features take, by the model."""
     return float(sum(number * constants.seconds[name] for name, number in features.items()))
 
 
 def predict(method: Method, job: Job, constants: Constants) -> float:
-    """Seconds of a step, by the model."""
+    """Returns the seconds of a step, by the model."""
     return job.compute + seconds(method.features(job), constants)
 
 
 def _methods(considered: Considered) -> list[Method]:
-    """One setting of a compressor, with each averaging period that is considered and without."""
+    """Returns the methods of one setting: with each of its averaging periods, and without averaging."""
     plain = Method(considered.title, considered.compressor, considered.double_compression)
     return [
         *(
@@ -227,11 +231,14 @@ METHODS = tuple(
 """All methods, from the least lossy to the most."""
 UNCOMPRESSED = METHODS[0]
 MEAN = UNCOMPRESSED.compressor
-"""What carries means: of gradients on a node, and of errors."""
+"""The compressor of the allreduces that average the gradients on a node, and the errors."""
 
 
 def methods(job: Job) -> list[Method]:
-    """From the least lossy to the most: with several ranks a node, the node as a worker before each."""
+    """Returns the methods for `job`, from the least lossy to the most.
+
+    With several ranks on a node, each method comes first with nodes as workers, then with ranks as workers.
+    """
     if job.ranks == 1:
         return list(METHODS)
     pairs = [
@@ -244,6 +251,6 @@ def methods(job: Job) -> list[Method]:
 
 
 def recommend(job: Job, constants: Constants) -> Method:
-    """The least lossy method whose predicted step is within 5 % of the fastest."""
+    """Returns the least lossy method whose predicted step is within 5 % of the fastest."""
     times = {method: predict(method, job, constants) for method in methods(job)}
     return next(method for method in times if times[method] <= CLOSE * min(times.values()))
