@@ -1,4 +1,4 @@
-"""The command `hvd-saef`: `plan` says which method would pay, `doctor` whether an environment is sound."""
+"""The command `hvd-saef`: `plan` predicts which method saves time, `doctor` checks the environment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hvd_saef.planning.plan import UNCOMPRESSED, Constants, Job, methods, predic
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 TENSOR = 160_000
-"""Elements of a tensor where only the sum is known: ResNet-50's mean."""
+"""The assumed elements of a tensor, where only the model's sum is known; it is ResNet-50's mean."""
 
 
 def count(text: str) -> int:
-    """25.6M as 25600000."""
+    """Reads a number of elements or ranks: "25.6M" becomes 25600000."""
     match = re.fullmatch(r"([0-9.]+)\s*([kmgbt]?)", text.strip(), re.IGNORECASE)
     try:
         number = round(float(match[1]) * FACTORS[match[2].lower()]) if match else 0
@@ -28,7 +28,7 @@ def count(text: str) -> int:
 
 
 def bandwidth(text: str) -> float:
-    """10Gbit as 1e10 bits a second."""
+    """Reads a rate: "10Gbit" becomes 1e10 bits a second."""
     match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)bit(?:/s)?", text.strip(), re.IGNORECASE)
     try:
         number = float(match[1]) * FACTORS[match[2].lower()] if match else 0.0
@@ -40,7 +40,7 @@ def bandwidth(text: str) -> float:
 
 
 def duration(text: str) -> float:
-    """Seconds."""
+    """Reads a number of seconds."""
     try:
         number = float(text)
     except ValueError:
@@ -51,7 +51,7 @@ def duration(text: str) -> float:
 
 
 def constants(text: str) -> Constants:
-    """Those in the file."""
+    """Reads the model's constants from the file that `text` names."""
     try:
         return Constants.load(Path(text))
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def constants(text: str) -> Constants:
 
 
 def table(job: Job, known: Constants) -> str:
-    """All methods, the least lossy first: bytes, predicted step and gain."""
+    """Returns a table of all methods, the least lossy first: bytes sent, predicted step and gain."""
     plain = predict(UNCOMPRESSED, job, known)
     lines = [f"{'method':<25}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
     for method in methods(job):
@@ -73,7 +73,7 @@ def table(job: Job, known: Constants) -> str:
 
 
 def plan(args: argparse.Namespace) -> str:
-    """What to print."""
+    """Returns what `hvd-saef plan` prints."""
     tensors = max(1, round(args.parameters / TENSOR))
     sizes = [args.parameters // tensors] * (tensors - 1)
     job = Job(
@@ -111,7 +111,7 @@ def plan(args: argparse.Namespace) -> str:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Print the plan."""
+    """Prints the plan; returns the exit code."""
     if args.constants is None:
         args.constants = Constants.load()
     if args.workers % args.ranks_per_node:
@@ -121,14 +121,14 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Print the report on rank 0; the same exit code on all ranks."""
-    from hvd_saef import doctor  # starts MPI, which no other command needs
+    """Prints the report on rank 0; returns the exit code, the same on all ranks. Collective."""
+    from hvd_saef import doctor  # this import starts MPI, which no other command needs
 
     return doctor.run(as_json=args.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line `arguments` (None is the process's own); returns the exit code."""
     parser = argparse.ArgumentParser(prog="hvd-saef", description="Compressed training on Horovod and MPI.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(

@@ -1,4 +1,4 @@
-"""Stopping in good order when the cluster wants its nodes back: at a walltime limit, or when preempted."""
+"""Stops all ranks in good order when the cluster wants its nodes back: at a time limit or a preemption."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvd_saef.round.session import Session
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REQUEUE = os.EX_TEMPFAIL
-"""75, "try again later": the exit code on which launch/slurm/requeue.sbatch queues the job again."""
+"""The exit code 75, "try again later", on which launch/slurm/requeue.sbatch queues the job again."""
 
 
 class GracefulStop:
-    """Turns a signal to any rank into the same step on all ranks, after which all save and leave.
+    """Turns a signal to any rank into a stop of all ranks after the same step, so that all save and leave.
 
     ::
 
@@ -30,31 +30,34 @@ class GracefulStop:
                     hvd_saef.save_checkpoint("checkpoint", model, optimizer, batch=...)
                     stop.exit()
 
-    A signal is only noted, also in the middle of an MPI call, with overlap=True or between local steps. The
-    rank says so with the word that all exchange in their next step(): no collective is added, and after
-    that step, which all complete, `requested` is True on all of them. A save between local steps
-    (local_steps > 1) keeps the point reached, and goes on to the bit. Further signals change nothing, so
-    SIGUSR1 before the limit and SIGTERM at it may both come; SIGKILL and Ctrl-C are as always. From the
-    signal to the end it takes a step, what runs between two steps (an evaluation, say) and the save: let
-    the scheduler signal that much earlier. After the last step nobody is told, and training ends as always.
+    The signal's handler only notes the signal, also in the middle of an MPI call, with overlap=True or
+    between local steps. The rank passes the note on in the word that all ranks exchange in their next step():
+    no collective is added, and after that step, which all ranks complete, `requested` is True on all of them.
+    A checkpoint between local steps (local_steps > 1) keeps the point reached, and resumes to the bit.
 
-    With several optimizers pass all of them: the next step() of any decides, for all ranks alike, so look at
-    `requested` where all ranks have taken the same steps. It is the ranks of the optimizers' process sets
-    that agree; sets with no optimizer in common must each be signalled.
+    Further signals change nothing, so SIGUSR1 before the limit and SIGTERM at the limit may both come.
+    SIGKILL and Ctrl-C have their usual effect. The scheduler must signal early enough for one step, whatever
+    runs between two steps (an evaluation, say) and the save. A signal after the last step reaches no other
+    rank, and training ends as always.
 
-    Entering replaces the Python handlers of these signals, leaving puts them back. A signal before that has
-    its usual effect, which ends the process. Processes forked inside (a DataLoader's workers) end on SIGTERM
-    as always, and ignore the others: schedulers may signal every process of a job, so prefer SIGUSR1.
+    With several optimizers pass all of them: the next step() of any optimizer decides, for all ranks alike,
+    so look at `requested` where all ranks have taken the same steps. The ranks of the optimizers' process
+    sets agree; if sets have no optimizer in common, each set must be signalled.
+
+    Entering the context replaces the Python handlers of these signals, and leaving restores them. A signal
+    before that has its usual effect, which ends the process. Processes forked inside (a DataLoader's workers)
+    end on SIGTERM as always and ignore the other signals: schedulers may signal every process of a job, so
+    prefer SIGUSR1.
 
     Args:
-        optimizers: what hvd_saef.DistributedOptimizer returned, one or several.
-        signals: those to note. With () there are none, and :meth:`request` alone asks.
-        exit_code: 0 to 255, what :meth:`exit` leaves with.
+        optimizers: one or several optimizers that hvd_saef.DistributedOptimizer returned.
+        signals: the signals to note. With () there are none, and only :meth:`request` asks to stop.
+        exit_code: the process's exit code after :meth:`exit`, 0 to 255.
 
     Raises:
-        TypeError: something else than these optimizers.
+        TypeError: an argument is not such an optimizer.
         ValueError: no optimizer, an exit code out of range, or a signal that cannot be handled.
-        RuntimeError: on entering outside the main thread, where Python takes no signals.
+        RuntimeError: the context is entered outside the main thread, where Python takes no signals.
 
     """
 
@@ -108,24 +111,24 @@ class GracefulStop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
             self.request()
-        elif number == signal.SIGTERM:  # a fork that its parent wants to end
+        elif number == signal.SIGTERM:  # this is a forked process, which its parent wants to end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def request(self) -> None:
-        """Ask all ranks to stop, as a signal does: for a reason of your own. Local; one rank is enough."""
+        """Asks all ranks to stop, as a signal does, for a reason of your own. Local; one rank is enough."""
         for session in self._sessions:
             session.wants_to_stop = True
 
     @property
     def requested(self) -> bool:
-        """Whether the ranks have agreed to stop: the same on all of them after the same step."""
+        """True if the ranks have agreed to stop. All ranks see the same value after the same step."""
         return any(session.stop_agreed for session in self._sessions)
 
     def exit(self) -> NoReturn:
-        """Wait for all ranks, end Horovod and MPI, and raise SystemExit(exit_code). Collective.
+        """Waits for all ranks, ends Horovod and MPI, and raises SystemExit(exit_code). Collective.
 
-        Raises RuntimeError before the ranks have agreed: the others would not come.
+        Raises RuntimeError if the ranks have not agreed to stop: the other ranks would not come.
         """
         if not self.requested:
             raise RuntimeError("exit() before the ranks agreed to stop: call it where `requested` is True.")

@@ -1,4 +1,4 @@
-"""K workers as threads of one process, through the same code except for the communicator."""
+"""Runs K workers as threads of one process; only the communicator's code differs from a real job's."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ T = TypeVar("T")
 
 
 def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[int] = 1) -> list[T]:
-    """Call `fn(rank)` in `workers` threads and return what they returned, in rank order.
+    """Calls `fn(rank)` in `workers` threads and returns what the calls returned, in rank order.
 
-    A `hvd_saef.DistributedOptimizer` made inside `fn` finds its thread's communicator by itself: no
-    MPI and no Horovod needed. Workers share the process's random state, so seed generators of your own.
+    A `hvd_saef.DistributedOptimizer` made inside `fn` finds its thread's communicator by itself, without
+    MPI or Horovod. Workers share the process's random state, so seed generators of your own.
 
-    With `ranks` above 1 there are as many threads for each of the `workers`, which stand for the ranks of a
-    node: optimizers made with worker="node" take them for one worker. A sequence gives each node its own
-    number. Threads are numbered node by node.
+    With `ranks` above 1, each of the `workers` has that many threads, which stand for the ranks of a node:
+    optimizers made with worker="node" take them for one worker. A sequence gives each node its own number.
+    Threads are numbered node by node.
 
-    Raises what the first worker to fail raised, after all have ended (but for those that others gave up
-    waiting for: see :class:`hvd_saef.StalledExchangeError`); TypeError or ValueError for numbers of workers
-    and ranks that are not whole numbers >= 1.
+    Raises the exception of the first worker that failed, after all threads have ended; only threads that
+    others gave up waiting for may still run (see :class:`hvd_saef.StalledExchangeError`). Raises TypeError or
+    ValueError for numbers of workers and ranks that are not whole numbers >= 1.
     """
     _whole("workers", workers)
     counts = [ranks] * workers if isinstance(ranks, int) else list(ranks)
@@ -47,13 +47,13 @@ def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[i
         try:
             results[rank] = fn(rank)
         except BaseException as failure:
-            failures.append(failure)  # before leave(): those who fail because of it come later
+            failures.append(failure)  # before leave(): workers that fail because of it follow
         finally:
             set_thread_communicator(None)
             meetings.leave(rank)
             communicator.close()
 
-    threads = [  # daemons: one that hangs does not keep the process from ending
+    threads = [  # a daemon that hangs does not keep the process from ending
         threading.Thread(target=work, args=(rank,), name=f"worker {rank}", daemon=True) for rank in everyone
     ]
     for thread in threads:
@@ -61,8 +61,8 @@ def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[i
     for thread in threads:
         while thread.is_alive() and not any(isinstance(f, StalledExchangeError) for f in failures):
             thread.join(LOOK)
-        thread.join(CALM / len(threads))  # those who gave up waiting end together; who hangs does not end
-    if failures:  # what went wrong, rather than who was told of it
+        thread.join(CALM / len(threads))  # threads that gave up waiting end together; a hung one does not
+    if failures:  # the cause comes before the errors of those that were told
         raise next((f for f in failures if not isinstance(f, WorkerError)), failures[0])
     return [results[rank] for rank in everyone]
 
