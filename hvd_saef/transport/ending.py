@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hvd_saef.errors import StalledExchangeError
+
 LONGEST = 300.0
 """Seconds that the end is put off at most: who shuts Horovod down within a step waits for itself."""
 SHUT_DOWN = "Horovod was shut down: step() comes before hvd.shutdown()."
@@ -37,16 +39,23 @@ class Ending:
 
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within it MPI does not end. Raises RuntimeError if MPI has ended, or is about to."""
+        """Within it MPI does not end, nor after a StalledExchangeError: what comes next may be MPI's abort.
+
+        Raises RuntimeError if MPI has ended, or is about to.
+        """
         with self._changed:
             if self._over:
                 raise RuntimeError(SHUT_DOWN)
             self._users += 1
+        done = 1
         try:
             yield
+        except StalledExchangeError:
+            done = 0  # while one thread ends MPI, another's abort may hang
+            raise
         finally:
             with self._changed:
-                self._users -= 1
+                self._users -= done
                 self._changed.notify_all()
 
     def then(self, goodbye: Callable[[], None]) -> None:
@@ -62,6 +71,9 @@ class Ending:
     def _before_python_ends(self) -> None:
         if os.getpid() == self._pid and not self._mpi.Is_finalized():
             self._say_goodbye()
+            with self._changed:
+                self._users = 0  # nothing is under way any more
+                self._changed.notify_all()
 
     def _say_goodbye(self) -> None:
         goodbyes, self._goodbyes = self._goodbyes, []
