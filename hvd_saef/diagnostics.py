@@ -102,13 +102,13 @@ class Monitor:
             raise ValueError(f"every={every!r}: a whole number of rounds >= 1 is allowed.")
         if self._session.settings.overlap:
             raise ValueError("overlap=True cannot be measured: wrap the optimizer with overlap=False.")
-        for bucket in self._session.layout.buckets:
+        for bucket in self._session.parameters.layout.buckets:
             if not bucket.compressor.deterministic:
                 raise ValueError(
                     f"{bucket.compressor.description} says deterministic = False: what is measured would not "
                     "be what is sent. See hvd_saef.Compressor.encode for random numbers that can be measured."
                 )
-        if self._session.averages_gradients:
+        if self._session.parameters.averages_gradients:
             raise ValueError("gradients are averaged uncompressed: there are no errors to measure.")
         if self._csv:
             _append(self._csv, "w", NUMBERS)

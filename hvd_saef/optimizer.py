@@ -24,6 +24,7 @@ from hvd_saef.memory.layout import ChooseCompressor, averages_gradients, build_l
 from hvd_saef.modules import advise_on_unused_rows, refuse_writing_modules
 from hvd_saef.round.determinism import check_compressors
 from hvd_saef.round.model_hooks import ModelHooks
+from hvd_saef.round.parameters import Parameters
 from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights, check_passes
 from hvd_saef.transport.communicator import Communicator
@@ -178,20 +179,14 @@ def DistributedOptimizer(
         return Plan(settings, choose, names, models)
 
     plan, communicator, included = _plan_together(optimizer, look, process_set)
-    settings, names = plan.settings, plan.names
+    settings = plan.settings
     lease = communicator.lines.take(frozenset(id(p) for g in optimizer.param_groups for p in g["params"]))
     communicator = find_workers(communicator, settings).line(lease.number)
     together(communicator, lambda: check_compressors(plan.layout, settings, communicator))
     wrapped = share(optimizer)
+    parameters = Parameters(optimizer, plan.names, plan.choose, settings, plan.layout)
     session = wrapped._saef = Session(
-        optimizer,
-        names,
-        plan.choose,
-        settings,
-        backward_passes_per_step,
-        plan.layout,
-        communicator,
-        lease,
+        optimizer, parameters, settings, backward_passes_per_step, communicator, lease
     )
     undo_horovods_initial_step(wrapped)
     refuse_steps_past_ours(wrapped)
@@ -200,8 +195,8 @@ def DistributedOptimizer(
     if communicator.rank == 0 and included:
         give_advice(settings, compression, plan.models)
         warn_of_large_block(settings, plan.layout, communicator.workers)
-        advise_on_unused_rows(plan.models, session.layout, block_size)
-        if not session.averages_gradients:
+        advise_on_unused_rows(plan.models, session.parameters.layout, block_size)
+        if not session.parameters.averages_gradients:
             advise_on_adaptive_rates(optimizer, communicator.workers)
     return wrapped
 

@@ -95,7 +95,7 @@ class GracefulStop:
                 "call request()."
             )
         for session in self._sessions:
-            session.wants_to_stop = session.stop_agreed = False
+            session.stopping.forget()
         self._owner = os.getpid()
         for number in self._signals:
             self._earlier[number] = signal.signal(number, self._note)
@@ -118,12 +118,12 @@ class GracefulStop:
     def request(self) -> None:
         """Asks all ranks to stop, as a signal does, for a reason of your own. Local; one rank is enough."""
         for session in self._sessions:
-            session.wants_to_stop = True
+            session.stopping.ask()
 
     @property
     def requested(self) -> bool:
         """True if the ranks have agreed to stop. All ranks see the same value after the same step."""
-        return any(session.stop_agreed for session in self._sessions)
+        return any(session.stopping.agreed for session in self._sessions)
 
     def exit(self) -> NoReturn:
         """Waits for all ranks, ends Horovod and MPI, and raises SystemExit(exit_code). Collective.

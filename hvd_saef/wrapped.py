@@ -156,11 +156,11 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             self._saef.take_in()
             self._saef.exchange.wait_until_encoded()
             if ours is not None:
-                self._saef.origin.check(ours, self._saef.kept)
+                self._saef.origin.check(ours, self._saef.parameters.with_state)
             super().load_state_dict(state_dict)
             inner = self._saef.inner  # torch has replaced these two here
             inner.state, inner.param_groups = self.state, self.param_groups
-            self._saef.origin.restore(ours, self._saef.kept, bool(state_dict.get("state")))
+            self._saef.origin.restore(ours, self._saef.parameters.with_state, bool(state_dict.get("state")))
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             """As torch's. All workers must add the same, between two rounds; its errors start at 0."""

@@ -163,7 +163,7 @@ PROTECTIONS: dict[str, Protection] = {
         "a compressor that draws random numbers of its own",
         "nothing is tried before training",
         ["tests/compression/test_random.py::test_what_draws_by_itself_is_found"],
-        {"round.session:check_compressors": nothing},
+        {"optimizer:check_compressors": nothing, "round.parameters:check_compressors": nothing},
     ),
     "denormals": Protection(
         "a rank that flushes denormal numbers while others do not",
@@ -248,7 +248,7 @@ PROTECTIONS: dict[str, Protection] = {
         "averaged gradients that overflow in float16",
         "not looked for",
         [f"{NONFINITE}::test_gradients_whose_sum_overflows_in_float16"],
-        {"round.session:sums_fit": fine},
+        {"round.synchronization:sums_fit": fine},
     ),
     "consensus": Protection(
         "a flipped bit of one rank's x",
@@ -257,7 +257,7 @@ PROTECTIONS: dict[str, Protection] = {
             f"{DISAGREEMENT}::test_a_flipped_bit_of_x_is_found[2-4]",
             *check("a_flipped_bit_of_x_is_found", 2, 4),
         ],
-        {"round.session:check_consensus": nothing},
+        {"round.round_end:check_consensus": nothing},
     ),
     "guard": Protection(
         "a parameter wrapped twice, converted or resized; another thread",

@@ -98,7 +98,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
                 raise CheckpointError(f"{folder / file['name']} was written, but rank 0 does not see it")
         writer = _writers.setdefault(session, secrets.token_hex(8))
         manifest = {"format": FORMAT, "workers": communicator.workers, "rounds": rounds, "nonce": nonce}
-        manifest |= {"writer": writer, "layout": session.layout.description, "files": files}
+        manifest |= {"writer": writer, "layout": session.parameters.layout.description, "files": files}
         opened(folder / MANIFEST, sealed(manifest))
         write_whole(folder / MANIFEST, lambda file: file.write(sealed(manifest)))
         remove_others(folder, files)
@@ -270,11 +270,11 @@ def _manifest(folder: Path, session: Session) -> dict[str, Any]:
     """Returns the manifest in `folder`. Raises CheckpointError unless it is whole and of this model."""
     manifest = read_manifest(folder)
     saved = [(p["name"], p["shape"], p["dtype"]) for p in manifest["layout"]["parameters"]]
-    ours = [(p["name"], p["shape"], p["dtype"]) for p in session.layout.description["parameters"]]
+    ours = [(p["name"], p["shape"], p["dtype"]) for p in session.parameters.layout.description["parameters"]]
     if sorted(saved) != sorted(ours):
         odd = next(p for p in sorted(saved + ours) if (p in saved) != (p in ours))
         where = "the checkpoint" if odd in saved else "the optimizer"
-        frozen = odd[0] in session.layout.description["frozen"]
+        frozen = odd[0] in session.parameters.layout.description["frozen"]
         raise CheckpointError(
             f"{folder / MANIFEST} is of another model: parameter {odd} is in {where} only"
             f"{'; it is frozen here: set requires_grad before loading' if frozen else ''}"
@@ -313,7 +313,7 @@ def _check_fit(own: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None
         raise CheckpointError(
             f"the optimizer has parameter groups of sizes {groups}, the checkpoint of {theirs}"
         )
-    optimizer._saef.origin.check(own["optimizer"]["hvd_saef"], optimizer._saef.kept)
+    optimizer._saef.origin.check(own["optimizer"]["hvd_saef"], optimizer._saef.parameters.with_state)
 
 
 def _shape(value: Any) -> str:

@@ -34,7 +34,7 @@ class Modes:
 
     def __init__(self, exchange: Exchange, progress: Progress) -> None:
         self._exchange = exchange
-        self._progress = progress
+        self.progress = progress
         self.state: State | None = None
         self.evaluating = False
         """The user called eval(): the parameters stay at x until train()."""
@@ -161,7 +161,7 @@ class Modes:
             else:
                 self._unstepped.stop()
         if points is None:
-            self._progress.undid_steps()
+            self.progress.undid_steps()
         self.to_start(points)
 
     def claim(self, layout: Layout) -> None:
@@ -220,7 +220,7 @@ class Modes:
         if self.state is None or self.at_x:
             return
         self._exchange.wait_until_encoded()
-        if self._progress.local_steps_done:
+        if self.progress.local_steps_done:
             noted = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
             written = [p for p in self._parameters(self.state) if noted.get(p) != p._version]
         else:  # whoever writes without raising the version is seen, too
@@ -232,7 +232,7 @@ class Modes:
 
     def undo_local_steps(self) -> None:
         """Put the parameters back to where the round began."""
-        self._progress.undid_steps()
+        self.progress.undid_steps()
         self.to_start()
 
     @torch.no_grad()
@@ -242,7 +242,7 @@ class Modes:
             return None if self._reached is None else [tensor.clone() for tensor in self._reached]
         self._exchange.wait_until_encoded()
         moved = self._tell_of_moves()
-        if self.state is None or (moved is None and self._progress.local_steps_done == 0):
+        if self.state is None or (moved is None and self.progress.local_steps_done == 0):
             return None
         return [parameter.clone() for parameter in self._parameters(self.state)]
 
@@ -262,7 +262,7 @@ class Modes:
         if self.state is None or self._x_is_shown(self.state):
             return
         if not self.state.shows_x():
-            if self._progress.local_steps_done == 0 and self._moved(self.state) is None:
+            if self.progress.local_steps_done == 0 and self._moved(self.state) is None:
                 self._reached = None  # someone has put back what he had replaced before
                 return
             if self._stepping:
@@ -293,7 +293,7 @@ class Modes:
             if moved is not None:
                 self._tell(NO_STEP, moved)
             return moved
-        if self._progress.local_steps_done:
+        if self.progress.local_steps_done:
             return None
         moved = self._moved(self.state)
         if moved is not None and not self._stepping and not self._exchange.busy:

@@ -16,9 +16,9 @@ from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.agreement import BROKEN_ADVICE, check_configuration, check_consensus
-from hvd_saef.round.fitting import VERSION, check_state
 from hvd_saef.round.loaded import Held, Loaded
 from hvd_saef.round.modes import Modes
+from hvd_saef.round.state_dict import check_state, export_state
 from hvd_saef.settings import Settings
 from hvd_saef.transport.background import flushes_denormals
 from hvd_saef.transport.communicator import Communicator
@@ -63,7 +63,7 @@ class Origin:
         self._flushed = False
         self.settled = False
         """Whether all workers agreed, since the last wrapping, loading or growing here."""
-        self.whole_server_errors: dict[str, Any] | None = None
+        self._whole_server_errors: dict[str, Any] | None = None
         """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
         self._source = Source.PARAMETERS
         self._broken = False
@@ -76,7 +76,7 @@ class Origin:
     @property
     def consolidated(self) -> bool:
         """Whether e is the same on all workers, and all of s is here."""
-        return self.whole_server_errors is not None
+        return self._whole_server_errors is not None
 
     def x(self, layout: Layout) -> Mapping[str, Tensor]:
         """The consensus point by parameter name: views. The parameters, where no other x is kept."""
@@ -127,6 +127,14 @@ class Origin:
         """An exchange failed somewhere: what is here is not to be trained on."""
         self.settled, self._broken = False, True
 
+    def consolidated_with(self, server_errors: dict[str, Any]) -> None:
+        """Note that e is the same on all workers, and what all of s is. Local."""
+        self._whole_server_errors = server_errors
+
+    def forget_consolidation(self) -> None:
+        """A round is completed: e and s are each worker's own again. Local."""
+        self._whole_server_errors = None
+
     def check_whole(self) -> None:
         """Raise ExchangeError if an exchange failed, and x was not taken anew since."""
         if self._broken:
@@ -155,7 +163,7 @@ class Origin:
     def _anchor(self, state: State) -> None:
         """Take x from the parameters here, and clear the errors: what was known of them is over too."""
         state.anchor()
-        self.whole_server_errors = None
+        self._whole_server_errors = None
         self._modes.begin(state)
 
     def _go_on_as_loaded(self, everyone: list[Standing]) -> None:
@@ -166,7 +174,7 @@ class Origin:
                 "Load the same checkpoint everywhere."
             )
         if not all(standing.consolidated for standing in everyone):
-            self.whole_server_errors = None
+            self._whole_server_errors = None
         state = self._modes.state
         if state and state.buckets:
             begins, lost = self._loaded.go_on(self._communicator, state, [one.held for one in everyone])
@@ -186,7 +194,7 @@ class Origin:
         self._progress.restored(standing.rounds)
         held, mine = standing.held, self._communicator.rank == root
         if not mine:
-            self.whole_server_errors = None
+            self._whole_server_errors = None
         updates = self._loaded.updates(state) if mine else []
         for i, bucket in enumerate(state.buckets):
             self._communicator.broadcast(bucket.x, root)
@@ -238,7 +246,7 @@ class Origin:
 
     def grow(self, layout: Layout) -> None:
         """Parameters were added: they start at their present values, without errors."""
-        self.settled, self.whole_server_errors = False, None
+        self.settled, self._whole_server_errors = False, None
         added = self._modes.grow(layout)
         if self._loaded.points is not None:
             self._loaded.points += added
@@ -269,32 +277,9 @@ class Origin:
 
     def export(self) -> dict[str, Any]:
         """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
-        communicator = self._communicator
-        exported: dict[str, Any] = {
-            "version": VERSION,
-            "rank": communicator.worker,
-            "workers": communicator.workers,
-            "count": communicator.counts[communicator.worker],
-        }
-        exported["consolidated"] = self.consolidated
-        exported["local_steps_done"] = self._progress.local_steps_done
-        points, exported["reached"] = self._modes.points(), None
-        if self._modes.state and points is not None:
-            names = [slot.name for slot in self._modes.state.layout.slots]
-            exported["reached"] = dict(zip(names, points, strict=True))
-        if self._modes.state:
-            exported |= self._modes.state.export()
-        if self.whole_server_errors is not None:
-            exported["server_errors"] = self.whole_server_errors
-        elif self._loaded.server_errors:  # not agreed on yet: pass on what was loaded, as it was
-            exported["server_errors"] = self._loaded.server_errors
-        exported["settings"] = self._loaded.settings or {
-            "feedback": self._settings.feedback,
-            "alpha": self._settings.alpha,
-            "beta": self._settings.beta,
-            "double_compression": self._settings.double_compression,
-        }
-        return exported
+        return export_state(
+            self._communicator, self._settings, self._modes, self._loaded, self._whole_server_errors
+        )
 
     def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
         """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
@@ -308,7 +293,7 @@ class Origin:
         if saved is None:
             self._take_plain_state(kept, resumed)
         self.settled = self._broken = False
-        self.whole_server_errors, self._loaded = None, Loaded()
+        self._whole_server_errors, self._loaded = None, Loaded()
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
             self._progress.restored()
@@ -317,7 +302,7 @@ class Origin:
         self._source = Source.LOADED
         state = self._modes.state or self._new_state(kept)
         serves = state.restore(saved)
-        self.whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
+        self._whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
         own = self.consolidated or saved["rank"] == self._communicator.worker
         self._loaded = Loaded.of(saved, kept, own, serves)
         self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))

@@ -1,4 +1,4 @@
-"""Whether a saved state fits an optimizer, looked at before anything changes. Local."""
+"""What stands under "hvd_saef" in a state dict: how it is made, and whether a saved one fits. Local."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.state import State, check_shapes, misfit
+from hvd_saef.round.loaded import Loaded
+from hvd_saef.round.modes import Modes
 from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Communicator
 
 AS_SAVED = (
     "wrap with the settings that it was saved with; or take 'hvd_saef' out of the state dict, and x from the "
@@ -55,3 +58,42 @@ def _has_errors(saved: Mapping[str, Any]) -> bool:
     """Whether any error in a state is not zero."""
     served = (piece["values"] for piece in saved["server_errors"].values())
     return any(bool(error.any()) for errors in (saved["errors"].values(), served) for error in errors)
+
+
+def export_state(
+    communicator: Communicator,
+    settings: Settings,
+    modes: Modes,
+    loaded: Loaded,
+    server_errors: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return plain numbers and copies of tensors: all that training needs to go on.
+
+    `loaded` is what was loaded and not agreed on yet; `server_errors` is all of s, after consolidate().
+    """
+    exported: dict[str, Any] = {
+        "version": VERSION,
+        "rank": communicator.worker,
+        "workers": communicator.workers,
+        "count": communicator.counts[communicator.worker],
+        "consolidated": server_errors is not None,
+        "local_steps_done": modes.progress.local_steps_done,
+        "reached": None,
+    }
+    point = modes.points()
+    if modes.state and point is not None:
+        names = [slot.name for slot in modes.state.layout.slots]
+        exported["reached"] = dict(zip(names, point, strict=True))
+    if modes.state:
+        exported |= modes.state.export()
+    if server_errors is not None:
+        exported["server_errors"] = server_errors
+    elif loaded.server_errors:  # not agreed on yet: pass on what was loaded, as it was
+        exported["server_errors"] = loaded.server_errors
+    exported["settings"] = loaded.settings or {
+        "feedback": settings.feedback,
+        "alpha": settings.alpha,
+        "beta": settings.beta,
+        "double_compression": settings.double_compression,
+    }
+    return exported
