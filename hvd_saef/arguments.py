@@ -7,7 +7,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from hvd_saef.compression import Compression, Compressor, DenseCompressor, check
 from hvd_saef.memory.layout import ChooseCompressor, Layout
 from hvd_saef.settings import Settings
 from hvd_saef.transport.libraries import horovod
+from hvd_saef.transport.process_sets import ranks_of, remember
 
+Workers = Literal["rank", "node"] | Sequence[Any]
+"""What the argument `worker` accepts."""
 OTHER_OPS = ("Sum", "Adasum", "Min", "Max", "Product")
 
 
@@ -227,3 +230,20 @@ def warn_of_large_block(settings: Settings, layout: Layout, workers: int) -> Non
             "Set block_size to cut it, or server='replicated'.",
             stacklevel=3,
         )
+
+
+def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...], ...]:
+    """What `worker` asks for in plain values. Raises TypeError for what it cannot be. Local."""
+    if worker == "rank" or worker == "node":
+        return worker
+    allowed = '"rank", "node", or a list of Horovod process sets (or of lists of ranks) is allowed'
+    if isinstance(worker, str):
+        raise ValueError(f"worker={worker!r}: {allowed}.")
+    try:
+        groups = sorted(tuple(ranks_of(group)) for group in worker)
+    except TypeError:
+        raise TypeError(f"worker={worker!r}: {allowed}.") from None
+    if not groups or not all(groups) or not all(type(rank) is int for group in groups for rank in group):
+        raise TypeError(f"worker={worker!r}: {allowed}.")
+    remember(worker)
+    return tuple(groups)

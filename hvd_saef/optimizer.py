@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef.arguments import (
+    Workers,
     advise_on_adaptive_rates,
     check_horovod_arguments,
     check_optimizer,
     compressor_chooser,
     give_advice,
+    groups_of,
     models_of,
     name_parameters,
     warn_of_large_block,
@@ -29,7 +31,7 @@ from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights, check_passes
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
-from hvd_saef.transport.nodes import Workers, find_workers, groups_of
+from hvd_saef.transport.teams import find_workers
 from hvd_saef.transport.together import together
 from hvd_saef.wrapped import SaefMethods, refuse_steps_past_ours, share, undo_horovods_initial_step
 

@@ -153,7 +153,7 @@ def load_checkpoint(
 
     def read() -> dict[str, Any]:
         own = _read(folder / whole[communicator.worker % len(whole)])
-        _take_ranks_own(own, communicator.node.rank)
+        _take_ranks_own(own, communicator.team.rank)
         if not same:
             own["optimizer"] = (
                 mean_state((_read(folder / name)["optimizer"] for name in whole), communicator.workers)
@@ -207,7 +207,7 @@ def _gather_on_node(communicator: Communicator, model: nn.Module, extra: dict[st
         torch.save(own, mine)
 
     _everyone(communicator, pack)
-    everyone = communicator.node.allgather_object(mine.getvalue())
+    everyone = communicator.team.allgather_object(mine.getvalue())
     return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in everyone]
 
 

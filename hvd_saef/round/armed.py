@@ -12,8 +12,8 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.memory.state import BucketState, State
 from hvd_saef.round.gradients import values
-from hvd_saef.round.node_means import NodeMean
 from hvd_saef.round.partial_steps import LocalStep, Options, changed_option, options_of
+from hvd_saef.round.team_means import TeamMean
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Armed:
     """The buckets that have not left, in their order; for each parameter the passes still to come."""
     watched: set[Tensor] = field(default_factory=set)
     """The parameters whose gradients are expected; another may have been unfrozen since."""
-    means: deque[tuple[BucketState, NodeMean]] = field(default_factory=deque)
+    means: deque[tuple[BucketState, TeamMean]] = field(default_factory=deque)
     """Of the buckets that have left for their ranks' mean and not been seen since."""
     used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
     """By parameter the gradient that a local step or a mean uses, and its version."""

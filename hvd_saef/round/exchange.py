@@ -21,8 +21,8 @@ from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState, State
 from hvd_saef.round.agreement import agree_on_sizes
 from hvd_saef.round.averaging import average_errors, averages_next
-from hvd_saef.round.node_means import NodeMeans
 from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.round.team_means import TeamMeans
 from hvd_saef.round.trip import HERE, Trip
 from hvd_saef.settings import Settings
 from hvd_saef.transport.background import Background
@@ -44,7 +44,7 @@ class Exchange:
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
-        self.means = NodeMeans(communicator, statistics)
+        self.means = TeamMeans(communicator, statistics)
         self.failure: Exception | None = None
         """What the compressor raised in the round under way, or memory that was not there. The others wait
         for the bucket, so it goes on its way nevertheless, with a payload that means nothing."""
@@ -133,7 +133,7 @@ class Exchange:
         if not (self.settings.overlap and self._lines.shared):
             return False
         compressor = self._compressor(bucket_state, state.rounds)
-        return self.communicator.node.size > 1 or compressor.wire_dtype(bucket_state.bucket.dtype) is not None
+        return self.communicator.team.size > 1 or compressor.wire_dtype(bucket_state.bucket.dtype) is not None
 
     def _compressor(self, state: BucketState, rounds: int) -> Compressor:
         return Compression.none if rounds < self.settings.warmup_steps else state.bucket.compressor

@@ -51,7 +51,7 @@ class Loaded:
     """The parameters that were there when it was saved."""
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any], kept: Layout, own: bool, serves: bool) -> Loaded:
+    def of(cls, saved: Mapping[str, Any], with_state: Layout, own: bool, serves: bool) -> Loaded:
         """What a state dict holds, which fits."""
         settings, pieces, reached = saved.get("settings", {}), saved["server_errors"], saved["reached"]
         found = sum(piece["values"].numel() for piece in pieces.values())
@@ -59,13 +59,13 @@ class Loaded:
         held = Held(
             own=own,
             serves=serves or one_way,
-            whole=one_way or found == sum(bucket.numel for bucket in kept.buckets),
+            whole=one_way or found == sum(bucket.numel for bucket in with_state.buckets),
             pieces=bool(pieces),
             reached=reached is not None,
             start=(settings["alpha"], settings["beta"]) if settings else None,
             count=None if saved["consolidated"] else saved.get("count"),
         )
-        points = None if reached is None else [reached[slot.name] for slot in kept.slots]
+        points = None if reached is None else [reached[slot.name] for slot in with_state.slots]
         return cls(held, points, pieces, settings, frozenset(saved["x"]))
 
     @torch.no_grad()

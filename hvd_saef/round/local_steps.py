@@ -43,7 +43,7 @@ class LocalSteps:
     def prepare_sparse(self, layout: Layout, averages_gradients: bool) -> None:
         """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
         as_dense = self._settings.sparse_as_dense
-        averaged = self._communicator.node.size > 1 or (averages_gradients and self._communicator.size > 1)
+        averaged = self._communicator.team.size > 1 or (averages_gradients and self._communicator.size > 1)
         for slot in layout.slots:
             gradient = slot.parameter.grad
             if gradient is None or not gradient.is_sparse:

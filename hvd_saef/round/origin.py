@@ -61,7 +61,7 @@ class Origin:
         self, communicator: Communicator, settings: Settings, modes: Modes, progress: Progress
     ) -> None:
         self._flushed = False
-        self.settled = False
+        self._settled = False
         """Whether all workers agreed, since the last wrapping, loading or growing here."""
         self._whole_server_errors: dict[str, Any] | None = None
         """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
@@ -85,10 +85,10 @@ class Origin:
 
     # -- at the first step after wrapping or loading, collective --------------------------------------
 
-    def settle(self, layout: Layout, kept: Layout, facts: Mapping[str, Any]) -> None:
+    def agree(self, layout: Layout, with_state: Layout, facts: Mapping[str, Any]) -> None:
         """Agree where x, e and s come from, and take them. Collective.
 
-        `layout` and `facts` are what workers must agree on; `kept` what of it has x and errors of its own.
+        Workers must agree on `layout` and `facts`; `with_state` is the part of it that has x and errors.
         """
         check_configuration(self._communicator, layout, facts)
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
@@ -99,33 +99,33 @@ class Origin:
         if len(loaded) == len(everyone):
             self._go_on_as_loaded(everyone)
         elif loaded:
-            self._take_all_from(loaded[0], everyone[loaded[0]], kept)
+            self._take_all_from(loaded[0], everyone[loaded[0]], with_state)
         elif new:
             if len(new) < len(everyone):
                 self._broadcast_parameters(layout, new[0])
-            self._take_parameters(kept)
+            self._take_parameters(with_state)
         check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
-        self._settle()
+        self._agreed_now()
 
-    def renew(self, layout: Layout, kept: Layout, facts: Mapping[str, Any]) -> None:
+    def renew(self, layout: Layout, with_state: Layout, facts: Mapping[str, Any]) -> None:
         """Take x from rank 0's parameters as they are, and clear the errors. Collective."""
         check_configuration(self._communicator, layout, facts)
         self._broadcast_parameters(layout, 0)
-        self._take_parameters(kept)
-        self._settle()
+        self._take_parameters(with_state)
+        self._agreed_now()
         self._broken = False
 
     def is_agreed(self) -> bool:
         """The same as :attr:`agreed`, to be passed on."""
         return self.agreed
 
-    def unsettle(self) -> None:
+    def forget_agreement(self) -> None:
         """Let all workers agree anew at what they do together next."""
-        self.settled = False
+        self._settled = False
 
     def broke(self) -> None:
         """An exchange failed somewhere: what is here is not to be trained on."""
-        self.settled, self._broken = False, True
+        self._settled, self._broken = False, True
 
     def consolidated_with(self, server_errors: dict[str, Any]) -> None:
         """Note that e is the same on all workers, and what all of s is. Local."""
@@ -140,25 +140,25 @@ class Origin:
         if self._broken:
             raise ExchangeError(f"the exchange of an earlier round failed. {BROKEN_ADVICE}")
 
-    def _settle(self) -> None:
-        self.settled, self._source, self._loaded = True, Source.KEPT, Loaded()
+    def _agreed_now(self) -> None:
+        self._settled, self._source, self._loaded = True, Source.KEPT, Loaded()
         self._flushed = flushes_denormals()
 
     @property
     def agreed(self) -> bool:
         """Whether all workers agreed, and this thread's arithmetic is what it was then."""
-        return self.settled and self._flushed == flushes_denormals()
+        return self._settled and self._flushed == flushes_denormals()
 
     def _broadcast_parameters(self, layout: Layout, root: int) -> None:
         for slot in layout.slots:
             self._communicator.broadcast(slot.parameter, root)
 
-    def _new_state(self, kept: Layout) -> State:
+    def _new_state(self, with_state: Layout) -> State:
         communicator = self._communicator
-        return State(kept, self._settings, communicator.worker, communicator.workers, self._progress)
+        return State(with_state, self._settings, communicator.worker, communicator.workers, self._progress)
 
-    def _take_parameters(self, kept: Layout) -> None:
-        self._anchor(self._modes.state or self._new_state(kept))
+    def _take_parameters(self, with_state: Layout) -> None:
+        self._anchor(self._modes.state or self._new_state(with_state))
 
     def _anchor(self, state: State) -> None:
         """Take x from the parameters here, and clear the errors: what was known of them is over too."""
@@ -185,12 +185,12 @@ class Origin:
         self._modes.to_start(self._loaded.points)  # the model may have been loaded after the optimizer
 
     @torch.no_grad()
-    def _take_all_from(self, root: int, standing: Standing, kept: Layout) -> None:
+    def _take_all_from(self, root: int, standing: Standing, with_state: Layout) -> None:
         """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's.
 
         Its local steps since the last round are taken up into the errors of all.
         """
-        state = self._modes.state or self._new_state(kept)
+        state = self._modes.state or self._new_state(with_state)
         self._progress.restored(standing.rounds)
         held, mine = standing.held, self._communicator.rank == root
         if not mine:
@@ -246,7 +246,7 @@ class Origin:
 
     def grow(self, layout: Layout) -> None:
         """Parameters were added: they start at their present values, without errors."""
-        self.settled, self._whole_server_errors = False, None
+        self._settled, self._whole_server_errors = False, None
         added = self._modes.grow(layout)
         if self._loaded.points is not None:
             self._loaded.points += added
@@ -261,7 +261,7 @@ class Origin:
         steps = self._local_steps()
         self._anchor(state)
         self._broken = False
-        self.settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
+        self._settled, self._source, self._loaded = False, Source.PARAMETERS, Loaded()
         warnings.warn(
             "a state was loaded into the model: the consensus point x is taken from it, and all compression "
             f"errors are cleared{steps}. To keep them, load the optimizer's state too.",
@@ -281,18 +281,18 @@ class Origin:
             self._communicator, self._settings, self._modes, self._loaded, self._whole_server_errors
         )
 
-    def check(self, saved: Mapping[str, Any], kept: Layout) -> None:
+    def check(self, saved: Mapping[str, Any], with_state: Layout) -> None:
         """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
-        check_state(saved, kept, self._settings, self._communicator.workers)
+        check_state(saved, with_state, self._settings, self._communicator.workers)
 
-    def restore(self, saved: Mapping[str, Any] | None, kept: Layout, resumed: bool) -> None:
+    def restore(self, saved: Mapping[str, Any] | None, with_state: Layout, resumed: bool) -> None:
         """Take what :meth:`check` found fitting; without x in it, x is taken at the next step.
 
         `resumed`: the torch optimizer's part is that of an optimizer that has taken steps.
         """
         if saved is None:
-            self._take_plain_state(kept, resumed)
-        self.settled = self._broken = False
+            self._take_plain_state(with_state, resumed)
+        self._settled = self._broken = False
         self._whole_server_errors, self._loaded = None, Loaded()
         if saved is None or not State.is_in(saved):
             self._source = Source.PARAMETERS
@@ -300,18 +300,18 @@ class Origin:
             self._modes.begin(None)
             return
         self._source = Source.LOADED
-        state = self._modes.state or self._new_state(kept)
+        state = self._modes.state or self._new_state(with_state)
         serves = state.restore(saved)
         self._whole_server_errors = saved["server_errors"] if saved["consolidated"] else None
         own = self.consolidated or saved["rank"] == self._communicator.worker
-        self._loaded = Loaded.of(saved, kept, own, serves)
+        self._loaded = Loaded.of(saved, with_state, own, serves)
         self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))
         self._modes.begin(state, self._loaded.points)
 
-    def _take_plain_state(self, kept: Layout, resumed: bool) -> None:
+    def _take_plain_state(self, with_state: Layout, resumed: bool) -> None:
         """A state without ours: say what is gone, and leave x in the parameters."""
         began = self._modes.state is not None
-        if kept.buckets and (began or (resumed and self._communicator.rank == 0)):
+        if with_state.buckets and (began or (resumed and self._communicator.rank == 0)):
             gone = f"rounds begin at 0, and all compression errors are cleared{self._local_steps()}"
             warnings.warn(
                 "a state without 'hvd_saef' was loaded into the optimizer: the consensus point x is taken "

@@ -27,8 +27,8 @@ from hvd_saef.round.armed import Armed
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.gradients import prepare_sparse, sparse_refused, takes_sparse_only
 from hvd_saef.round.modes import Modes
-from hvd_saef.round.node_means import NodeMean
 from hvd_saef.round.partial_steps import LocalStep, StepCode, remove_hooks, step_elsewhere, step_here
+from hvd_saef.round.team_means import TeamMean
 from hvd_saef.transport.staging import so_far
 
 
@@ -153,7 +153,7 @@ class Overlap:
         if self._armed is None or not self.under_way:
             local_step()
             return
-        if self._exchange.communicator.node.size > 1:  # all means are under way before one is waited for
+        if self._exchange.communicator.team.size > 1:  # all means are under way before one is waited for
             while self._armed.expected:
                 self._leave(self._armed, self._armed.expected.popleft()[0])
             self._take_means(self._armed, wait=True)
@@ -171,7 +171,7 @@ class Overlap:
         self.disarm()
         if armed is None:
             return
-        if self._exchange.communicator.node.size > 1:
+        if self._exchange.communicator.team.size > 1:
             here = [bucket_state for bucket_state, _ in armed.expected]
             for _, mean in [*armed.means, *map(self._mean, here)]:
                 mean.done.result()
@@ -212,7 +212,7 @@ class Overlap:
         armed.note_options(self._inner.param_groups)
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
-        if self._exchange.communicator.node.size > 1:
+        if self._exchange.communicator.team.size > 1:
             sparse = [p for p, gradient in gradients.items() if gradient.is_sparse]
             if sparse and not self._exchange.settings.sparse_as_dense:
                 names = {slot.parameter: slot.name for slot in bucket_state.bucket.slots}
@@ -267,7 +267,7 @@ class Overlap:
 
     # -- workers of several ranks -------------------------------------------------------------------
 
-    def _mean(self, bucket_state: BucketState) -> tuple[BucketState, NodeMean]:
+    def _mean(self, bucket_state: BucketState) -> tuple[BucketState, TeamMean]:
         """Begin to average a bucket's gradients over the worker's ranks."""
         return bucket_state, self._exchange.means.begin([bucket_state.bucket])
 

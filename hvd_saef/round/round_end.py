@@ -97,5 +97,5 @@ class RoundEnd:
         try:
             check_workers(self._communicator, own | state_of(self._inner, self._parameters.layout), advice)
         except ConsensusError:
-            self._origin.unsettle()
+            self._origin.forget_agreement()
             raise

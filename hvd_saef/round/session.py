@@ -170,7 +170,7 @@ class Session:
                     "a state was loaded between backward and step(), or on some ranks alone, and "
                     "overlap=True had sent updates already: load on all ranks, before the forward pass."
                 )
-            self.origin.settle(self.parameters.layout, self.parameters.with_state, self._facts)
+            self.origin.agree(self.parameters.layout, self.parameters.with_state, self._facts)
             self._begin()
             self._round_end.check_worker(
                 "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, or load "
@@ -185,7 +185,7 @@ class Session:
         try:
             self.exchange.agree_on_sizes(self.modes.state)
         except Exception:
-            self.origin.unsettle()
+            self.origin.forget_agreement()
             raise
 
     def meet(self, what: str) -> None:
@@ -235,7 +235,7 @@ class Session:
         check_passes(passes)
         if passes != self._passes:
             self._passes = passes
-            self.origin.unsettle()
+            self.origin.forget_agreement()
 
     def check_growth(self) -> None:
         """Raise RuntimeError where parameters cannot be added."""

@@ -19,7 +19,7 @@ AS_SAVED = (
 VERSION = 2
 
 
-def check_state(saved: Mapping[str, Any], kept: Layout, settings: Settings, workers: int) -> None:
+def check_state(saved: Mapping[str, Any], with_state: Layout, settings: Settings, workers: int) -> None:
     """Raise ValueError, naming what is wrong, if `saved` is not a state for these parameters and settings."""
     if saved.get("version") != VERSION:
         raise ValueError(
@@ -32,22 +32,22 @@ def check_state(saved: Mapping[str, Any], kept: Layout, settings: Settings, work
         raise misfit("it has local steps without the point they reached")
     if not State.is_in(saved):
         return
-    if bool(saved.get("x", kept.slots)) != bool(kept.slots):
-        which = "it was saved" if kept.slots else "this optimizer is wrapped"
+    if bool(saved.get("x", with_state.slots)) != bool(with_state.slots):
+        which = "it was saved" if with_state.slots else "this optimizer is wrapped"
         raise misfit(
             f"{which} with feedback='none' and a dense compressor, where gradients are averaged and no x "
             f"or errors are kept; {AS_SAVED}"
         )
-    for name, _, _ in kept.frozen:
+    for name, _, _ in with_state.frozen:
         if name in saved.get("x", ()):
             raise misfit(f"{name!r} was trained, and is frozen here: set requires_grad before loading")
-    State.check(saved, kept)
+    State.check(saved, with_state)
     before = saved.get("settings", {}).get("feedback")
     if settings.feedback == "none" and before != "none" and _has_errors(saved):
         raise misfit(f"it holds compression errors, which feedback='none' would drop; {AS_SAVED}")
     if saved["reached"] is not None:
-        check_shapes("the training point", saved["reached"], kept)
-    if saved["workers"] != workers and kept.buckets and not saved["consolidated"]:
+        check_shapes("the training point", saved["reached"], with_state)
+    if saved["workers"] != workers and with_state.buckets and not saved["consolidated"]:
         raise misfit(
             f"it was saved by {saved['workers']} workers and is loaded by {workers}, which drops errors; "
             "call optimizer.consolidate() before saving, or load it on as many workers"

@@ -31,7 +31,7 @@ class Synchronization:
     @property
     def needed(self) -> bool:
         """Whether any gradients are averaged."""
-        return self._parameters.averages_gradients or self._exchange.communicator.node.size > 1
+        return self._parameters.averages_gradients or self._exchange.communicator.team.size > 1
 
     def average(self) -> None:
         """Average the gradients now; step() is then expected within :meth:`skip`. Collective."""
@@ -77,7 +77,7 @@ class Synchronization:
     def _average(self) -> None:
         layout, as_sparse = self._parameters.layout, takes_sparse_only(self._inner)
         communicator = self._exchange.communicator
-        if communicator.node.size > 1:
+        if communicator.team.size > 1:
             self._exchange.means.average(layout, as_sparse, apart=self._exchange.settings.overlap)
         if self._parameters.averages_gradients:
             average_gradients(communicator, self._exchange.statistics, layout, as_sparse)

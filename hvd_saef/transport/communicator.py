@@ -94,7 +94,7 @@ class Communicator(abc.ABC):
         return [[rank] for rank in range(self.size)]
 
     @property
-    def node(self) -> Communicator:
+    def team(self) -> Communicator:
         """The ranks of this worker, among which gradients are averaged; here it is alone."""
         return SoloCommunicator()
 

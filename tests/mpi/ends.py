@@ -12,7 +12,7 @@ import horovod.torch as hvd
 import torch
 
 import hvd_saef
-from hvd_saef.transport.nodes import NodeCommunicator
+from hvd_saef.transport.teams import TeamCommunicator
 from hvd_saef.transport.watch import Watch
 from tests.workers import network, train
 
@@ -52,14 +52,14 @@ def within_a_collective() -> None:
 
 def before_a_collective() -> None:
     """Let the ranks of the second node come late to what these two do among themselves."""
-    put_together = NodeCommunicator._put_together
+    put_together = TeamCommunicator._put_together
 
     def put_together_later(*arguments: Any) -> None:
         time.sleep(LATE)
         put_together(*arguments)
 
     if hvd.rank() >= 2:
-        NodeCommunicator._put_together = put_together_later  # type: ignore[method-assign, assignment]
+        TeamCommunicator._put_together = put_together_later  # type: ignore[method-assign, assignment]
 
 
 @how

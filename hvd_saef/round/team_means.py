@@ -20,7 +20,7 @@ TOGETHER = 24 << 20
 
 
 @dataclass
-class NodeMean:
+class TeamMean:
     """Some buckets' gradients on their way to their mean."""
 
     buckets: Sequence[Bucket]
@@ -30,7 +30,7 @@ class NodeMean:
     memory: Buffers
 
 
-class NodeMeans:
+class TeamMeans:
     """Takes means over one worker's ranks, one at a time, and keeps the memory for the next."""
 
     def __init__(self, communicator: Communicator, statistics: Statistics) -> None:
@@ -38,7 +38,7 @@ class NodeMeans:
         self._statistics = statistics
         self._idle: list[Buffers] = []
 
-    def begin(self, buckets: Sequence[Bucket]) -> NodeMean:
+    def begin(self, buckets: Sequence[Bucket]) -> TeamMean:
         """All ranks of the worker begin the same buckets in the same order."""
         sizes, first = [bucket.numel + len(bucket.slots) for bucket in buckets], buckets[0]
         memory = self._idle.pop() if self._idle else Buffers()
@@ -47,12 +47,12 @@ class NodeMeans:
         flats = torch.split(together, sizes)
         for bucket, flat in zip(buckets, flats, strict=True):
             pack(bucket, flat)
-        self._statistics.node_bytes_sent += ring_bytes(self._communicator.node.size, together.nbytes)
+        self._statistics.node_bytes_sent += ring_bytes(self._communicator.team.size, together.nbytes)
         work = self._communicator.background(Channel.MEANS)
-        done = work.submit(self._communicator.node.allreduce_mean, together, f"node.{first.index}")
-        return NodeMean(buckets, flats, done, memory)
+        done = work.submit(self._communicator.team.allreduce_mean, together, f"node.{first.index}")
+        return TeamMean(buckets, flats, done, memory)
 
-    def take(self, mean: NodeMean, as_sparse: bool) -> None:
+    def take(self, mean: TeamMean, as_sparse: bool) -> None:
         """Wait for the mean and put it into the gradients."""
         mean.done.result()
         for bucket, flat in zip(mean.buckets, mean.flats, strict=True):
@@ -65,7 +65,7 @@ class NodeMeans:
         A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them,
         `apart` or up to TOGETHER bytes in one mean, the next packed while one is averaged.
         """
-        under_way: deque[NodeMean] = deque()
+        under_way: deque[TeamMean] = deque()
         with self._statistics.phase("node"):
             for buckets in _chunks(layout, 0 if apart else TOGETHER):
                 under_way.append(self.begin(buckets))

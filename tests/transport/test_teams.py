@@ -11,7 +11,7 @@ from torch import nn
 
 import hvd_saef
 from hvd_saef import Compression, ConsensusError, NonFiniteUpdateError, run_workers
-from hvd_saef.round import session
+from hvd_saef.round import round_end
 from tests.nodes import of_nodes
 from tests.oracle import Setup, run
 from tests.problems import STEPS, Outcome, curved_valley, run_library, same_bits, schedule, start_point, worst
@@ -178,7 +178,7 @@ def test_a_rank_that_drifts_is_found(what: str) -> None:
 @pytest.mark.parametrize("what", ["momentum", "error"])
 def test_a_rank_that_drifts_is_found_by_that_check_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The counter-test: that x is the same on all ranks does not show it."""
-    monkeypatch.setattr(session, "check_workers", lambda *_: None)
+    monkeypatch.setattr(round_end, "check_workers", lambda *_: None)
     together(2, drift(what), ranks=2)
 
 

@@ -1,15 +1,15 @@
-"""Workers of several ranks: full precision inside a node, compressed between nodes.
+"""Workers of several ranks, which are a team: full precision inside a team, compressed between teams.
 
-All ranks of a node hold the same bits of x, e, s and the optimizer's state, and so the same payload. Each
-sends its slice of it to the ranks of the same place on other nodes (its lane), and the slices are put
-together inside the node: between nodes go the bytes of one rank a node, over all of a node's lanes.
+All ranks of a team hold the same bits of x, e, s and the optimizer's state, and so the same payload. Each
+rank sends its slice of the payload to the ranks at the same place in the other teams (its lane), and the
+slices are put together inside the team. So between teams go the bytes of one rank a team, over all lanes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from hvd_saef.errors import ConfigurationMismatchError, who_has_what
 from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
 from hvd_saef.transport.libraries import horovod
-from hvd_saef.transport.process_sets import lanes, ranks_of, register, remember
+from hvd_saef.transport.process_sets import lanes, register
 from hvd_saef.transport.together import together
-
-Workers = Literal["rank", "node"] | Sequence[Any]
 
 
 def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
@@ -55,32 +53,15 @@ def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
     if set(sizes) == {1}:
         return everyone
     key = repr(found), weights
-    nodes = everyone.kin.get(key)
-    if not isinstance(nodes, NodeCommunicator):
-        nodes = everyone.kin[key] = NodeCommunicator.of(everyone, found, by_ranks=weights == "ranks")
-    nodes.find_process_sets()
-    return nodes
+    teams = everyone.kin.get(key)
+    if not isinstance(teams, TeamCommunicator):
+        teams = everyone.kin[key] = TeamCommunicator.of(everyone, found, by_ranks=weights == "ranks")
+    teams.find_process_sets()
+    return teams
 
 
-def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...], ...]:
-    """What `worker` asks for in plain values. Raises TypeError for what it cannot be. Local."""
-    if worker == "rank" or worker == "node":
-        return worker
-    allowed = '"rank", "node", or a list of Horovod process sets (or of lists of ranks) is allowed'
-    if isinstance(worker, str):
-        raise ValueError(f"worker={worker!r}: {allowed}.")
-    try:
-        groups = sorted(tuple(ranks_of(group)) for group in worker)
-    except TypeError:
-        raise TypeError(f"worker={worker!r}: {allowed}.") from None
-    if not groups or not all(groups) or not all(type(rank) is int for group in groups for rank in group):
-        raise TypeError(f"worker={worker!r}: {allowed}.")
-    remember(worker)
-    return tuple(groups)
-
-
-class NodeCommunicator(Communicator):
-    """Workers are `groups` of the ranks of `everyone`; `node` and `lane` (or None) are this rank's.
+class TeamCommunicator(Communicator):
+    """Workers are `groups` of the ranks of `everyone`; `team` and `lane` (or None) are this rank's.
 
     `by_ranks`: a worker counts by its number of ranks in means over workers, else all count alike.
     """
@@ -90,7 +71,7 @@ class NodeCommunicator(Communicator):
         everyone: Communicator,
         groups: Sequence[Sequence[int]],
         by_ranks: bool,
-        node: Communicator,
+        team: Communicator,
         lane: Communicator | None,
     ) -> None:
         self.rank, self.size, self.ranks = everyone.rank, everyone.size, everyone.ranks
@@ -98,24 +79,24 @@ class NodeCommunicator(Communicator):
         self._worker = next(k for k, group in enumerate(groups) if self.rank in group)
         self._place, self._lanes = groups[self._worker].index(self.rank), len(lanes(groups))
         self._counts = [len(group) if by_ranks else 1 for group in groups]
-        self._node, self._lane = node, lane
-        for part in (self, node, lane):
+        self._team, self._lane = team, lane
+        for part in (self, team, lane):
             if part is not None:
                 part.doing = everyone.doing
 
     @classmethod
-    def of(cls, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> NodeCommunicator:
+    def of(cls, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> TeamCommunicator:
         """That of these groups. Collective over `everyone`."""
         mine = next(group for group in groups if everyone.rank in group)
-        node = everyone.part(mine)
-        # A node may have more ranks than another: its last ones have no lane.
+        team = everyone.part(mine)
+        # A team may have more ranks than another: its last ones have no lane.
         lane = next((everyone.part(ranks) for ranks in lanes(groups) if everyone.rank in ranks), None)
-        return cls(everyone, groups, by_ranks, node, lane)
+        return cls(everyone, groups, by_ranks, team, lane)
 
     def new_line(self, number: int) -> Communicator:  # noqa: D102
         lane = None if self._lane is None else self._lane.line(number)
-        everyone, node = self._everyone.line(number), self._node.line(number)
-        return NodeCommunicator(everyone, self._groups, self._by_ranks, node, lane)
+        everyone, team = self._everyone.line(number), self._team.line(number)
+        return TeamCommunicator(everyone, self._groups, self._by_ranks, team, lane)
 
     def find_process_sets(self) -> None:
         """Horovod's, which may have been removed and added anew. Collective over all ranks.
@@ -129,7 +110,7 @@ class NodeCommunicator(Communicator):
 
         def find() -> None:
             known = register(groups, add=everyone.process_set is horovod().global_process_set)
-            for part in (self._node, self._lane):
+            for part in (self._team, self._lane):
                 if part is not None and part.size > 1:
                     part.process_set = known[tuple(sorted(part.ranks))]
 
@@ -152,11 +133,11 @@ class NodeCommunicator(Communicator):
         return self._groups
 
     @property
-    def node(self) -> Communicator:  # noqa: D102
-        return self._node
+    def team(self) -> Communicator:  # noqa: D102
+        return self._team
 
     def passed_on(self, sizes: Iterable[int]) -> int:  # noqa: D102
-        return (self.node.size - 1) * sum(self._span(size, self._place)[1] for size in sizes)
+        return (self.team.size - 1) * sum(self._span(size, self._place)[1] for size in sizes)
 
     def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
         return self._everyone.part(ranks)
@@ -174,7 +155,7 @@ class NodeCommunicator(Communicator):
         return self._everyone.use()
 
     def close(self) -> None:  # noqa: D102
-        for communicator in (self._node, self._lane):
+        for communicator in (self._team, self._lane):
             if communicator is not None:
                 communicator.close()
         super().close()
@@ -200,30 +181,30 @@ class NodeCommunicator(Communicator):
         mine = self._cut(flat)
         if self._lane is not None and mine.numel():
             self._lane.allreduce_mean(mine, name)
-        if self.node.size > 1:
-            slices = [self._cut(flat, place).view(torch.uint8) for place in range(self.node.size)]
-            self.node.allgather(mine.clone().view(torch.uint8), slices, Channel.UP)
+        if self.team.size > 1:
+            slices = [self._cut(flat, place).view(torch.uint8) for place in range(self.team.size)]
+            self.team.allgather(mine.clone().view(torch.uint8), slices, Channel.UP)
         if flat.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
                 tensor.copy_(flat.view(tensor.shape))
 
     def _put_together(self, own: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
-        """Inside the node: out[k] whole, of which each rank has its slice; and this worker's own."""
+        """Inside the team: out[k] whole, of which each rank has its slice; and this worker's own."""
         out[self.worker].copy_(own)
         others = [piece for k, piece in enumerate(out) if k != self.worker]
-        if self.node.size == 1 or not others:
+        if self.team.size == 1 or not others:
             return
-        places = range(self.node.size)
+        places = range(self.team.size)
         sizes = [sum(self._span(piece.numel(), place)[1] for piece in others) for place in places]
         landed = torch.split(own.new_empty(sum(sizes)), sizes)
-        self.node.allgather(torch.cat(self._cuts(others)), landed, channel)
+        self.team.allgather(torch.cat(self._cuts(others)), landed, channel)
         for place in places:
             if place != self._place:
                 slices = self._cuts(others, place)
                 copy_pieces(torch.split(landed[place], [one.numel() for one in slices]), slices)
 
     def _span(self, size: int, place: int) -> tuple[int, int]:
-        """Where the slice of the rank at `place` in its node begins in `size` elements, and its length."""
+        """Where the slice of the rank at `place` in its team begins in `size` elements, and its length."""
         start, stop = (min(p, self._lanes) * size // self._lanes for p in (place, place + 1))
         return start, stop - start
 
