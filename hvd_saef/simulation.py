@@ -47,7 +47,7 @@ def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[i
         try:
             results[rank] = fn(rank)
         except BaseException as failure:
-            failures.append(failure)  # before leave(): workers that fail because of it follow
+            failures.append(failure)  # this stands before leave(): workers that fail because of it follow
         finally:
             set_thread_communicator(None)
             meetings.leave(rank)
@@ -62,7 +62,7 @@ def run_workers(workers: int, fn: Callable[[int], T], *, ranks: int | Sequence[i
         while thread.is_alive() and not any(isinstance(f, StalledExchangeError) for f in failures):
             thread.join(LOOK)
         thread.join(CALM / len(threads))  # threads that gave up waiting end together; a hung one does not
-    if failures:  # the cause comes before the errors of those that were told
+    if failures:  # raise the cause, not the errors of workers that were told of it
         raise next((f for f in failures if not isinstance(f, WorkerError)), failures[0])
     return [results[rank] for rank in everyone]
 

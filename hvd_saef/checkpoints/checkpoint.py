@@ -174,7 +174,7 @@ def load_checkpoint(
     def take() -> None:
         # The optimizer is first: loading a model whose values are the optimizer's x leaves the errors alone.
         optimizer.load_state_dict(own["optimizer"])
-        with optimizer.consensus():  # the model may have hooks of hvd_saef or not
+        with optimizer.consensus():  # needed if the model has no hooks of hvd_saef
             model.load_state_dict(own["model"])
 
     _everyone(communicator, take)

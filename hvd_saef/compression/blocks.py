@@ -29,7 +29,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How flat memory of `dtype` is cut into blocks: runs of equal blocks, from element 0, without gaps."""
+    """The blocks into which flat memory of `dtype` is cut: runs of equal blocks, from element 0, no gaps."""
 
     runs: tuple[Run, ...]
     dtype: torch.dtype

@@ -30,7 +30,7 @@ class DenseCompressor(Compressor):
         if wire.dtype == delta.flat.dtype:
             wire.copy_(delta.flat)
         else:
-            most = torch.finfo(wire.dtype).max  # what exceeds it stays in the error
+            most = torch.finfo(wire.dtype).max  # the excess stays in the error
             wire.copy_(delta.flat.clamp(-most, most))
         delta.flat.sub_(wire.to(delta.flat.dtype))
 

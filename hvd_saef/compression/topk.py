@@ -14,7 +14,7 @@ from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
 
-PAGE = 1 << 16  # elements: the range of a uint16 offset
+PAGE = 1 << 16  # the number of elements that a uint16 offset can tell apart
 COUNT, OFFSET = torch.int32, torch.uint16
 Payload = TypeVar("Payload", Tensor, Sequence[Tensor])
 

@@ -84,6 +84,6 @@ def _time(communicator: Any, other: int, begins: bool) -> tuple[float, float]:
             communicator.Send(buffer, other)
         return time.perf_counter() - start
 
-    there_and_back(large)  # opens the connection
+    there_and_back(large)  # the first message opens the connection, so its time does not count
     pings = sum(there_and_back(small) for _ in range(PINGS)) / PINGS
     return pings / 2, 8 * MESSAGE / (min(there_and_back(large) for _ in range(REPEATS)) / 2)

@@ -1,4 +1,4 @@
-"""How parameters are laid out in buckets, and buckets cut into blocks and servers' parts. Local."""
+"""Lays out parameters in buckets, and cuts buckets into blocks and the servers' parts. Local."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far training has come: completed rounds, and local steps since the last round. Local."""
+"""Counts how far training has come: completed rounds, and local steps since the last round. Local."""
 
 from __future__ import annotations
 

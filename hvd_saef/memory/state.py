@@ -67,7 +67,7 @@ class BucketState:
             self._where, self._memories = where, []
             for part, pieces in zip(parts, _cut(self._points(), parts), strict=True):
                 stretch = slice(part.start, part.stop)
-                s = self.s if beta else None  # β > 0 means a replicated server, so s is of the only part
+                s = self.s if beta else None  # β > 0 needs a replicated server, which has one part
                 self._memories.append(
                     Memory(part.blocks, self.x[stretch], self.e[stretch], s, pieces, alpha, beta, part.start)
                 )
@@ -242,9 +242,10 @@ class State:
 
 
 def place_stretches(bucket: Bucket, stretches: Mapping[str, Any], out: Tensor, start: int) -> int:
-    """Copies into `out`, the bucket's memory from element `start` on, what `stretches` hold of it.
+    """Copies the values of `stretches` into `out`, which is the bucket's memory from element `start` on.
 
-    `stretches` are as in :meth:`State.export`. Returns the number of elements found; `out` keeps its others.
+    `stretches` are the "server_errors" of :meth:`State.export`. Returns the number of elements found;
+    the other elements of `out` keep their values.
     """
     found = 0
     for slot in bucket.slots:

@@ -177,7 +177,7 @@ class Method:
 
         if (
             self.node and job.ranks > 1
-        ):  # the gradients' mean on the node; payloads inside are next to nothing
+        ):  # the node averages gradients; payloads inside it cost next to nothing
             add(MEAN.work(size, 0))
             found["wire"] += 8 * 2 * (job.ranks - 1) / job.ranks * 4 * size / job.inside
         if workers == 1:
