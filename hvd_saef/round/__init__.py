@@ -1,1 +1,1 @@
-"""The order of things in a step and in a round: who does what when, and what all workers agree on."""
+"""The order of a step and of a round: which code does what and when, and what all workers agree on."""

@@ -1,6 +1,6 @@
-"""The small word that all workers exchange before the local step and after it, so that all decide alike.
+"""The small word that all ranks exchange before and after the local step, so that they decide alike.
 
-A later feature that needs all workers to do the same thing adds a bit here, not a collective.
+A later feature that needs a common decision of all workers adds a bit to the word, not a collective.
 """
 
 from __future__ import annotations
@@ -32,48 +32,51 @@ BROKEN_ADVICE = (
 
 
 class Word(enum.IntFlag):
-    """What a worker has to say before a local step, or after it; all see the bitwise or."""
+    """What one rank reports before or after a local step. All ranks receive the bitwise or of all words."""
 
     NOTHING = 0
     ANCHOR = enum.auto()
-    """I was just wrapped or loaded: let us agree where x, e and s come from."""
+    """This rank was just wrapped or loaded: all must agree where x, e and s come from."""
     FAILED = enum.auto()
-    """An exception was raised here."""
+    """This rank raised an exception."""
     OVERFLOW = enum.auto()
-    """A GradScaler found an overflow here: skip this step."""
+    """A GradScaler found an overflow on this rank: all skip this step."""
     NONFINITE = enum.auto()
-    """A gradient here, or what the local step made of it, holds a NaN, an infinity, or nearly that."""
+    """A gradient on this rank holds NaN or infinity, or the local step left one or a value near overflow."""
     HUGE = enum.auto()
-    """A gradient's square is infinite: keep what the optimizer has, in case that its step overflows."""
+    """A gradient's square is infinite: all keep a copy of the optimizer's state, as the step may overflow."""
     UNDER_WAY = enum.auto()
-    """With overlap=True: updates of this round are on the wire already."""
+    """With overlap=True: this rank has already sent updates of this round."""
     STOP = enum.auto()
-    """A signal came here: let us stop after this step."""
+    """This rank received a signal: all stop after this step."""
     BROKEN = enum.auto()
-    """What failed here did so within the exchange: x may not be the same everywhere."""
+    """The exchange itself failed on this rank: x may differ between the workers."""
 
 
 def agree(communicator: Communicator, word: Word, failure: Exception | None) -> Word:
-    """Everyone's words together. Collective; where any says FAILED, :func:`raise_failure` comes next."""
+    """Returns the bitwise or of all ranks' words, FAILED added to `word` if there is a `failure`. Collective.
+
+    If the result holds FAILED, the caller calls :func:`raise_failure` next.
+    """
     return Word(communicator.combine(int(word | (Word.FAILED if failure else Word.NOTHING))))
 
 
 def raise_failure(communicator: Communicator, failure: Exception | None) -> NoReturn:
-    """The worker that failed raises its own exception, the others WorkerError. Collective."""
+    """Raises `failure` on the ranks that have one, WorkerError on the others. Collective."""
     reasons = who_raised(communicator.allgather_object(in_words(failure)))
     raise WorkerError(reasons) if failure is None else failure
 
 
 def raise_broken(communicator: Communicator, failure: Exception | None) -> NoReturn:
-    """Raise ExchangeError on all workers, for what failed within an exchange on some. Collective."""
+    """Raises ExchangeError on all ranks, after an exchange failed on some of them. Collective."""
     reasons = who_raised(communicator.allgather_object(in_words(failure)))
     raise ExchangeError(f"the exchange of a round failed: {reasons}. {BROKEN_ADVICE}") from failure
 
 
 def check_configuration(communicator: Communicator, layout: Layout, facts: Mapping[str, Any]) -> None:
-    """Raise ConfigurationMismatchError on all workers if settings, parameters or `facts` differ. Collective.
+    """Raises ConfigurationMismatchError on all ranks if settings, parameters or `facts` differ. Collective.
 
-    `facts` are those of now, by name.
+    `facts` gives by name the present values of what may change from call to call.
     """
     facts = {"torch.set_flush_denormal": denormals(), **facts}
     if len(set(communicator.allgather_object((layout.digest, repr(facts))))) == 1:
@@ -82,7 +85,7 @@ def check_configuration(communicator: Communicator, layout: Layout, facts: Mappi
     everyone = communicator.allgather_object(layout.description | {"settings": settings})
     flattened = [_flatten(description) for description in everyone]
     keys = {key: None for items in flattened for key in items}
-    # What all have and one has otherwise says more than what one has not.
+    # A key with different values explains more than a key that is missing on one rank, so it is named first.
     for key in sorted(keys, key=lambda key: not all(key in items for items in flattened)):
         values = [items.get(key, "(missing)") for items in flattened]
         if len({repr(value) for value in values}) > 1:
@@ -93,9 +96,9 @@ def check_configuration(communicator: Communicator, layout: Layout, facts: Mappi
 
 
 def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice: str) -> None:
-    """Raise ConsensusError on all workers unless x has the same bits everywhere. Collective.
+    """Raises ConsensusError on all ranks unless x has the same bits on every rank. Collective.
 
-    Costs a hash of x and one gather of 16 bytes a rank.
+    The check costs a hash of x and one gather of 16 bytes per rank.
     """
     digests, together = _digests(x)
     if len(set(communicator.allgather_object(together))) == 1:
@@ -109,9 +112,10 @@ def check_consensus(communicator: Communicator, x: Mapping[str, Tensor], advice:
 
 
 def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advice: str) -> None:
-    """Raise ConsensusError on all ranks unless `state` has the same bits on each worker's ranks. Collective.
+    """Raises ConsensusError on all ranks unless the ranks of every team have the same `state`. Collective.
 
-    Costs a hash of the state and one gather of 16 bytes a rank, where workers have several ranks.
+    The check compares bits. It costs a hash of the state and one gather of 16 bytes per rank; it costs
+    nothing where every worker is one rank.
     """
     if communicator.workers == communicator.size:
         return
@@ -129,7 +133,7 @@ def check_workers(communicator: Communicator, state: Mapping[str, Tensor], advic
 
 
 def state_of(optimizer: torch.optim.Optimizer, layout: Layout) -> dict[str, Tensor]:
-    """What a torch optimizer keeps, and the numbers in its groups, by what to call them. Local."""
+    """Returns a torch optimizer's state tensors and its groups' numbers, by title in messages. Local."""
     state = {
         f"{key} of {slot.name!r}": value
         for slot in layout.slots
@@ -145,9 +149,10 @@ def state_of(optimizer: torch.optim.Optimizer, layout: Layout) -> dict[str, Tens
 def agree_on_sizes(
     communicator: Communicator, sizes: Callable[[], dict[int, list[int]]]
 ) -> dict[int, list[int]]:
-    """The payloads' `sizes` by bucket. Collective.
+    """Returns what `sizes` returns: the bytes of each bucket's payloads, by the bucket's index. Collective.
 
-    Raises ConfigurationMismatchError on all ranks if they differ, and what `sizes` raises on any.
+    Raises ConfigurationMismatchError on all ranks if the sizes differ between ranks. If `sizes` raises on a
+    rank, that rank raises the same exception and the others WorkerError.
     """
     everyone = together(communicator, sizes)
     own = everyone[communicator.rank]
@@ -162,7 +167,7 @@ def agree_on_sizes(
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], str]:
-    """A hash of each, and one of all."""
+    """Returns a hash of each tensor, by name, and one hash of all of them."""
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
     return digests, hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
@@ -172,7 +177,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry for each thing to agree on, under a name that a reader understands."""
+    """Returns one entry for each fact to agree on, under a name that a reader of the message understands."""
     items: dict[str, Any] = dict(description["settings"])
     frozen: Sequence[str] = description["frozen"]
     items["the number of parameters"] = len(description["parameters"]) + len(frozen)

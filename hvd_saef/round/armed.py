@@ -1,4 +1,4 @@
-"""With overlap=True: what is expected of the next backward passes, and what went wrong so far. Local."""
+"""With overlap=True: the gradients that the next backward passes will give, and failures so far. Local."""
 
 from __future__ import annotations
 
@@ -18,36 +18,42 @@ from hvd_saef.round.team_means import TeamMean
 
 @dataclass
 class Armed:
-    """What is expected of the next backward passes."""
+    """Holds what a round's last local step still waits for, what has left early, and what went wrong."""
 
     state: State
     local_step: LocalStep
     passes: int
     expected: deque[tuple[BucketState, dict[Tensor, int]]]
-    """The buckets that have not left, in their order; for each parameter the passes still to come."""
+    """The buckets that have not left, in the order of sending, each with the passes left per parameter."""
     watched: set[Tensor] = field(default_factory=set)
-    """The parameters whose gradients are expected; another may have been unfrozen since."""
+    """The parameters whose gradients are expected. Parameters that were unfrozen since are not among them."""
     means: deque[tuple[BucketState, TeamMean]] = field(default_factory=deque)
-    """Of the buckets that have left for their ranks' mean and not been seen since."""
+    """The buckets whose gradients are being averaged over the team, or are averaged but not yet used."""
     used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
-    """By parameter the gradient that a local step or a mean uses, and its version."""
+    """For each parameter, the gradient that a local step or a mean uses, and the gradient's version."""
     options: Options | None = None
-    """Those of the parameter groups that the local steps used, once one was taken."""
+    """The options of the parameter groups that the early local steps use; None before the first one."""
     failure: Exception | None = None
-    """What step() is to raise."""
+    """The exception that step() is to raise."""
     nonfinite: bool = False
-    """Whether a gradient held a NaN or an infinity."""
+    """True if a gradient held NaN or infinity."""
     overflowed: bool = False
-    """Whether a local step made such a number."""
+    """True if a local step left NaN, infinity or a value near overflow in a parameter."""
     waits: bool | None = None
-    """Whether all is left to step(), which takes unfrozen parameters in; known from the first gradient on."""
+    """True if nothing leaves early, as step() must first lay out unfrozen parameters; None until decided.
+
+    The first gradient of the round decides.
+    """
 
     def look(self, gradients: Iterable[Tensor]) -> None:
-        """See whether these gradients are finite."""
+        """Sets `nonfinite` if any of these gradients holds NaN or infinity."""
         self.nonfinite = self.nonfinite or not kernels.all_finite([values(g) for g in gradients])
 
     def note_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        """All buckets' local steps must take the same options, and step() must find them: or it raises."""
+        """Sets `failure` if the options of `groups` differ from those that earlier local steps used.
+
+        All buckets of one step must use the same options, and step() must find these options unchanged.
+        """
         now = options_of(groups)
         if self.options is None:
             self.options = now

@@ -1,4 +1,4 @@
-"""Means over all workers, of errors (row 1) and of moments; and s whole, from its parts. Collective."""
+"""Averages errors (row 1) and moments over all workers, and gathers all parts of s. Collective."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_saef.transport.communicator import Channel, Communicator
 
 
 def averages_next(settings: Settings, state: State, bucket_state: BucketState) -> bool:
-    """Whether the bucket's next round begins with row 1. Local."""
+    """Returns True if row 1 (averaging e) begins the bucket's next round. Local."""
     period, bucket = settings.averaging_period, bucket_state.bucket
     if period is None or not bucket.numel:
         return False
@@ -31,15 +31,15 @@ def average_errors(
     buckets: Iterable[BucketState],
     wire_dtype: torch.dtype | None = None,
 ) -> None:
-    """Row 1: e ← the mean of all workers' e, by Horovod's ring allreduce.
+    """Row 1: replaces e by the mean of all workers' e, in place, by Horovod's ring allreduce. Collective.
 
-    What a narrower `wire_dtype` rounds away stays in this worker's e.
+    With a narrower `wire_dtype`, the part of e that rounding removes stays in this worker's e.
     """
     with statistics.phase("averaging"):
         for bucket_state in buckets:
             e = wire = bucket_state.e
             if wire_dtype is not None:
-                most = torch.finfo(wire_dtype).max / communicator.workers  # the sum must fit, too
+                most = torch.finfo(wire_dtype).max / communicator.workers  # the sum must not overflow
                 wire = e.clamp(-most, most).to(wire_dtype)
                 e.sub_(wire)
             communicator.allreduce_mean(wire, f"error.{bucket_state.bucket.index}")
@@ -50,7 +50,10 @@ def average_errors(
 
 
 def whole_server_error(communicator: Communicator, bucket_state: BucketState) -> Tensor | None:
-    """A bucket's s, flat, from the parts that the workers serve; None with single-way compression."""
+    """Returns all of a bucket's s, [numel], put together from the parts that the workers serve. Collective.
+
+    Returns None with single-way compression, and s itself (no copy) where the server is not sharded.
+    """
     s = bucket_state.s
     if s is None or not bucket_state.sharded:
         return s
@@ -61,7 +64,7 @@ def whole_server_error(communicator: Communicator, bucket_state: BucketState) ->
 
 
 def whole_server_errors(communicator: Communicator, state: State) -> dict[str, Any]:
-    """All of s, by parameter, on every worker."""
+    """Returns all of s, by parameter name, on every worker. Collective."""
     whole: dict[str, Any] = {}
     for bucket_state in state.buckets:
         s = whole_server_error(communicator, bucket_state)
@@ -71,10 +74,11 @@ def whole_server_errors(communicator: Communicator, state: State) -> dict[str, A
 
 
 def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
-    """Replace the optimizer's moments by the workers' means. Collective.
+    """Replaces the optimizer's moments by their means over the workers, in place. Collective.
 
-    A moment is a floating state tensor that has its parameter's shape, for every parameter; so a
-    count of steps is none, though it has the shape of a parameter without dimensions.
+    A moment is an entry of the state that is a floating tensor of its parameter's shape for every parameter
+    that has the entry, on every worker. The entry "step", a count, is never a moment, not even where a
+    parameter has no dimensions and the shapes agree.
     """
     mine: dict[str, bool] = {}
     for slot in layout.slots:
@@ -88,6 +92,6 @@ def average_moments(communicator: Communicator, optimizer: torch.optim.Optimizer
     for slot in layout.slots:
         state = optimizer.state.get(slot.parameter, {})
         for key in sorted(moments):
-            # A worker that has had no gradient yet adds zero, and keeps its empty state.
+            # A worker without any gradient so far contributes zeros, and its own state stays empty.
             moment = state.get(key, torch.zeros_like(slot.parameter))
             communicator.allreduce_mean(moment, f"state.{slot.name}.{key}")

@@ -1,4 +1,4 @@
-"""What several ranks encode for themselves must come out the same: compressors of which it may not. Local."""
+"""Finds compressors whose payloads could differ where several ranks encode the same input. Local."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from hvd_saef.settings import Settings
 from hvd_saef.transport.communicator import Communicator
 
 MOST = 4096
-"""Elements of a block that is encoded to try a compressor."""
+"""The largest block, in elements, that is encoded to try a compressor."""
 
 
 def check_compressors(layout: Layout, settings: Settings, communicator: Communicator) -> None:
-    """Raise ValueError for compressors by which x, or a worker's error, would differ between ranks."""
+    """Raises ValueError for a compressor with which x or a worker's error would differ between ranks.
+
+    Local. A compressor that claims to be deterministic is tried on a small input.
+    """
     for bucket in {bucket.compressor.description: bucket for bucket in layout.buckets}.values():
         if bucket.compressor.deterministic:
             _try_twice(bucket)
@@ -41,7 +44,10 @@ def _refuse_where_encoded_twice(bucket: Bucket, settings: Settings, communicator
 
 
 def _try_twice(bucket: Bucket) -> None:
-    """Encode the same twice with a copy of the compressor, into payloads that held something else."""
+    """Encodes the same input twice, into payloads with different old content; raises if results differ.
+
+    A copy of the compressor is used, so that the trial leaves no trace in the user's object.
+    """
     if not bucket.numel:
         return
     compressor = copy.deepcopy(bucket.compressor)
@@ -60,7 +66,7 @@ def _try_twice(bucket: Bucket) -> None:
 
 
 def _encode(compressor: Compressor, delta: BlockedTensor, fill: int) -> tuple[Tensor, Tensor]:
-    """What is left behind, and what the payload decodes to: as bytes."""
+    """Returns, as bytes, what encode leaves in `delta` and the tensor that the payload decodes to."""
     payload = torch.full(
         [compressor.payload_bytes(delta.blocks)], fill, dtype=torch.uint8, device=delta.flat.device
     )

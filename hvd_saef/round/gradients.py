@@ -1,4 +1,4 @@
-"""Gradients: sparse ones made ready for the local step; and their means over all workers."""
+"""Prepares sparse gradients for the local step, and averages gradients over all workers."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from hvd_saef.transport.communicator import Communicator
 
 
 def prepare_sparse(parameter: Tensor, optimizer: torch.optim.Optimizer, as_dense: bool) -> None:
-    """Make a sparse gradient dense if wanted and taken by the optimizer, else of one value a place. Local."""
+    """Replaces a sparse gradient by a dense one, or by a coalesced one (one value per index). Local.
+
+    It becomes dense only `as_dense`, and only if the optimizer accepts dense gradients.
+    """
     gradient = parameter.grad
     if gradient is None or not gradient.is_sparse:
         return
     if as_dense and not takes_sparse_only(optimizer):
         parameter.grad = gradient.to_dense()
-    else:  # the sum of several values may overflow
+    else:  # the sum of several values of one index may overflow, so the sum is what is checked
         parameter.grad = gradient.coalesce()
 
 
 def takes_sparse_only(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it refuses dense gradients: it then gets sparse ones, as Horovod gives it."""
+    """Returns True if the optimizer refuses dense gradients; it then gets sparse ones, as with Horovod."""
     return isinstance(optimizer, torch.optim.SparseAdam)
 
 
 def values(gradient: Tensor) -> Tensor:
-    """The gradient itself, or the values that a sparse one has: in its memory."""
+    """Returns the gradient itself, or the values of a sparse gradient: a view, no copy."""
     return gradient._values() if gradient.is_sparse else gradient
 
 
 def writable(gradient: Tensor) -> Tensor:
-    """The gradient itself, or what a mean can be written to where it is sparse or expanded."""
+    """Returns a dense tensor to which a mean can be written: a copy if `gradient` is sparse or expanded.
+
+    Otherwise it returns the gradient itself.
+    """
     return gradient if not gradient.is_sparse and is_gapless(gradient) else gradient.to_dense().clone()
 
 
 def sparse_refused(name: str) -> TypeError:
-    """The error for a sparse gradient where gradients are averaged."""
+    """Returns the error for a sparse gradient of parameter `name` where gradients are averaged."""
     return TypeError(
         f"the gradient of {name!r} is sparse, and where gradients are averaged (over a worker's ranks, or "
         "with feedback='none' and a dense compressor) they are dense: pass sparse_as_dense=True."
@@ -48,9 +54,10 @@ def sparse_refused(name: str) -> TypeError:
 def average_gradients(
     communicator: Communicator, statistics: Statistics, layout: Layout, as_sparse: bool
 ) -> None:
-    """Replace every gradient by the workers' mean; one that is missing counts as zero. Collective.
+    """Replaces every gradient by its mean over the workers; a missing gradient counts as zero. Collective.
 
-    Means are dense, or `as_sparse` all. One worker's own sparse gradient stays as it is.
+    The means are dense tensors, or all sparse with `as_sparse`. If there is only one worker, its sparse
+    gradients stay unchanged.
     """
     alone = communicator.workers == 1
     for bucket in layout.buckets:
@@ -74,7 +81,7 @@ def average_gradients(
         torch._foreach_copy_(gradients, views)
         if as_sparse and not alone:
             for slot in bucket.slots:
-                if slot.parameter.grad is not None:  # by rows, as an Embedding's is
+                if slot.parameter.grad is not None:  # sparse in the rows, like an Embedding's gradient
                     slot.parameter.grad = slot.parameter.grad.to_sparse(min(1, slot.parameter.dim()))
         statistics.dense_bytes_sent += ring_bytes(communicator.workers, wire.nbytes)
         statistics.ring_allreduce_bytes += ring_bytes(communicator.workers, 4 * bucket.numel)

@@ -1,4 +1,4 @@
-"""Wrong use of a wrapped optimizer that would train something else in silence: found before a step. Local."""
+"""Finds, before a step, wrong use of a wrapped optimizer that would silently train wrongly. Local."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvd_saef.round.modes import Modes
 
 
 class Guard:
-    """Who may use one wrapped optimizer, and whether its parameters are what was wrapped."""
+    """Checks that the right process and thread use one wrapped optimizer, on the parameters it wrapped."""
 
     def __init__(self, modes: Modes) -> None:
         self._pid = os.getpid()
@@ -23,11 +23,11 @@ class Guard:
         self._warned = False
 
     def claim(self, layout: Layout) -> None:
-        """These parameters are ours now; whoever had one of them before is done, and leaves it at its x."""
+        """Makes this optimizer the owner of the parameters: see :meth:`Modes.claim`."""
         self._modes.claim(layout)
 
     def check_process(self) -> None:
-        """Raise RuntimeError in a process that was forked off: no other rank knows it."""
+        """Raises RuntimeError in a forked child process, which the other ranks do not know."""
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "this process was forked from one that had called hvd_saef.DistributedOptimizer: it cannot "
@@ -35,7 +35,7 @@ class Guard:
             )
 
     def check(self, layout: Layout) -> None:
-        """Raise RuntimeError for a step that is not what was wrapped, or not by whom."""
+        """Raises RuntimeError if the parameters changed owner or form, or if another thread wrapped them."""
         if self._modes.taken is not None:
             raise RuntimeError(
                 f"parameter {self._modes.taken!r} was wrapped again by a later DistributedOptimizer, "
@@ -57,7 +57,7 @@ class Guard:
                 )
 
     def check_gradients(self, gradients: list[Tensor]) -> None:
-        """Warn once of a step without any gradient."""
+        """Warns, once, if `gradients` is empty: the step has no gradient at all."""
         if not gradients and not self._warned:
             self._warned = True
             warnings.warn(

@@ -1,7 +1,8 @@
-"""A state that was loaded, until all workers have agreed on it: what of it goes on, under whatever settings.
+"""A loaded state, until all workers have agreed on it: which parts of it training continues with.
 
-x̃ = x - (s + mean e) is kept, and so are local steps since the last round: where the errors or the settings
-are not those that they were taken with, they go on as a part of the error, which is sent all the same.
+The point x̃ = x - (s + mean e) is kept under any settings, and no local step since the last round is lost.
+If the errors or the settings differ from those under which the local steps were taken, the steps are added
+to the error, which is sent in any case.
 """
 
 from __future__ import annotations
@@ -20,39 +21,39 @@ from hvd_saef.transport.communicator import Communicator
 
 @dataclass(frozen=True)
 class Held:
-    """What a loaded state holds, as the other workers need to know it."""
+    """Describes what a loaded state holds, as far as the other workers need to know."""
 
     own: bool = True
-    """Whether its e is its own: not another worker's state was loaded."""
+    """True if e is this worker's own; False if another worker's state was loaded."""
     serves: bool = True
-    """Whether it has all of the server's error that it needs."""
+    """True if the state holds all of s that this worker serves, or was saved with single-way compression."""
     whole: bool = True
-    """Whether it has all of the server's error, or there was no server."""
+    """True if the state holds all of s, or was saved with single-way compression, which has no s."""
     pieces: bool = False
-    """Whether it has some of the server's error."""
+    """True if the state holds some of s."""
     reached: bool = False
-    """Whether it is elsewhere than at a round's start."""
+    """True if the saved training point is not the start of a round (b)."""
     start: tuple[float, float] | None = None
-    """α and β when it was saved; None: as now."""
+    """α and β when the state was saved; None means those of now."""
     count: int | None = None
-    """How much its worker counted when it was saved; None: as now, or it does not matter."""
+    """The worker's count in means when the state was saved; None if unknown or without effect."""
 
 
 @dataclass
 class Loaded:
-    """What this worker loaded. Without arguments: nothing."""
+    """Holds what this worker loaded. Without arguments, it holds nothing."""
 
     held: Held = Held()
     points: list[Tensor] | None = None
-    """The training point, a tensor a parameter, unless it is b."""
+    """The training point, one tensor per parameter; None if the training point is b."""
     server_errors: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
-    """The parameters that were there when it was saved."""
+    """The names of the parameters that the saved state has."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], with_state: Layout, own: bool, serves: bool) -> Loaded:
-        """What a state dict holds, which fits."""
+        """Returns what `saved`, a state dict that :func:`check_state` has accepted, holds. Local."""
         settings, pieces, reached = saved.get("settings", {}), saved["server_errors"], saved["reached"]
         found = sum(piece["values"].numel() for piece in pieces.values())
         one_way = not settings.get("double_compression", True)
@@ -70,7 +71,10 @@ class Loaded:
 
     @torch.no_grad()
     def updates(self, state: State) -> list[Tensor]:
-        """What the local steps did: b - y of each bucket, flat. Nothing, if none was taken."""
+        """Returns the update of the loaded local steps, b - y, [numel] per bucket; empty if none was taken.
+
+        Local.
+        """
         if self.points is None:
             return []
         alpha, beta = self.held.start or (state.settings.alpha, state.settings.beta)
@@ -84,22 +88,23 @@ class Loaded:
         return updates
 
     def server_error(self, one: BucketState) -> Tensor:
-        """The bucket's s as far as it is here, flat, [numel]: zero elsewhere."""
+        """Returns the loaded part of the bucket's s, [numel], with zeros where nothing was loaded. Local."""
         whole = one.bucket.new_flat()
         place_stretches(one.bucket, self.server_errors, whole, 0)
         return whole
 
     def has_all_of(self, one: BucketState) -> bool:
-        """Whether all of the bucket's s is here."""
+        """Returns True if all of the bucket's s was loaded. Local."""
         return place_stretches(one.bucket, self.server_errors, one.bucket.new_flat(), 0) == one.bucket.numel
 
     @torch.no_grad()
     def go_on(
         self, communicator: Communicator, state: State, everyone: Sequence[Held]
     ) -> tuple[bool, list[str]]:
-        """Take what all workers loaded, each what it holds itself. Collective.
+        """Continues from what all workers loaded, each from its own part; changes e and s. Collective.
 
-        Returns whether local steps were taken up into the errors, so that a round begins; and what is lost.
+        Returns True if a round begins, since the local steps were added to the errors; and, in words, what
+        is lost.
         """
         lost = []
         factor, alike = _factor(communicator, everyone)
@@ -124,19 +129,20 @@ class Loaded:
         return begins, lost
 
     def _collect(self, communicator: Communicator, state: State) -> bool:
-        """Put s together from what all workers loaded; False, and zero, unless it was all there. Collective.
+        """Puts s together from the parts that all workers loaded. Collective.
 
-        A worker serves another share than when it saved, if parameters joined while training then. Where
-        there is no server any more, s is added to every worker's error.
+        Returns True if all of s was found; if not, sets s to zero and returns False. This is needed when a
+        worker serves another part than it saved, as after parameters joined during training. If there is no
+        server any more, all of s is added to every worker's e.
         """
         whole, collected = True, []
         for one in state.buckets:
             begin = one.parts[one.mine].start if one.s is not None else 0
             s = torch.full_like(one.e if one.s is None else one.s, torch.nan)
-            for slot in one.bucket.slots:  # one at a time: together they are as large as the model
+            for slot in one.bucket.slots:  # one at a time: all slots together are as large as the model
                 mine = self.server_errors.get(slot.name)
                 nothing = {"start": 0, "values": s.new_zeros(slot.parameter.numel())}
-                joined = slot.name not in self.names  # since then
+                joined = slot.name not in self.names  # after the state was saved
                 for piece in [nothing] if joined else communicator.allgather_object(mine):
                     place_stretches(one.bucket, {} if piece is None else {slot.name: piece}, s, begin)
             whole = whole and not bool(s.isnan().any())
@@ -151,7 +157,10 @@ class Loaded:
 
 
 def _factor(communicator: Communicator, everyone: Sequence[Held]) -> tuple[float, bool]:
-    """By what this worker's error counts more or less than when it was saved; whether all count the same."""
+    """Returns the worker's weight in means when saved, over the weight of now; and True if no weight changed.
+
+    The first is the factor by which e must be multiplied so that its share in the mean stays the same.
+    """
     now = [communicator.counts[k] for k in range(communicator.workers)]
     firsts: Iterable[int] = (group[0] for group in communicator.groups)
     then = [everyone[first].count or now[k] for k, first in enumerate(firsts)]

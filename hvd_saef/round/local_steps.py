@@ -1,4 +1,7 @@
-"""The local steps: gradients are looked at before, numbers after. All workers take one, or none does."""
+"""The local steps: gradients are checked before a step, parameters after it.
+
+Either all workers take a local step, or none does.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from hvd_saef.round.overlap import NoOverlap, Overlap
 
 
 class LocalSteps:
-    """Those of one wrapped optimizer, `inner`. Methods are local unless they say collective."""
+    """Takes the local steps of one optimizer, `inner`. Methods are local unless they say collective."""
 
     def __init__(
         self,
@@ -38,10 +41,13 @@ class LocalSteps:
         self._guard = guard
         self._inner = inner
         self.keeps = False
-        """Whether gradients may overflow the optimizer's own state, so that a copy is kept while it steps."""
+        """True if gradients may overflow the optimizer's own state: :meth:`take` then keeps a copy of it."""
 
     def prepare_sparse(self, layout: Layout, averages_gradients: bool) -> None:
-        """Make sparse gradients dense where that is wanted; refuse them where it would be needed."""
+        """Makes sparse gradients dense with sparse_as_dense=True; else, or for SparseAdam, coalesces them.
+
+        Raises TypeError for a sparse gradient that must be averaged without sparse_as_dense=True.
+        """
         as_dense = self._settings.sparse_as_dense
         averaged = self._communicator.team.size > 1 or (averages_gradients and self._communicator.size > 1)
         for slot in layout.slots:
@@ -53,7 +59,10 @@ class LocalSteps:
             prepare_sparse(slot.parameter, self._inner, as_dense)
 
     def prepare(self, layout: Layout, scale: Tensor | None, overflow: Tensor | None) -> Word:
-        """Unscale gradients by a GradScaler's `scale`, and say what is wrong with them."""
+        """Divides gradients by a GradScaler's `scale`, in place, and returns what is wrong with them.
+
+        An `overflow` above 0 is the GradScaler's finding; the gradients are then left as they are.
+        """
         if overflow is not None and overflow.item() > 0:
             return Word.OVERFLOW
         gradients = [values(parameter.grad) for parameter in self._late(layout) if parameter.grad is not None]
@@ -68,7 +77,7 @@ class LocalSteps:
         return look_at_gradients(gradients)
 
     def raise_nonfinite(self, layout: Layout) -> None:
-        """Raise NonFiniteUpdateError, for a gradient that some worker found. Collective."""
+        """Raises NonFiniteUpdateError on all ranks, naming the gradients that are not finite. Collective."""
         gradients = {slot.name: slot.parameter.grad for slot in layout.slots}
         held = {name: values(gradient) for name, gradient in gradients.items() if gradient is not None}
         raise NonFiniteUpdateError(
@@ -78,7 +87,13 @@ class LocalSteps:
         )
 
     def take(self, local_step: Callable[[], None], layout: Layout, averages_gradients: bool) -> bool:
-        """Whether it went well on all workers: else the parameters are where the round began. Collective."""
+        """Takes the local step, and returns True if the step succeeded on all workers. Collective.
+
+        Otherwise the parameters go back to the start of the round (except where gradients are averaged: no x
+        is kept there), and the method raises. A rank that failed raises its own exception, the others
+        WorkerError. For NaN, infinity and values near overflow all raise NonFiniteUpdateError; with
+        on_nonfinite="skip" they return False instead, except where gradients are averaged.
+        """
         failure, kept = None, None
         word = Word.UNDER_WAY if self._overlap.under_way else Word.NOTHING
         try:
@@ -92,7 +107,7 @@ class LocalSteps:
                 fits = False
             if not fits or (kept and not kept.still_finite()):
                 word |= Word.NONFINITE
-        except Exception as error:  # raised again below, once everyone knows
+        except Exception as error:  # raised again below, once all ranks know of it
             failure = error
         with self._statistics.phase("agreement"):
             combined = agree(self._communicator, word, failure)
@@ -119,6 +134,6 @@ class LocalSteps:
         )
 
     def _late(self, layout: Layout) -> list[Tensor]:
-        """The parameters that have not taken their step during backward."""
+        """Returns the parameters that did not take their local step during backward."""
         everything = [slot.parameter for slot in layout.slots]
         return [p for p in everything if not self._overlap.used(p)]

@@ -1,4 +1,4 @@
-"""Numbers that are no numbers any more, or nearly: in gradients, in their sums, and after the local step."""
+"""Detects NaN, infinity and values near overflow: in gradients, in their sums, after the local step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from hvd_saef.transport.communicator import Communicator
 
 
 def look_at_gradients(gradients: list[Tensor]) -> Word:
-    """What there is to say of them before the local step. Local; one pass, where there is nothing."""
+    """Returns NOTHING, HUGE or NONFINITE for the gradients before the local step. Local.
+
+    NOTHING takes one pass over the gradients, the others two.
+    """
     if kernels.squares_fit(gradients):
         return Word.NOTHING
     return Word.HUGE if kernels.all_finite(gradients) else Word.NONFINITE
 
 
 def sums_fit(layout: Layout) -> bool:
-    """Whether averaged gradients, finite before, still are: the same on all workers, so local."""
+    """Returns True if the averaged gradients, which were finite before, are still finite.
+
+    Local: all workers have the same means, so all get the same result.
+    """
     narrow = [
         slot.parameter.grad
         for bucket in layout.buckets
@@ -34,7 +40,10 @@ def sums_fit(layout: Layout) -> bool:
 
 
 def who_holds(communicator: Communicator, tensors: Mapping[str, Tensor], much: bool = False) -> str:
-    """On which ranks which of these is not finite (or, if `much`, nearly); the first of each. Collective."""
+    """Returns in words the first tensor on each rank that holds NaN or infinity; "" if none. Collective.
+
+    With `much`, values near overflow count as well.
+    """
     fits = kernels.squares_fit if much else kernels.all_finite
     everyone = communicator.allgather_object(
         [name for name, tensor in tensors.items() if not fits([tensor])][:1]
@@ -43,7 +52,7 @@ def who_holds(communicator: Communicator, tensors: Mapping[str, Tensor], much: b
 
 
 class StateCopy:
-    """What a torch optimizer keeps, to be put back if its step goes wrong. Local."""
+    """Copies a torch optimizer's state, so that a failed step can be undone. Local."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -53,12 +62,12 @@ class StateCopy:
         }
 
     def put_back(self) -> None:
-        """As it was."""
+        """Restores the optimizer's state to what it was when the copy was made."""
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
 
     def still_finite(self) -> bool:
-        """Whether the optimizer keeps nothing that is not finite now."""
+        """Returns True if the optimizer's present state holds neither NaN nor infinity."""
         return kernels.all_finite(list(_floats(self._optimizer.state.values())))
 
 
