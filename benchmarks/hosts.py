@@ -29,6 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import sessions
+
 PREFIX = "saef"
 """Namespaces are named saef<pid of the owner>-<host>: what a dead owner left can be told and removed."""
 NETWORK = "10.77.0"
@@ -89,6 +93,7 @@ def clean() -> list[str]:
             removed.append(name)
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}[0-9]*-*"):
         if not Path("/proc", folder.name.removeprefix(PREFIX).split("-")[0]).exists():
+            sessions.share_cores_again(folder)
             shutil.rmtree(folder, ignore_errors=True)
     return removed
 
@@ -152,6 +157,7 @@ class Hosts:
         clean()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{self.owner}-"))
         try:
+            sessions.share_no_cores(self.folder)
             self._build()
         except BaseException:
             self.close()
@@ -171,6 +177,7 @@ class Hosts:
         """End everything that runs in the hosts and remove them."""
         for host in [*self.names, "switch"]:
             _remove(self.namespace(host))
+        sessions.share_cores_again(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _build(self) -> None:
