@@ -75,7 +75,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs" / "preemptible", help="its folder")
     parser.add_argument("--steps", type=int, default=248, help="optimizer steps of the whole run")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds to wait in each step, for tests")
+    parser.add_argument(
+        "--slow-while", type=Path, help="a file: each step takes a second more while it is there, for tests"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -92,7 +94,13 @@ def main() -> None:
     sampler: DistributedSampler[Any] = DistributedSampler(
         train_set, num_replicas=hvd.size(), rank=hvd.rank(), drop_last=True
     )
-    loader = DataLoader(train_set, batch_size=max(1, 128 // hvd.size()), sampler=sampler, drop_last=True)
+    loader = DataLoader(
+        train_set,
+        batch_size=max(1, 128 // hvd.size()),
+        sampler=sampler,
+        drop_last=True,
+        generator=torch.Generator(),  # else each start draws from the one that dropout draws from
+    )
 
     step = 0
     if hvd.broadcast_object((args.checkpoint / "manifest.json").exists()):  # one rank looks, for all
@@ -104,6 +112,7 @@ def main() -> None:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
     with hvd_saef.GracefulStop(optimizer) as stop:
+        hvd.barrier()  # a signal to any rank is noted from here on
         if hvd.rank() == 0:
             print(f"trains from step {step} on", flush=True)
         for number, (images, labels) in batches(sampler, loader, step, args.steps):
@@ -126,7 +135,8 @@ def main() -> None:
                 stop.exit()
             if hvd.rank() == 0 and step % 31 == 0:
                 print(f"step {step} of {args.steps}", flush=True)
-            time.sleep(args.pause)
+            if args.slow_while and args.slow_while.exists():
+                time.sleep(1)
 
     digest = hash_of(model)
     if hvd.rank() == 0:
