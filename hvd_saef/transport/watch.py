@@ -27,6 +27,8 @@ LOOK = 0.1
 """Seconds between two looks for messages, in longer waits."""
 PAUSE, PAUSE_STEP = 100e-6, 2e-6
 """Seconds between two looks at what is waited for: at most, and by how much it grows from look to look."""
+LONG_PAUSE = 1e-3
+"""The same in longer waits, which are for ranks that compute: they get the core."""
 TAG = 23279
 
 
@@ -191,7 +193,7 @@ class Watch:
         self._tell((self.rank, channel, call), ranks)
         look = 0.0
         while not done():
-            time.sleep(PAUSE)
+            time.sleep(LONG_PAUSE)
             waited = time.monotonic() - start
             if waited < look:
                 continue
