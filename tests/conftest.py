@@ -1,14 +1,16 @@
-"""What all tests share: the kernels and the twins in turn, and how tests are spread over processes."""
+"""What all tests share: the kernels and the twins in turn, on a core of their own where they are threads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from hvd_saef import kernels
+from tests.spreading import pytest_xdist_make_scheduler
+
+__all__ = ["pytest_xdist_make_scheduler"]  # a hook of pytest's
 
 BOTH = {
     f"test_{name}"
@@ -28,9 +30,6 @@ BOTH = {
 }
 """Files of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
-STARTS_MPI_JOBS = ("tests/mpi/", "tests/doctor/", "tests/examples/")
-"""Folders of tests that start MPI jobs."""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -44,12 +43,13 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_core(request: pytest.FixtureRequest, worker_id: str) -> Iterator[None]:
+def one_core(request: pytest.FixtureRequest) -> Iterator[None]:
     """Workers that are threads hand over nearly twice as fast on one core: each process takes its own."""
     cores = sorted(os.sched_getaffinity(0))
     threads = request.module.__name__.rpartition(".")[2] in BOTH
-    if threads and worker_id != "master":
-        os.sched_setaffinity(0, {cores[int(worker_id.removeprefix("gw")) % len(cores)]})
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if threads and number:
+        os.sched_setaffinity(0, {cores[int(number) % len(cores)]})
     yield
     os.sched_setaffinity(0, cores)
 
@@ -66,20 +66,3 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     before = kernels.native.set_instruction_set(request.param)
     yield request.param
     kernels.native.set_instruction_set(before)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """xdist's, with all tests of MPI jobs in one group: these run one after another, in one process.
-
-    Not by xdist_group marks: xdist 3.8 forgets them under pytest 9.2 (pytest-dev/pytest-xdist#1386).
-    """
-    if config.getvalue("dist") not in ("load", "loadgroup"):
-        return None
-    from xdist.scheduler import LoadGroupScheduling
-
-    class Scheduling(LoadGroupScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            return "mpi" if nodeid.startswith(STARTS_MPI_JOBS) else nodeid
-
-    return Scheduling(config, log)

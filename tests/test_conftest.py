@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mpi.launch import LIMIT
+
 pytest.importorskip("xdist", reason="needs pytest-xdist")
 
 TEST = """
@@ -29,10 +31,14 @@ def test_mpi_jobs_stay_in_one_process(tmp_path: Path) -> None:
         (tmp_path / where / f"test_{Path(where).name}.py").write_text(
             TEST.format(seen=str(tmp_path / where / "seen"))
         )
-    (tmp_path / "tests" / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
+    (tmp_path / "tests" / "conftest.py").write_text(Path(__file__).with_name("spreading.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "tests"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONPATH"))
+    }
+    job = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
     assert job.returncode == 0, job.stdout + job.stderr
     seen = {path.name for path in (tmp_path / "tests" / "mpi" / "seen").iterdir()}
     assert len(seen) == 6
