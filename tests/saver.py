@@ -24,10 +24,9 @@ from torch import nn
 
 import hvd_saef
 from hvd_saef.checkpoints.manifest import MANIFEST
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests import without
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 from tests.workers import draw
-
-PATIENCE = 60.0
 
 
 def digest(model: nn.Module) -> str:
@@ -90,11 +89,12 @@ def forked(do: Any) -> int:
     return pid
 
 
-def wait_for_saves(folder: Path, more: int) -> None:
-    """Until so many rounds more are saved, and a random moment on."""
-    wanted, deadline = rounds_in(folder) + more, time.monotonic() + PATIENCE
+def wait_for_saves(folder: Path, more: int, saver: int) -> None:
+    """Until the process `saver` has saved so many rounds more, and a random moment on."""
+    wanted, deadline = rounds_in(folder) + more, time.monotonic() + without.patience()
     while rounds_in(folder) < wanted:
-        if time.monotonic() > deadline:
+        ended = os.waitid(os.P_PID, saver, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if ended or time.monotonic() > deadline:
             raise TimeoutError(f"{folder}: nothing is saved")
         time.sleep(0.001)
     time.sleep(random.uniform(0, 0.05))
@@ -108,7 +108,7 @@ def kill_threads(kills: int) -> dict[str, int]:
         for _ in range(kills):
             before = rounds_in(folder)
             pid = forked(lambda: hvd_saef.run_workers(2, lambda rank: save_for_ever(folder, rank)))
-            wait_for_saves(folder, random.randint(1, 3))
+            wait_for_saves(folder, random.randint(1, 3), pid)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             complete = {file["name"] for file in json.loads((folder / MANIFEST).read_text())["files"]}
@@ -129,14 +129,14 @@ def kill_jobs(kills: int, ranks: int, folder: Path) -> int:
             command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as job:
             try:
-                wait_for_saves(folder, 2)  # it loads first, or fails
+                wait_for_saves(folder, 2, job.pid)  # it loads first, or fails
             except TimeoutError:
                 job.kill()
                 return loaded
             loaded += number > 0 and rounds_in(folder) > before
             victim = int((folder / f"pid-{random.randrange(ranks)}").read_text())
             os.kill(victim, signal.SIGKILL)
-            job.communicate(timeout=PATIENCE)
+            job.communicate(timeout=LIMIT)
     return loaded
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import hvd_saef
+from tests.without import LIMIT
 from tests.workers import NO_MODEL, bits, network, together, train
 
 INPUTS = torch.linspace(-1, 1, 12).view(3, 4)
@@ -147,7 +148,7 @@ def test_a_file_is_read_where_there_is_no_hvd_saef(made: str, tmp_path: Path) ->
     assert b"hvd_saef" not in pickle.dumps(bare)
     torch.save(bare, tmp_path / "model.pt")
     command = [sys.executable, "-c", LOAD, str(tmp_path / "model.pt"), str(tmp_path / "outputs.pt")]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, check=True, timeout=LIMIT, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "outputs.pt"), wanted)
 
 

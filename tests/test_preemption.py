@@ -18,7 +18,7 @@ import hvd_saef
 from hvd_saef import GracefulStop
 from hvd_saef.transport.communicator import SoloCommunicator
 from hvd_saef.transport.find import set_thread_communicator
-from tests.workers import together
+from tests.workers import DEADLINE, together
 
 STEPS = 9
 
@@ -161,14 +161,14 @@ def test_signals(number: signal.Signals, alone: None) -> None:
 def test_a_fork_ends_on_sigterm_and_ignores_sigusr1(alone: None) -> None:
     model, optimizer = training()
     with GracefulStop(optimizer) as stop:
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(2 * DEADLINE,))
         child.start()
         assert child.pid is not None
         os.kill(child.pid, signal.SIGUSR1)
         child.join(0.3)
         assert child.is_alive()
         child.terminate()
-        child.join(10)
+        child.join(DEADLINE)
         assert child.exitcode == -signal.SIGTERM
         take_step(model, optimizer, 0, 0)
         assert not stop.requested

@@ -28,6 +28,8 @@ from unittest import mock
 from xml.etree import ElementTree
 
 NAME = "HVD_SAEF_WITHOUT"
+LIMIT = 1800.0
+"""Seconds after which tests take for hung what they wait for: far beyond what a slow machine needs."""
 PATIENCE = 25.0
 """Seconds after which tests take a job for hung, where it is expected to."""
 TIMEOUT = 500.0
@@ -429,7 +431,7 @@ PROTECTIONS: dict[str, Protection] = {
 }
 
 
-def patience(seconds: float) -> float:
+def patience(seconds: float = LIMIT) -> float:
     """How long a test waits for a job: less, where a hang is what is expected."""
     return min(seconds, PATIENCE) if os.environ.get(NAME) else seconds
 

@@ -18,7 +18,7 @@ from tests import without
 from tests.problems import curved_valley, start_point
 
 T = TypeVar("T")
-DEADLINE = 300.0
+DEADLINE = without.LIMIT
 NO_MODEL = "ignore:parameters are stepped ahead:UserWarning"
 """The advice to pass model=, for `pytest.mark.filterwarnings`."""
 

@@ -26,6 +26,7 @@ from benchmarks.paper.presets import CIFAR100, DECODER, IMAGENET, PRESETS, Piece
 from benchmarks.paper.rows import Row, read, write
 from benchmarks.paper.training import Run, load
 from tests.benchmarks.test_paper_data import write_cifar100
+from tests.without import LIMIT
 from tests.workers import together
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,14 +246,14 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         return subprocess.Popen([*COMMAND, str(folder)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
     undisturbed = start(tmp_path / "a")
-    assert undisturbed.wait(120) == 0
+    assert undisturbed.wait(LIMIT) == 0
     kills = 0
     for _ in range(20):
         process = start(tmp_path / "b")
         while not (tmp_path / "b" / CSV).exists() and process.poll() is None:
             time.sleep(0.01)
         try:
-            code = process.wait(3 * random.random() if kills < 4 else 120)
+            code = process.wait(3 * random.random() if kills < 4 else LIMIT)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -274,8 +275,9 @@ def test_interrupted(tmp_path: Path) -> None:
     while len(list(tmp_path.glob("digits/*.csv"))) < 2 and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
-    assert len(list(tmp_path.glob("digits/*.csv"))) <= 3  # of 8; one may have ended just then
+    begun = len(list(tmp_path.glob("digits/*.csv")))
+    assert process.wait(LIMIT) == 130
+    assert len(list(tmp_path.glob("digits/*.csv"))) <= begun + 2 < 8  # the two that ran just then
 
 
 def test_finished_runs_are_skipped(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_finished_runs_are_skipped(tmp_path: Path) -> None:
     write(piece.file(tmp_path), rows)
     before = piece.file(tmp_path).stat().st_mtime_ns
     command = [*COMMAND[:-5], "--methods", "SGDM", "EF-SignSGDM-DC", "--seeds", "0", "--at-once", "2"]
-    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=LIMIT)
     assert piece.file(tmp_path).stat().st_mtime_ns == before
     assert len(read(tmp_path / "digits" / "EF-SignSGDM-DC-seed0.csv")) == 3
     assert sorted(path.suffix for path in (tmp_path / "digits").iterdir()) == [".csv", ".csv"]

@@ -18,7 +18,7 @@ import torch
 from hvd_saef import CheckpointError
 from hvd_saef.checkpoints.manifest import FORMAT, MANIFEST, describe, sealed
 from tests.checkpoints.test_checkpoint import Job
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 from tests.workers import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:the largest block")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the largest block")
 def test_processes_killed_while_they_save() -> None:
     """`python -m tests.saver 200` does the same for longer."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.saver", "15"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout)
     assert counts["loaded"] == counts["kills"] == 15, done.stderr

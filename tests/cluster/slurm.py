@@ -18,7 +18,7 @@ from types import TracebackType
 
 from benchmarks import hosts as namespaces
 from benchmarks.hosts import Hosts
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 PACKAGES = ("slurm-wlm", "munge", "libpmix-dev")
 """Debian's. Without what they recommend: Debian's own MPI would take the place of the environment's."""
@@ -70,6 +70,9 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 KillWait=3
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
 NodeName=h[0-1] CPUs={cores} RealMemory=1000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -106,7 +109,7 @@ class Slurm:
         """End the daemons and whatever jobs are left, and remove all files."""
         self.hosts.close()
         for daemon in self._daemons:
-            daemon.wait(10)
+            daemon.wait(LIMIT)
 
     def _configure(self) -> None:
         (self.folder / "state").mkdir(parents=True)
@@ -137,11 +140,11 @@ class Slurm:
         self._daemon("h0", ["slurmctld", "-D", "-f", f"{folder}/h0/slurm.conf"])
         for host in self.hosts.names:
             self._daemon(host, ["slurmd", "-D", "-N", host, "-f", f"{folder}/{host}/slurm.conf"])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT
         while (states := self.ask("sinfo", "-h", "-N", "-o", "%T").split()) != ["idle", "idle"]:
             if time.monotonic() > deadline:
                 logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
-                raise RuntimeError(f"the nodes are {states} after 60 s:\n{logs}")
+                raise RuntimeError(f"the nodes are {states} after {LIMIT:.0f} s:\n{logs}")
             time.sleep(0.2)
 
     def _daemon(self, host: str, command: Sequence[str]) -> None:
@@ -160,7 +163,7 @@ class Slurm:
     def ask(self, *command: str, check: bool = False) -> str:
         """What one of SLURM's commands prints."""
         done = subprocess.run(
-            self._inside("h0", command), env=self._variables(), capture_output=True, text=True, timeout=60
+            self._inside("h0", command), env=self._variables(), capture_output=True, text=True, timeout=LIMIT
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -198,13 +201,13 @@ class Slurm:
 
         Part of that wait is needed: a node takes no job that it was told to end in the same second.
         """
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while self.job(number)["JobState"] != "PENDING" and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(2.5)
         self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", check=True)
 
-    def wait(self, number: int, timeout: float = 120) -> Mapping[str, str]:
+    def wait(self, number: int, timeout: float = LIMIT) -> Mapping[str, str]:
         """The same, once the job has ended. Raises TimeoutError, after cancelling it."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):

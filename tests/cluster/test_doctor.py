@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import INTERFACE, Hosts, why_not
-from tests.mpi.launch import ROOT
+from tests.mpi.launch import LIMIT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 
@@ -18,18 +18,18 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 @pytest.mark.skipif(why_not() is not None, reason=f"cannot make hosts: {why_not()}")
 def test_the_slowest_link(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "hvd_saef.cli", "doctor", "--json"]
-    with Hosts(4, "1gbit") as hosts:
+    with Hosts(4, "400mbit") as hosts:  # slow, so that links are what takes time
         slow = ["qdisc", "replace", "dev", INTERFACE, "root", "tbf"]
-        slow += ["rate", "100mbit", "burst", "256kb", "latency", "50ms"]
+        slow += ["rate", "60mbit", "burst", "256kb", "latency", "50ms"]
         subprocess.run(["tc", "-n", hosts.namespace("h2"), *slow], check=True)
         with open(tmp_path / "log", "w") as log:
             environment = {"PYTHONPATH": str(ROOT)}
-            code = hosts.run(hosts.mpirun(command), 120, output=log, environment=environment)
+            code = hosts.run(hosts.mpirun(command), LIMIT, output=log, environment=environment)
     report = json.loads((tmp_path / "log").read_text())
     assert code == 0, report
     rates = {tuple(sorted(link["hosts"])): link["bits_per_second"] for link in report["links"]}
     assert set(rates) == {(f"h{a}", f"h{b}") for a in range(4) for b in range(a + 1, 4)}
-    assert all((rate < 3e8) is ("h2" in pair) for pair, rate in rates.items()), rates
+    assert all((rate < 1e8) is ("h2" in pair) for pair, rate in rates.items()), rates
     assert all(link["seconds"] > 0 for link in report["links"])
     (links,) = [finding for finding in report["findings"] if finding["check"] == "links"]
     slowest = min(rates, key=lambda pair: rates[pair])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import Hosts, why_not
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -36,7 +36,7 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
-def run(hosts: Hosts, launcher: str, log: Path, *command: str, timeout: float = 150) -> int:
+def run(hosts: Hosts, launcher: str, log: Path, *command: str) -> int:
     """Under a launcher with two ranks a host; its exit code."""
     settings = {"HOSTS": "h0:2,h1:2", "INTERFACE": "eth0", "PYTHONPATH": str(ROOT)}
     settings["PATH"] = f"{hosts.folder}/bin:{ENVIRONMENT['PATH']}"
@@ -45,7 +45,7 @@ def run(hosts: Hosts, launcher: str, log: Path, *command: str, timeout: float = 
         inside = ["env", *as_many_as_slots, str(ROOT / "launch" / launcher)]
         return hosts.run(
             [*inside, sys.executable, "-m", "mpi4py", *command],
-            timeout,
+            LIMIT,
             output=output,
             environment=settings,
         )
@@ -66,7 +66,7 @@ def test_the_quick_start(hosts: Hosts, launcher: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_fails_ends_the_job(hosts: Hosts, launcher: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert run(hosts, launcher, log, "-m", "tests.cluster.crash", "raise", timeout=60) != 0
+    assert run(hosts, launcher, log, "-m", "tests.cluster.crash", "raise") != 0
     assert "OSError: this rank's disk is gone" in log.read_text()
 
 
@@ -88,21 +88,28 @@ def ranks_on(hosts: Hosts, host: str) -> list[int]:
 def test_signals_to_one_rank_and_the_same_bits(hosts: Hosts, tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = [str(ROOT / "examples" / "preemptible.py"), "--steps", str(STEPS)]
+    slow = tmp_path / "slow"
+    slow.touch()  # a minute for a signal to come in time
+    ended = threading.Event()
 
     def signal_once_it_trains(times: int, number: signal.Signals) -> None:
-        deadline = time.monotonic() + 90
-        while log.read_text().count("trains from step") < times and time.monotonic() < deadline:
+        while log.read_text().count("trains from step") < times and not ended.is_set():
             time.sleep(0.05)
-        time.sleep(0.7)
-        os.kill(ranks_on(hosts, "h1")[-1], number)
+        if not ended.is_set():
+            os.kill(ranks_on(hosts, "h1")[-1], number)
 
     for restart, number in enumerate([signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1]):
         log.touch()
+        ended.clear()
         thread = threading.Thread(target=signal_once_it_trains, args=(restart + 1, number))
         thread.start()
-        arguments = ["--checkpoint", str(tmp_path / "stopped"), "--pause", "0.1"]
-        assert run(hosts, "mpirun.sh", log, *script, *arguments) == 75, log.read_text()
-        thread.join()
+        arguments = ["--checkpoint", str(tmp_path / "stopped"), "--slow-while", str(slow)]
+        try:
+            code = run(hosts, "mpirun.sh", log, *script, *arguments)
+        finally:
+            ended.set()
+            thread.join()
+        assert code == 75, log.read_text()
     assert run(hosts, "mpirun.sh", log, *script, "--checkpoint", str(tmp_path / "stopped")) == 0
     said = log.read_text()
     starts = [int(step) for step in re.findall(r"trains from step (\d+) on", said)]

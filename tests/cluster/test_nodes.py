@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.hosts import why_not
 from benchmarks.timings import read
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 
@@ -20,7 +20,7 @@ def test_a_host_sends_what_one_rank_would(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.nodes", "--hosts", "2", "--model", "tiny", "--rounds", "3"]
     command += ["--seconds", "0.5", "--ways", "local", "one", "node", "rank", "node-overlap"]
     command += ["--out", str(tmp_path / "nodes.csv")]
-    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    job = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     timings = read(tmp_path / "nodes.csv")
     claimed = {timing.method: timing.claimed_bytes for timing in timings}

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster import slurm as module
 from tests.cluster.slurm import Slurm
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -34,7 +34,7 @@ def slurm() -> Iterator[Slurm]:
         yield running
 
 
-def wait_for(log: Path, words: str, times: int = 1, timeout: float = 90) -> None:
+def wait_for(log: Path, words: str, times: int = 1, timeout: float = LIMIT) -> None:
     """Until the log says so, so often."""
     deadline = time.monotonic() + timeout
     while not log.exists() or log.read_text().count(words) < times:
@@ -109,7 +109,7 @@ def test_without_arguments(slurm: Slurm, template: str, tmp_path: Path) -> None:
     checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=unwanted)  # results go there
     log = tmp_path / "log"
     number = slurm.submit(template, log, PROJECT=str(checkout))
-    job = slurm.wait(number, timeout=240)
+    job = slurm.wait(number)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
     if template == "train.sbatch":
         rows = list(csv.DictReader((checkout / "runs" / "quickstart" / "metrics.csv").open()))
@@ -121,16 +121,19 @@ def test_without_arguments(slurm: Slurm, template: str, tmp_path: Path) -> None:
 
 def test_a_requeued_job_ends_with_the_same_bits(slurm: Slurm, uninterrupted: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--steps", str(STEPS), "--pause", "0.1"]
+    slow = tmp_path / "slow"
+    slow.touch()  # a minute for a signal to come in time
+    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--steps", str(STEPS)]
+    arguments += ["--slow-while", str(slow)]
     number = slurm.submit("requeue.sbatch", log, "examples/preemptible.py", *arguments)
     for restart, ask in enumerate(["USR1", "TERM", "USR1"]):
         wait_for(log, "trains from step", restart + 1)
-        time.sleep(1)
         # To the steps' processes on both nodes, as SLURM does before the limit (--signal) or to preempt.
         slurm.ask("scancel", f"--signal={ask}", str(number), check=True)
         wait_for(log, "stopped and saved after step", restart + 1)
         wait_for(log, "is queued", restart + 1)
         slurm.let_run(number)
+    slow.unlink()
     job = slurm.wait(number)
     said = log.read_text()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "3"), said
@@ -168,7 +171,7 @@ def test_a_rank_that_fails_ends_the_job(
     log = tmp_path / "log"
     number = slurm.submit(template, log, "-m", "tests.cluster.crash", how)
     wait_for(log, "fails now")
-    job = slurm.wait(number, timeout=30)
+    job = slurm.wait(number)
     assert job["JobState"] == "FAILED"
     assert job["ExitCode"] != "0:0"
     assert re.search(why, log.read_text()), log.read_text()

@@ -20,7 +20,7 @@ from hvd_saef.doctor.findings import failure, ok
 from hvd_saef.doctor.links import Link, pairings
 from hvd_saef.doctor.nodes import judge_spread
 from hvd_saef.kernels.sources import LIBRARY
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -137,7 +137,7 @@ def ask(command: list[str], cwd: Path = ROOT, **variables: str) -> tuple[int, di
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert job.stdout, job.stderr
     report: dict[str, Any] = json.loads(job.stdout)

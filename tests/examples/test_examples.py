@@ -15,14 +15,12 @@ from tests.mpi.launch import ROOT, run_job
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
 
-TIMEOUT = 600.0
-
 
 def run(script: str, ranks: int, *arguments: str) -> str:
     """What the example prints on so many ranks."""
     command = ["mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-np", str(ranks)]
     command += [sys.executable, "-W", "ignore", "-m", "mpi4py", f"examples/{script}", *arguments]
-    job = run_job(command, TIMEOUT)
+    job = run_job(command)
     assert job.returncode == 0, job.stdout + job.stderr
     return job.stdout
 

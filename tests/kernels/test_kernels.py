@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hvd_saef import kernels
-from tests.mpi.launch import ROOT
+from tests.mpi.launch import LIMIT, ROOT
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = [float("inf"), -float("inf"), float("nan")]
@@ -111,7 +111,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 
@@ -154,7 +154,7 @@ def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     none = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     job = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | none, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=os.environ | none, capture_output=True, text=True, timeout=LIMIT
     )
     assert job.returncode == 0, job.stderr
     assert "hvd_saef: the C++ kernels were not built" in job.stdout
@@ -166,12 +166,12 @@ def test_the_benchmark(tmp_path: Path) -> None:
         pytest.skip("no kernels here")
     options = ["--layouts", "1e4", "tiny", "--threads", "1", "--turns", "2", "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *options]
-    job = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    job = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert job.returncode == 0, job.stderr
     lines = (tmp_path / "kernels.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 9
     assert (tmp_path / "kernels.png").stat().st_size
-    job = subprocess.run([*command[:2], "--layouts", "none"], capture_output=True, text=True, timeout=300)
+    job = subprocess.run([*command[:2], "--layouts", "none"], capture_output=True, text=True, timeout=LIMIT)
     assert job.returncode == 2
     assert "'none': a number of elements" in job.stderr
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ROOT
+from tests.mpi.launch import LIMIT, ROOT
 
 # The interpreter below the virtual environment that the tests run in.
 PYTHON = str(Path(sysconfig.get_config_var("BINDIR")) / f"python{sysconfig.get_python_version()}")
@@ -27,7 +27,7 @@ def bootstrap(folder: Path, tools: tuple[str, ...] = TOOLS, **environment: str) 
         (path / tool).symlink_to(found)
     command = [str(ROOT / "launch" / "bootstrap.sh"), "--venv", str(folder / "venv")]
     variables = {"PATH": str(path), "HOME": str(folder), "PYTHON": PYTHON} | environment
-    job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT)
     assert not (folder / "venv").exists()
     return job.returncode, job.stderr
 
@@ -65,7 +65,7 @@ def test_no_python_and_wrong_option(tmp_path: Path) -> None:
     assert code == 1
     assert "no no-such-python found" in said
     command = [str(ROOT / "launch" / "bootstrap.sh"), "--gpu"]
-    job = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
+    job = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=LIMIT)
     assert job.returncode == 1
     assert "--gpu" in job.stderr
     assert "--cuda" in job.stderr

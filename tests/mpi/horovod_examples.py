@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tests.mpi.horovod_suite import OURS, clone, put_ours
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 CHANGES = [
     *OURS,
@@ -123,7 +123,7 @@ def run(script: Path, options: Sequence[str], ranks: int, folder: Path) -> bool:
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HOME": str(folder)},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=LIMIT,
     )
     said = job.stdout.splitlines()
     seen = [line for line in said if line.startswith("SEEN: ")]

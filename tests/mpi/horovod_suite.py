@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 TAG = "v0.28.1"
 FILE = Path("test", "parallel", "test_torch.py")
@@ -85,7 +85,7 @@ def run(file: Path, test: str, ranks: int) -> tuple[str, str]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
         return "hangs", ""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.mpi.launch import ENVIRONMENT, ROOT, run_job
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT, run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -15,7 +15,7 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 
 def start(ranks: int, module: str, argument: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["mpirun", "-np", str(ranks), sys.executable, "-m", module, argument]
-    return run_job(command, 300, environment)
+    return run_job(command, environment=environment)
 
 
 def test_import_loads_neither_horovod_nor_mpi() -> None:
@@ -23,7 +23,7 @@ def test_import_loads_neither_horovod_nor_mpi() -> None:
         "import sys, hvd_saef; print(sorted({'mpi4py', 'horovod'} & {m.split('.')[0] for m in sys.modules}))"
     )
     job = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT
     )
     assert job.stdout == "[]\n", job.stderr
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -48,7 +47,7 @@ def report(
         *([only] if only else []),
     ]
     environment = more | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
-    job = run_job(command, 600, environment)
+    job = run_job(command, environment=environment)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     found: dict[str, list[str]] = json.loads(output.read_text())
     return found
@@ -77,7 +76,7 @@ def test_nodes_whose_process_sets_are_added(name: str) -> None:
 @pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     command = [launcher, "-np", "3", sys.executable, "-m", "tests.mpi.crash"]
-    job = run_job(command, 300)
+    job = run_job(command)
     assert job.returncode != 0
     said = job.stdout + job.stderr
     assert "OSError: this rank's disk is gone" in said
@@ -87,5 +86,5 @@ def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
 def test_import_from_the_folder_above_the_clone(tmp_path: Path) -> None:
     (tmp_path / "hvd_saef").symlink_to(ROOT)
     command = [sys.executable, "-c", "import hvd_saef; print(hvd_saef.DistributedOptimizer.__name__)"]
-    job = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    job = run_job(command, cwd=tmp_path)
     assert job.stdout == "DistributedOptimizer\n", job.stderr

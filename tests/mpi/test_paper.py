@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper.rows import Row, read
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -34,7 +34,7 @@ def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
 
 def finish(job: subprocess.Popen[str], folder: Path) -> list[Row]:
     """Its rows, when it has ended well."""
-    said, _ = job.communicate(timeout=300)
+    said, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, said[-5000:]
     return read(folder / CSV)
 
@@ -62,9 +62,10 @@ def test_killed_and_resumed(undisturbed: Path, tmp_path: Path) -> None:
         while len(read(tmp_path / CSV)) < epochs and job.poll() is None:
             time.sleep(0.01)
         job.send_signal(signal.SIGTERM)  # mpirun kills its ranks
-        said, _ = job.communicate(timeout=60)
-        assert job.returncode != 0, said
-        assert len(read(tmp_path / CSV)) in (epochs, epochs + 1), said
+        said, _ = job.communicate(timeout=LIMIT)
+        rows = len(read(tmp_path / CSV))
+        assert rows >= epochs, said
+        assert job.returncode != 0 or rows == 3, said  # it may have been faster than the signal
     finish(start(tmp_path, *MPIRUN), tmp_path)
     assert (tmp_path / CSV).read_bytes() == (undisturbed / CSV).read_bytes()
     assert [path.name for path in (tmp_path / "digits").iterdir()] == [CSV.name]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -15,6 +14,5 @@ pytest.importorskip("horovod.torch", reason="needs Horovod")
 
 def test_process_sets_removed_and_added_again() -> None:
     command = ["mpirun", "-np", "2", sys.executable, "-m", "tests.mpi.process_sets"]
-    environment = ENVIRONMENT | {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    job = run_job(command, environment={"HOROVOD_DYNAMIC_PROCESS_SETS": "1"})
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]

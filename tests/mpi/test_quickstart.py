@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ROOT, run_job
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -26,14 +25,7 @@ def test_launchers(launcher: str, tmp_path: Path) -> None:
     ranks, command = LAUNCHERS[launcher]
     script = [sys.executable, str(ROOT / "benchmarks" / "quickstart.py")]
     options = ["--epochs", "1", "--cut", "1", "--output", str(tmp_path)]
-    job = subprocess.run(
-        [*command, *script, *options],
-        env=ENVIRONMENT,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    job = run_job([*command, *script, *options], cwd=tmp_path)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [row["method"] for row in rows] == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from benchmarks.hosts import why_not
 from benchmarks.timings import Timing, read
-from tests.mpi.launch import ENVIRONMENT, ROOT
+from tests.mpi.launch import ROOT, run_job
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("matplotlib", reason="needs the extra [examples]")
@@ -21,7 +20,7 @@ SHORT = ["--model", "tiny", "--steps", "1", "--rounds"]
 
 
 def run(command: list[str], tmp_path: Path) -> str:
-    job = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    job = run_job(command, cwd=tmp_path)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
     return job.stdout
 

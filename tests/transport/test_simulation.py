@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hvd_saef import Compression, SaefError, WorkerError, run_workers
-from tests.workers import NO_MODEL, Run, bits, caught, everything, sgd, together
+from tests.workers import DEADLINE, NO_MODEL, Run, bits, caught, everything, sgd, together
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 
@@ -21,7 +21,7 @@ def test_results_come_in_rank_order() -> None:
 
     def fn(rank: int) -> tuple[int, str]:
         if rank + 1 < 5:
-            assert turns[rank + 1].wait(10)  # the last one ends first
+            assert turns[rank + 1].wait(DEADLINE)  # the last one ends first
         turns[rank].set()
         return rank, threading.current_thread().name
 
