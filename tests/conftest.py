@@ -11,24 +11,8 @@ from hvd_saef import kernels
 from tests.spreading import pytest_xdist_make_scheduler
 
 __all__ = ["pytest_xdist_make_scheduler"]  # a hook of pytest's
-
-BOTH = {
-    f"test_{name}"
-    for name in (
-        "averaging",
-        "checkpoint",
-        "compression",
-        "compressor",
-        "invariants",
-        "modes",
-        "oracle",
-        "overlap",
-        "precision",
-        "resume",
-        "simulation",
-    )
-}
-"""Files of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
+BOTH = "both_arithmetics"
+"""The mark of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +30,7 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
 def one_core(request: pytest.FixtureRequest) -> Iterator[None]:
     """Workers that are threads hand over nearly twice as fast on one core: each process takes its own."""
     cores = sorted(os.sched_getaffinity(0))
-    threads = request.module.__name__.rpartition(".")[2] in BOTH
+    threads = request.node.get_closest_marker(BOTH) is not None
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if threads and number:
         os.sched_setaffinity(0, {cores[int(number) % len(cores)]})
@@ -55,8 +39,8 @@ def one_core(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Both kinds of arithmetic for the files named above, where the kernels are built."""
-    if metafunc.module.__name__.rpartition(".")[2] in BOTH and kernels.native is not None:
+    """Both kinds of arithmetic for what is marked so, where the kernels are built."""
+    if metafunc.definition.get_closest_marker(BOTH) is not None and kernels.native is not None:
         metafunc.parametrize("arithmetic", ["kernels", "twins"], indirect=True, scope="module")
 
 

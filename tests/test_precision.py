@@ -15,6 +15,7 @@ from hvd_saef import Compression
 from tests.workers import NO_MODEL, Run, batch, bits, everything, network, sgd, together
 
 pytestmark = [
+    pytest.mark.both_arithmetics,
     pytest.mark.filterwarnings(NO_MODEL),
     pytest.mark.filterwarnings("ignore:the largest block"),
 ]

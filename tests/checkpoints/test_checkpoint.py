@@ -15,6 +15,8 @@ from hvd_saef.checkpoints.manifest import sealed
 from tests import workers
 from tests.workers import bits, caught, together
 
+pytestmark = pytest.mark.both_arithmetics
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": {},
     "replicated": {"server": "replicated", "server_step_ahead": 1.0},

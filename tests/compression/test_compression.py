@@ -40,6 +40,8 @@ from tests.codes import (
     tree,
 )
 
+pytestmark = pytest.mark.both_arithmetics
+
 # -- the checks, for the library's compressors and for the broken ones below ------------------------
 
 

@@ -20,6 +20,8 @@ from tests.problems import schedule, start_point, worst
 from tests.rounds import moves, watch
 from tests.workers import NO_MODEL, Run, caught, together
 
+pytestmark = pytest.mark.both_arithmetics
+
 # -- bytes ------------------------------------------------------------------------------------------
 
 

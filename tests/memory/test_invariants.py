@@ -24,6 +24,7 @@ from tests.problems import curved_valley, run_library, same_bits, schedule, star
 from tests.rounds import Round, moves, watch
 
 pytestmark = [
+    pytest.mark.both_arithmetics,
     pytest.mark.filterwarnings("ignore:parameters are stepped ahead"),
     pytest.mark.filterwarnings("ignore:the largest block"),
 ]

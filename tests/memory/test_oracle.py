@@ -23,6 +23,8 @@ from tests.problems import (
     worst,
 )
 
+pytestmark = pytest.mark.both_arithmetics
+
 TOLERANCE = 1e-10
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

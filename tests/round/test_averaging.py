@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.workers import NO_MODEL, Run, together
 
-pytestmark = pytest.mark.filterwarnings(NO_MODEL)
+pytestmark = [pytest.mark.both_arithmetics, pytest.mark.filterwarnings(NO_MODEL)]
 SMALL = 64  # bytes of a bucket: several buckets
 PERIOD = 4
 

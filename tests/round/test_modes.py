@@ -13,7 +13,7 @@ import hvd_saef
 from hvd_saef import WorkerError
 from tests.workers import NO_MODEL, Run, batch, bits, everything, network, together, train, warned
 
-pytestmark = pytest.mark.filterwarnings(NO_MODEL)
+pytestmark = [pytest.mark.both_arithmetics, pytest.mark.filterwarnings(NO_MODEL)]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "saef": {},

@@ -18,6 +18,8 @@ from hvd_saef import Compression
 from hvd_saef.errors import NonFiniteUpdateError, WorkerError
 from tests.workers import caught, together
 
+pytestmark = pytest.mark.both_arithmetics
+
 LAYERS = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3))
 SMALL = 2000  # bytes of a bucket: several buckets
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from hvd_saef import Compression
 from tests.workers import NO_MODEL, Run, bits, saved, together, warned
 
-pytestmark = pytest.mark.filterwarnings(NO_MODEL, "ignore:only rank:UserWarning")
+pytestmark = [
+    pytest.mark.both_arithmetics,
+    pytest.mark.filterwarnings(NO_MODEL, "ignore:only rank:UserWarning"),
+]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": {},

@@ -13,7 +13,7 @@ from torch import nn
 from hvd_saef import Compression, SaefError, WorkerError, run_workers
 from tests.workers import DEADLINE, NO_MODEL, Run, bits, caught, everything, sgd, together
 
-pytestmark = pytest.mark.filterwarnings(NO_MODEL)
+pytestmark = [pytest.mark.both_arithmetics, pytest.mark.filterwarnings(NO_MODEL)]
 
 
 def test_results_come_in_rank_order() -> None:
