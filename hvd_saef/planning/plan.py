@@ -69,12 +69,13 @@ class Constants:
 
         Raises ValueError if the file does not hold constants, OSError if it cannot be read.
         """
-        text = (path or resources.files("hvd_saef.planning") / "plan.json").read_text()
+        file = path or resources.files("hvd_saef.planning") / "plan.json"
+        text = file.read_text()
         try:
             found = dict(json.loads(text))
             return cls(source=str(found.pop("source", "")), seconds=found)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: no constants of the model: {error}") from None
+            raise ValueError(f"{file}: no constants of the model: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 import hvd_saef
 from benchmarks.scaling import Observation, fit, nonnegative, stops_paying
+from hvd_saef.compression import BUILT_IN
 from hvd_saef.planning import plan
 from hvd_saef.planning.plan import FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict, recommend
 
@@ -29,7 +30,7 @@ def changed(constants: Constants, **seconds: float) -> Constants:
 WIRE_ONLY = changed(FREE, wire=1.0)
 # Compression costs the processor more than it saves it, so that there is a bandwidth where it stops paying.
 REALISTIC = changed(
-    FREE,
+    changed(FREE, **{cost: 5e-9 for compressor in BUILT_IN for cost in compressor.costs}),
     wire=1.1,
     byte=1e-11,
     message=5e-5,
@@ -38,8 +39,6 @@ REALISTIC = changed(
     float16=2e-9,
     sign_encode=4e-9,
     sign_decode=1e-9,
-    topk_encode=5e-9,
-    topk_decode=5e-9,
 )
 
 
@@ -92,6 +91,13 @@ def test_wire_time_by_hand() -> None:
     sign = next(method for method in METHODS if method.name == "sign DC")
     assert predict(sign, job, WIRE_ONLY) == pytest.approx(0.1 + 1.2 / 32, rel=1e-5)
     assert predict(sign, dataclasses.replace(job, bandwidth=math.inf), WIRE_ONLY) == 0.1
+
+
+def test_a_constant_that_the_package_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a compressor was added that says what its work costs."""
+    monkeypatch.setattr(plan, "FEATURES", (*FEATURES, "nine_encode"))
+    with pytest.raises(ValueError, match=r"plan\.json: no constants of the model: nine_encode=None"):
+        Constants.load()
 
 
 def test_every_feature_costs() -> None:
