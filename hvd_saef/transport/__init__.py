@@ -1,1 +1,1 @@
-"""Who carries the bytes: MPI and Horovod, threads of one process, and the watch over those who wait."""
+"""Communication between ranks: MPI and Horovod, threads of one process, and the watch over long waits."""

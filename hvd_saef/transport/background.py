@@ -1,7 +1,8 @@
-"""Threads in the background that compute as the thread does whose work they take over. Local.
+"""Background threads that compute with the arithmetic of the thread that submits the work. Local.
 
-Whether a CPU takes denormal numbers for 0 (torch.set_flush_denormal) is a setting of each thread. It decides
-on bits, so all threads of a rank must have the same, and so must all ranks.
+Each thread has its own setting that decides whether the CPU takes denormal numbers for 0
+(torch.set_flush_denormal). The setting changes bits of results, so it must be the same in all threads of a
+rank, and on all ranks.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 LEAST: float = struct.unpack("<d", (1).to_bytes(8, "little"))[0]
-"""The least number above 0, by its bits: no arithmetic has flushed it."""
+"""The least number above 0, made from its bits, since arithmetic might have flushed it to 0."""
 ONE = 1.0
 SHARE = 1 << 16
-"""Elements for each thread of torch's: more than it leaves to one thread."""
+"""Elements for each of torch's threads: with so many, torch does not leave all the work to one thread."""
 
 
 class Background(ThreadPoolExecutor):
-    """One thread, which does what it is given in order, with the submitting thread's arithmetic."""
+    """One thread that does submitted work in order, with the denormal setting of the submitting thread."""
 
     def __init__(self, name: str) -> None:
         super().__init__(1, thread_name_prefix=name)
@@ -32,7 +33,7 @@ class Background(ThreadPoolExecutor):
 
     @property
     def idle(self) -> bool:
-        """Whether it has done all that it was given."""
+        """True if all submitted work is done."""
         return self._last.done()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
@@ -47,12 +48,15 @@ class Background(ThreadPoolExecutor):
 
 
 def flushes_denormals() -> bool:
-    """Whether this thread takes denormal numbers for 0."""
+    """Returns True if this thread takes denormal numbers for 0."""
     return LEAST * ONE == 0.0
 
 
 def denormals() -> str:
-    """Whether this thread, and those of torch's that compute for it, flush them: "on", "off", or both."""
+    """Says whether denormal numbers are flushed to 0 in this thread and in torch's threads that serve it.
+
+    Returns "on", "off", or "on in some threads".
+    """
     tiny = torch.full((SHARE * torch.get_num_threads(),), torch.finfo(torch.float32).smallest_normal)
     kept = int(tiny.mul_(0.5).view(torch.int32).count_nonzero())
     return {0: "on", tiny.numel(): "off"}.get(kept, "on in some threads")

@@ -1,9 +1,9 @@
-"""What workers say to each other: gathers of bytes, means of tensors, small objects.
+"""The interface of communication between workers: gathers of bytes, means of tensors, small objects.
 
-Three ways to say it, one interface: MPI and Horovod (`hvd_saef.transport.mpi`), threads of one process
-(`hvd_saef.transport.threads`), and nobody to talk to (`SoloCommunicator`, for ranks outside a process set).
-Every method is collective: all workers call the same ones in the same order, on each line
-(`hvd_saef.transport.lines`) and channel for itself.
+The interface has three implementations: MPI and Horovod (`hvd_saef.transport.mpi`), threads of one process
+(`hvd_saef.transport.threads`), and one rank alone (`SoloCommunicator`, for ranks outside a process set).
+Every method is collective, unless its docstring says otherwise: all workers call the same methods in the
+same order. This order holds separately for each line (`hvd_saef.transport.lines`) and channel.
 """
 
 from __future__ import annotations
@@ -27,100 +27,106 @@ R = TypeVar("R")
 
 
 class Channel(enum.Enum):
-    """Collectives on one channel come in the same order on all workers; channels do not mind each other."""
+    """A sequence of collectives in the same order on all workers. Channels do not wait for each other."""
 
     WORDS = enum.auto()
-    """The foreground's: small words, objects, broadcasts."""
+    """The channel of the foreground thread: small words, objects, broadcasts."""
     UP = enum.auto()
-    """Payloads on their way to the server."""
+    """The channel of payloads on their way to the server."""
     DOWN = enum.auto()
-    """The server's answers."""
+    """The channel of the server's answers."""
     MEANS = enum.auto()
-    """Horovod's allreduces."""
+    """The channel of Horovod's allreduces."""
 
 
 class Communicator(abc.ABC):
-    """What the ranks of K workers have to talk through. Tensors are contiguous; payloads are 1-D uint8.
+    """The connection between the ranks of K workers. Tensors are contiguous; payloads are 1-D uint8.
 
-    A worker is one rank, unless a subclass says otherwise. Payloads and means are those of workers;
-    words, objects and broadcasts go from every rank to every other, since any of them may fail.
+    A worker is one rank, unless a subclass says otherwise. Payloads and means are exchanged between workers.
+    Words, objects and broadcasts go from every rank to every other rank, since any rank may fail.
     """
 
     rank: int
-    """This rank's number among all that take part."""
+    """This rank's number within the communicator, from 0."""
     size: int
-    """The number of these."""
+    """The number of ranks in the communicator."""
     ranks: Sequence[int]
-    """What the launcher calls them."""
+    """The launcher's numbers of these ranks."""
     process_set: Any = None
-    """Horovod's of these ranks, where it is Horovod that takes means."""
+    """The Horovod process set of these ranks, if Horovod computes the means."""
 
-    def check(self) -> None:  # noqa: B027 - most can at any time
-        """Raise RuntimeError if this rank cannot exchange anything any more."""
+    def check(self) -> None:  # noqa: B027 - most communicators can exchange at any time
+        """Raises RuntimeError if this rank cannot exchange anything any more. Local."""
 
     def use(self) -> AbstractContextManager[None]:
-        """Within it nothing ends what this communicator talks through. Local."""
+        """Returns a context within which the communicator's library (MPI) is not ended. Local."""
         return nullcontext()
 
     @property
     def worker(self) -> int:
-        """The number of the worker that this rank is, or is part of."""
+        """The number of the worker that this rank belongs to."""
         return self.rank
 
     @property
     def workers(self) -> int:
-        """K."""
+        """The number K of workers."""
         return self.size
 
     @property
     def counts(self) -> Sequence[int]:
-        """How much each worker counts in means over workers: K whole numbers."""
+        """The weights of the workers in means over workers, as K whole numbers."""
         return self.workers * [1]
 
     @cached_property
     def weights(self) -> Sequence[float]:
-        """The same as numbers with the sum 1."""
+        """The `counts` divided by their sum: K numbers whose sum is 1."""
         total = sum(self.counts)
         return [count / total for count in self.counts]
 
     @cached_property
     def alike(self) -> bool:
-        """Whether all workers count the same, so that a mean over them is a plain one."""
+        """True if all workers have the same weight, so that a mean over workers is unweighted."""
         return len(set(self.counts)) == 1
 
     @property
     def groups(self) -> Sequence[Sequence[int]]:
-        """The ranks of each worker."""
+        """The ranks of each worker, as numbers within the communicator."""
         return [[rank] for rank in range(self.size)]
 
     @property
     def team(self) -> Communicator:
-        """The ranks of this worker, among which gradients are averaged; here it is alone."""
+        """The communicator of this worker's team, over which gradients are averaged; here one rank."""
         return SoloCommunicator()
 
     def passed_on(self, sizes: Iterable[int]) -> int:
-        """How much this rank sends to its worker's others of pieces of such sizes from other workers."""
+        """Returns how much this rank sends to the rest of its team of pieces that other workers sent.
+
+        `sizes` are the sizes of the pieces, and the result has the same unit. Local.
+        """
         return 0
 
     def passed_on_of_mean(self, mean: Tensor) -> int:
-        """The same in bytes, of a mean over workers."""
+        """Returns how many bytes this rank sends to the rest of its team for a mean over workers. Local."""
         return 0 if self.workers == 1 else self.passed_on([mean.numel()]) * mean.itemsize
 
     @abc.abstractmethod
     def part(self, ranks: Sequence[int]) -> Communicator:
-        """A communicator of these of the ranks, with this one among them. Collective over them."""
+        """Returns a communicator of the given ranks, which include this rank. Collective over these ranks."""
 
     @abc.abstractmethod
     def find_hosts(self) -> list[list[int]]:
-        """The ranks by the host that they run on. Collective."""
+        """Returns the ranks of each host, one list a host. Collective."""
 
     @cached_property
     def lines(self) -> Lines:
-        """Who has which line."""
+        """The record of which optimizer has which line."""
         return Lines(self)
 
     def line(self, number: int) -> Communicator:
-        """The same ranks, with channels of their own but for WORDS; number 0 is this one. Collective."""
+        """Returns the communicator of line `number`; line 0 is this communicator. Collective.
+
+        A line has the same ranks and shares the channel WORDS; its other channels are its own.
+        """
         if number == 0:
             return self
         key = "line", number
@@ -130,17 +136,17 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def new_line(self, number: int) -> Communicator:
-        """Make line `number`, above 0: for :meth:`line`. Collective."""
+        """Makes the communicator of line `number`, above 0; only :meth:`line` calls this. Collective."""
 
     def background(self, channel: Channel) -> Executor:
-        """The channel's own thread, which does what it is given in order, while this one computes."""
+        """Returns the channel's background thread, which does submitted work in order. Local."""
         if channel not in self._threads:
             self._threads[channel] = Background(f"hvd_saef {channel.name} {self.rank}")
         return self._threads[channel]
 
     @property
     def idle(self) -> bool:
-        """Whether the background has done all that it was given."""
+        """True if the background threads have done all submitted work. Local."""
         return all(thread.idle for thread in self._threads.values())
 
     @cached_property
@@ -149,65 +155,66 @@ class Communicator(abc.ABC):
 
     @cached_property
     def doing(self) -> dict[Channel, str]:
-        """The round (and bucket) that a channel's calls are for, for messages about who does not arrive."""
+        """The round (and bucket) that each channel's calls belong to, for messages about missing ranks."""
         return {}
 
     @cached_property
     def kin(self) -> dict[Any, Communicator]:
-        """Others made of this one, which end with it."""
+        """Communicators that were made from this one; :meth:`close` closes them too."""
         return {}
 
     def close(self) -> None:
-        """End the background threads."""
+        """Ends the background threads of this communicator and of its `kin`. Local."""
         for thread in self._threads.values():
             thread.shutdown()
         for other in self.kin.values():
             other.close()
 
     def finish(self) -> None:
-        """Wait for all workers: the last thing that they do together before they leave."""
+        """Waits for all ranks: this is their last collective before they leave."""
         self.combine(0)
 
     @abc.abstractmethod
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
-        """Everyone's payload, worker k's into out[k], which is of its size."""
+        """Sends `payload` to all workers; writes worker k's payload into out[k], which has that size."""
 
     @abc.abstractmethod
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Send piece j, of the same size on all workers, to worker j; worker k's arrives in out[k].
+        """Sends pieces[j] to worker j; writes the piece from worker k into out[k].
 
-        This worker's own piece is copied. Channel UP.
+        pieces[j] has the same size on all workers. The piece for this worker itself is copied. The channel
+        is UP.
         """
 
     @abc.abstractmethod
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:
-        """Replace a floating tensor by its mean over workers: the same bits on every worker."""
+        """Replaces a floating tensor, in place, by its mean over workers: the same bits on every worker."""
 
     @abc.abstractmethod
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """Replace a tensor by rank `root`'s, to the bit."""
+        """Replaces a tensor, in place, by the tensor of rank `root`, bit for bit."""
 
     @abc.abstractmethod
     def allgather_object(self, value: Any) -> list[Any]:
-        """Every rank's small picklable object, in rank order."""
+        """Returns the small picklable objects of all ranks, in rank order."""
 
     @abc.abstractmethod
     def combine(self, word: int) -> int:
-        """The bitwise or of every rank's word (up to 63 bits)."""
+        """Returns the bitwise or of all ranks' words (up to 63 bits)."""
 
 
 class Used(Protocol):
-    """What :func:`in_use` is for."""
+    """An object whose methods :func:`in_use` can wrap."""
 
     def use(self) -> AbstractContextManager[None]:
-        """See :meth:`Communicator.use`."""
+        """Returns a context within which MPI does not end: see :meth:`Communicator.use`."""
 
 
 U = TypeVar("U", bound=Used)
 
 
 def in_use(method: Callable[Concatenate[U, P], R]) -> Callable[Concatenate[U, P], R]:
-    """A method that runs within its object's `use()`: on a rank that is in it, nothing ends MPI."""
+    """Makes a method run within its object's `use()`, so that MPI does not end on this rank meanwhile."""
 
     @wraps(method)
     def within(self: U, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -218,7 +225,7 @@ def in_use(method: Callable[Concatenate[U, P], R]) -> Callable[Concatenate[U, P]
 
 
 class SoloCommunicator(Communicator):
-    """One worker, alone."""
+    """The communicator of a single worker of one rank. Nothing is sent."""
 
     rank, size, ranks = 0, 1, (0,)
 
@@ -251,13 +258,16 @@ class SoloCommunicator(Communicator):
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Its elements in logical order as bytes on the CPU, 1-D: its own memory, if that is how they lie."""
+    """Returns the tensor's elements in logical order as bytes on the CPU, 1-D uint8. Local.
+
+    The result is a view of the tensor's own memory if that is contiguous and on the CPU, else a copy.
+    """
     held = tensor.detach().cpu().contiguous()
-    # Not reshape(-1): one number out of many is contiguous, and would keep a stride that is not 1.
+    # reshape(-1) would not do: a view of one number is contiguous, and may keep a stride that is not 1.
     return held.as_strided((held.numel(),), (1,)).view(torch.uint8)
 
 
 def copy_pieces(pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """Copy each piece to its place."""
+    """Copies pieces[k] into out[k], for all k. Local."""
     for place, piece in zip(out, pieces, strict=True):
         place.copy_(piece)

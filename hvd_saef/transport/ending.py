@@ -1,8 +1,8 @@
-"""The end of MPI in this process: it waits for what is under way, and the other ranks hear of it. Local.
+"""The end of MPI in this process: it waits for collectives under way, and the other ranks are told. Local.
 
-Where hvd.init() started MPI, Horovod's thread ends it on all ranks as soon as one of them shuts Horovod down
-or exits: also on a rank with other threads within a collective, which would crash there. Before it ends, MPI
-deletes what is attached to MPI.COMM_SELF and calls whoever attached it: that is where the end is put off.
+If hvd.init() started MPI, Horovod's thread ends MPI on all ranks as soon as one rank shuts Horovod down or
+exits, also on a rank whose other threads are within a collective, and these would crash. Before MPI ends, it
+deletes the attributes of MPI.COMM_SELF and calls their delete functions. Such a function puts the end off.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from hvd_saef.errors import StalledExchangeError
 
 LONGEST = 300.0
-"""Seconds that the end is put off at most: who shuts Horovod down within a step waits for itself."""
+"""The longest time that the end is put off, in seconds: a hvd.shutdown() within a step waits for itself."""
 SHUT_DOWN = "Horovod was shut down: step() comes before hvd.shutdown()."
 
 
 class Ending:
-    """Puts off the end of MPI while some thread is within :meth:`put_off`, and then lets others know."""
+    """Puts off the end of MPI while any thread is within :meth:`put_off`, and then tells the other ranks."""
 
     def __init__(self, mpi: Any) -> None:
-        """`mpi` is mpi4py's MPI, which has begun."""
+        """Attach to `mpi`, which is mpi4py's module MPI after MPI has started."""
         self._mpi = mpi
         self._pid = os.getpid()
         self._changed = threading.Condition()
@@ -34,14 +34,15 @@ class Ending:
         self._goodbyes: list[Callable[[], None]] = []
         key = mpi.Comm.Create_keyval(delete_fn=self._before_mpi_ends)
         mpi.COMM_SELF.Set_attr(key, self)
-        # Where mpi4py started MPI, it ends MPI when there is no Python any more to be called.
+        # If mpi4py started MPI, mpi4py ends MPI so late that Python functions can no longer be called.
         atexit.register(self._before_python_ends)
 
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within it MPI does not end, nor after a StalledExchangeError: what comes next may be MPI's abort.
+        """Returns a context within which MPI does not end.
 
-        Raises RuntimeError if MPI has ended, or is about to.
+        After a StalledExchangeError in the context the end stays put off, since MPI's abort may come next.
+        Raises RuntimeError if MPI has ended or is about to end.
         """
         with self._changed:
             if self._over:
@@ -51,7 +52,7 @@ class Ending:
         try:
             yield
         except StalledExchangeError:
-            done = 0  # while one thread ends MPI, another's abort may hang
+            done = 0  # an abort may hang while another thread ends MPI
             raise
         finally:
             with self._changed:
@@ -59,7 +60,10 @@ class Ending:
                 self._changed.notify_all()
 
     def then(self, goodbye: Callable[[], None]) -> None:
-        """Call `goodbye` when nothing is under way any more; not in a process forked from this one."""
+        """Registers `goodbye`, to be called when no collective is under way and MPI is about to end.
+
+        A process forked from this one does not call `goodbye`.
+        """
         self._goodbyes.append(goodbye)
 
     def _before_mpi_ends(self, *_: Any) -> None:
@@ -72,11 +76,11 @@ class Ending:
         if os.getpid() == self._pid and not self._mpi.Is_finalized():
             self._say_goodbye()
             with self._changed:
-                self._users = 0  # nothing is under way any more
+                self._users = 0  # no collective is under way when Python ends
                 self._changed.notify_all()
 
     def _say_goodbye(self) -> None:
         goodbyes, self._goodbyes = self._goodbyes, []
         for goodbye in goodbyes:
-            with contextlib.suppress(Exception):  # it is only a kindness
+            with contextlib.suppress(Exception):  # a goodbye only helps others: its failure changes nothing
                 goodbye()

@@ -1,4 +1,4 @@
-"""Which communicator an optimizer gets: its thread's, or that of a Horovod process set."""
+"""Finds the communicator of an optimizer: that of its thread, or that of a Horovod process set."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _of_process_sets: dict[tuple[int, ...], Communicator] = {}
 
 
 def set_thread_communicator(communicator: Communicator | None) -> None:
-    """Make `communicator` the one that this thread's optimizers find."""
+    """Sets the communicator that :func:`find_communicator` finds in this thread; None unsets it. Local."""
     _here.communicator = communicator
 
 
 def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
-    """The communicator of this thread or of a Horovod process set, and whether this rank is in the set.
+    """Returns the communicator of this thread or of a process set, and whether this rank is in the set.
 
-    Collective over the process set the first time; the communicator lives as long as the process.
-    Raises RuntimeError if there is no Horovod on MPI to talk through, ValueError for a process set
-    that Horovod does not know.
+    The first call for a process set is collective over it; the communicator is kept as long as the process
+    lives. Raises RuntimeError if Horovod on MPI cannot be used, ValueError if Horovod does not know the
+    process set.
     """
     own: Communicator | None = getattr(_here, "communicator", None)
     hvd = horovod()
@@ -30,7 +30,7 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
         if process_set is not None and process_set is not (hvd and hvd.global_process_set):
             raise ValueError(f"process_set={process_set}: a simulation has the global process set only.")
         return own, True
-    if hvd and not hvd.is_initialized():  # asked first: mpi4py would start MPI
+    if hvd and not hvd.is_initialized():  # this check comes first, since importing mpi4py starts MPI
         raise RuntimeError(
             "Horovod is not initialized: call hvd.init() before hvd_saef.DistributedOptimizer."
         )
@@ -68,5 +68,5 @@ def find_communicator(process_set: Any) -> tuple[Communicator, bool]:
         abort_on_exceptions()
     if key not in _of_process_sets:
         _of_process_sets[key] = MpiCommunicator(key)
-    _of_process_sets[key].process_set = process_set  # Horovod's may have been removed and added anew
+    _of_process_sets[key].process_set = process_set  # the set may have been removed and added anew
     return _of_process_sets[key], True

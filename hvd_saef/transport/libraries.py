@@ -1,4 +1,4 @@
-"""Horovod and mpi4py, imported when they are first needed: `import hvd_saef` starts no MPI. Local."""
+"""Imports Horovod and mpi4py when they are first needed, so that `import hvd_saef` starts no MPI. Local."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ _missing: dict[str, str] = {}
 
 @cache
 def horovod() -> Any:
-    """`horovod.torch`, or None where it cannot be imported. Starts no MPI: hvd.init() does."""
+    """Returns the module horovod.torch, or None if it cannot be imported. MPI starts in hvd.init() only."""
     return _import("horovod.torch")
 
 
 @cache
 def mpi4py() -> Any:
-    """`mpi4py.MPI`, or None where it cannot be imported. Starts MPI, unless hvd.init() has."""
+    """Returns the module mpi4py.MPI, or None if it cannot be imported. Starts MPI, unless it has started."""
     return _import("mpi4py.MPI")
 
 
 def missing() -> list[str]:
-    """Why there is no MPI or no Horovod, if so: then only the simulation works."""
+    """Returns why MPI or Horovod cannot be imported, one text each; [] if both can.
+
+    Without both of them only the simulation works. Starts MPI.
+    """
     horovod(), mpi4py()
     return list(_missing.values())
 
@@ -30,6 +33,6 @@ def missing() -> list[str]:
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library: RuntimeError
+    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError without MPI
         _missing[name] = f"{name} cannot be imported ({error})"
         return None

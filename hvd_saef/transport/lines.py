@@ -1,8 +1,8 @@
-"""Lines of a communicator: each optimizer talks on one of its own, so that no two get each other's payloads.
+"""Lines of a communicator: each optimizer has its own line, so that no two get each other's payloads.
 
-What an optimizer with overlap=True sends leaves when gradients are there, which differs between the ranks:
-on a line that others use as well, one's payload would be taken for another's. A line goes back when its
-optimizer is gone, and to the next one that is wrapped, once that is so on all ranks.
+With overlap=True an optimizer sends payloads as soon as gradients are complete, and that order differs
+between ranks. On a line that two optimizers share, the payload of one could be taken for that of the other.
+A line is free again when its optimizer is gone on all ranks; the next optimizer that is wrapped may take it.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Any, Protocol
 
 
 class Talks(Protocol):
-    """What lines need of a communicator."""
+    """The part of a communicator that lines need."""
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Every rank's object, in rank order."""
+        """Returns the objects of all ranks, in rank order. Collective."""
 
     @property
     def idle(self) -> bool:
-        """Whether its background threads have done all that they were given."""
+        """True if the background threads have done all submitted work. Local."""
 
 
 @dataclass(eq=False)
 class Lease:
-    """One optimizer's right to a line, for as long as this object lives."""
+    """The right of one optimizer to a line, for as long as this object lives."""
 
     number: int
     lines: Lines
     parameters: frozenset[int]
-    """The ids of its owner's, as they were wrapped."""
+    """The ids of the owner's parameters when the owner was wrapped."""
     under_way: Collection[Any] = field(default_factory=tuple)
-    """What its owner has sent and not taken down; its length alone is looked at."""
+    """The updates that the owner has sent and not completed; only their number is used."""
 
     def used_by(self, communicator: Talks, under_way: Collection[Any]) -> None:
-        """`communicator` is what talks on the line, and `under_way` what is on it."""
+        """Notes that `communicator` uses the line, and that `under_way` holds the updates sent on it."""
         self.lines.note(self.number, communicator)
         self.under_way = under_way
 
 
 class Lines:
-    """Which lines of one communicator are taken on this rank, and by whom."""
+    """The record of the lines of one communicator that are taken on this rank, and of their owners."""
 
     def __init__(self, communicator: Talks) -> None:
         self._communicator = communicator
@@ -51,22 +51,23 @@ class Lines:
         self._talked: dict[int, Talks] = {}
         self._made = 0
         self.shared = False
-        """Whether at the last wrapping there was another optimizer on any rank: the same on all of them."""
+        """True if any rank had another optimizer at the last wrapping. The value is the same on all ranks."""
 
     def note(self, number: int, communicator: Talks) -> None:
-        """`communicator` talks on the line: nobody else does before it is idle."""
+        """Notes that `communicator` uses the line, which is not free before `communicator` is idle."""
         self._talked[number] = communicator
 
     def take(self, parameters: frozenset[int]) -> Lease:
-        """The lowest line that is free on all ranks, else a new one. Collective.
+        """Returns a lease of the lowest line that is free on all ranks, or of a new line. Collective.
 
-        Whoever has any of these `parameters`, by id, is done, and counts for no other optimizer.
+        `parameters` are the ids of the new optimizer's parameters. An earlier optimizer with any of these
+        parameters is replaced by the new one, so it does not count as another optimizer.
 
-        Raises RuntimeError on all ranks if on any another optimizer has sent updates of a round that its
+        Raises RuntimeError on all ranks if another optimizer of any rank has sent updates of a round that its
         step() has not completed.
         """
         if self._made:
-            gc.collect()  # optimizers that nobody can reach may still be there, on some ranks
+            gc.collect()  # unreachable optimizers may still exist on some ranks
         leases = dict(self._leases)
         taken = [n for n in range(self._made) if n in leases or not self._is_idle(n)]
         others = [lease for lease in leases.values() if not lease.parameters & parameters]

@@ -1,4 +1,7 @@
-"""The ranks of an MPI job: payloads by mpi4py, means by Horovod. Importing this starts MPI."""
+"""Communication between the ranks of an MPI job: payloads by mpi4py, means by Horovod's allreduce.
+
+Importing this module starts MPI.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ from hvd_saef.transport.watch import Patience, Watch, start
 MPI, hvd = mpi4py(), horovod()
 
 CHUNK_BYTES = 1 << 30
-"""The most that one MPI call moves, in or out: counts and offsets are C ints, so it stays under 2 GiB."""
+"""The most bytes that one MPI call sends or receives: MPI's counts are C ints, so 2 GiB is too much."""
 
 
 class MpiCommunicator(Communicator):
-    """Some ranks: payloads by mpi4py, means by Horovod's allreduce.
+    """The communicator of some ranks of the job, one worker a rank.
 
-    `ranks` are MPI's and Horovod's; messages about who does not arrive call them by `names`.
+    `ranks` are their numbers in MPI and Horovod. Messages about missing ranks use `names` instead, if given.
     """
 
     def __init__(self, ranks: Sequence[int], names: Sequence[int] | None = None) -> None:
@@ -40,7 +43,7 @@ class MpiCommunicator(Communicator):
         self.ranks = ranks
 
         def create() -> tuple[Any, dict[Channel, Any]]:
-            # Create_group involves the set's ranks alone; Split or Dup would need every rank.
+            # Create_group is collective over these ranks only; Split and Dup would need every rank.
             own = world.Create_group(world.Get_group().Incl(list(ranks)))
             return own, {channel: own.Dup() for channel in Channel if channel is not Channel.MEANS}
 
@@ -103,9 +106,9 @@ class MpiCommunicator(Communicator):
         pieces: Sequence[Tensor],
         out: Sequence[Tensor],
     ) -> None:
-        """In as many calls as the longest piece of any worker asks for: as many on all of them."""
+        """Moves payloads. The longest piece on any worker sets the number of MPI calls, the same on all."""
         operation = "payloads to the server" if channel is Channel.UP else "the server's answers"
-        # What goes out or what comes in says all workers' sizes, and the other is among these.
+        # One of the lists has a piece of each worker's size, and the sizes in the other are among these.
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         staging = self._staging[channel]
@@ -123,18 +126,18 @@ class MpiCommunicator(Communicator):
             staging.landed(landed, places)
 
     def _wait(self, channel: Channel, request: Any, operation: str) -> None:
-        """Until the request is done, which holds the memory that it works on."""
+        """Waits until `request` is done. The request keeps its memory alive meanwhile."""
         doing = self.doing.get(channel, "at the start")
         self._watch.wait(request.Test, self._name(channel), f"{operation}, {doing}")
 
     def _name(self, channel: Channel) -> str:
-        """What the watch calls the channel of this line."""
+        """Returns the watch's name of the channel on this line. WORDS is the same on all lines."""
         return channel.name if self._line == 0 or channel is Channel.WORDS else f"{channel.name} {self._line}"
 
     @in_use
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        # Waited for before the next one is submitted, so that Horovod has nothing to fuse it with:
-        # how tensors are fused decides how sums round.
+        # This mean is completed before the next one is submitted, so that Horovod fuses no tensors: their
+        # fusion would change how sums are rounded.
         handle = hvd.allreduce_async_(
             tensor, name=f"hvd_saef.{self._line}.{name}", op=hvd.Average, process_set=self.process_set
         )
@@ -185,16 +188,16 @@ class MpiCommunicator(Communicator):
         return int(all_of_them[0])
 
     def finish(self) -> None:
-        """Wait for all workers; where these are all ranks, also end Horovod and MPI.
+        """Waits for all ranks. If these are all ranks of the job, also ends Horovod and MPI. Collective.
 
-        Once MPI is ended, `python -m mpi4py` does not take an exit code for a failure to abort the job on.
+        After the end of MPI, `python -m mpi4py` does not abort the job because of an exit code other than 0.
         """
-        if MPI.Is_finalized():  # by another optimizer's
+        if MPI.Is_finalized():  # another optimizer's communicator has ended MPI
             return
         super().finish()
         if self.size == MPI.COMM_WORLD.Get_size():
             hvd.shutdown()
-            if not MPI.Is_finalized():  # by Horovod, where that started MPI
+            if not MPI.Is_finalized():  # Horovod ends MPI if Horovod started it
                 MPI.Finalize()
 
 
@@ -204,7 +207,7 @@ def _ending() -> Ending:
 
 
 class _Line(MpiCommunicator):
-    """Another's ranks on a line of its own."""
+    """The ranks of another communicator, `base`, on a line of their own."""
 
     def __init__(self, base: MpiCommunicator, number: int) -> None:
         self.rank, self.size, self.ranks = base.rank, base.size, base.ranks
@@ -216,19 +219,19 @@ class _Line(MpiCommunicator):
         self._mpi = {Channel.WORDS: words, **created.result()}
 
     @property
-    def process_set(self) -> Any:  # Horovod's may have been removed and added anew
+    def process_set(self) -> Any:  # the base has the current one: sets can be removed and added anew
         return self._base.process_set
 
 
 @dataclass(frozen=True)
 class _Unpickled:
-    """What a rank sends in place of an object that cannot be sent."""
+    """The reason that a rank sends in place of an object that cannot be pickled."""
 
     reason: str
 
 
 def _pickled(value: Any) -> tuple[Any, Exception | None]:
-    """The bytes of a value, or of why it cannot be sent; and that."""
+    """Returns the pickled value and None; or, if pickling fails, the pickled reason and the exception."""
     failure: Exception | None = None
     try:
         sent = pickle.dumps(value)
@@ -239,26 +242,27 @@ def _pickled(value: Any) -> tuple[Any, Exception | None]:
 
 @cache
 def _arrivals(patience: Patience) -> Watch:
-    """The watch over the creation of communicators, when the world's is the only one there is."""
+    """Returns the watch over the creation of communicators, when only MPI.COMM_WORLD exists."""
     return Watch(MPI.COMM_WORLD, patience)
 
 
 def _message(views: Sequence[Tensor]) -> Any:
-    """Views of one buffer, as mpi4py takes the pieces of a collective on vectors."""
+    """Returns `views` of one buffer as mpi4py's argument for a collective with a count for each rank."""
     buffer = torch.empty(0, dtype=torch.uint8, device=views[0].device).set_(views[0].untyped_storage())
     counts = [view.numel() for view in views]
     return [_memory(buffer), (counts, [int(view.storage_offset()) for view in views]), MPI.BYTE]
 
 
 def _memory(buffer: Tensor) -> Any:
-    """As mpi4py takes it; a tensor on a GPU as it is, by its __cuda_array_interface__."""
+    """Returns the buffer as mpi4py needs it; a GPU tensor is passed as it is (__cuda_array_interface__)."""
     return buffer.numpy() if buffer.is_cpu else buffer
 
 
 def abort_on_exceptions() -> None:
-    """Let an exception that ends this rank end the job: the others would wait for it for ever.
+    """Makes an exception that ends this rank end the whole job, since the others would wait for ever.
 
-    HVD_SAEF_NO_ABORT=1 leaves it to the launcher.
+    Changes sys.excepthook. With HVD_SAEF_NO_ABORT=1 nothing is changed, and the launcher must end the job.
+    Local.
     """
     if os.environ.get("HVD_SAEF_NO_ABORT") == "1":
         return
@@ -266,7 +270,7 @@ def abort_on_exceptions() -> None:
 
     def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         earlier(kind, error, traceback)
-        if os.getpid() != pid:  # a process that was forked from this rank
+        if os.getpid() != pid:  # this process was forked from the rank
             return
         print(f"hvd_saef: rank {MPI.COMM_WORLD.Get_rank()} failed and ends the job.", file=sys.stderr)
         sys.stdout.flush()

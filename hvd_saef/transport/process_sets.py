@@ -1,4 +1,4 @@
-"""Horovod's process sets for workers of several ranks: which there must be, and where they are found."""
+"""Horovod's process sets for workers of several ranks: which sets are needed, and how they are found."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 from hvd_saef.transport.libraries import horovod, mpi4py
 
 _given: dict[tuple[int, ...], Any] = {}
-"""By ranks, those that :func:`process_sets` returned or that were added here."""
+"""The process sets that :func:`process_sets` returned, or that were added here, by their ranks."""
 
 
 def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
-    """What to give to hvd.init() before optimizers with this `worker`. Collective over all ranks.
+    """Returns the process sets that hvd.init() needs for optimizers with this `worker`.
 
     >>> hvd.init(process_sets=hvd_saef.process_sets())
 
-    The process sets of more than one rank and less than all: each worker's, then those of the ranks
-    of the same place in each worker. hvd.init(process_sets="dynamic") does without this call, but then
-    Horovod's ranks exchange a message more in each of its cycles, between nodes as well.
+    Collective over all ranks. The result has a process set for each worker, then one for the ranks at the
+    same place in each worker; sets of one rank or of all ranks are left out. With
+    hvd.init(process_sets="dynamic") this call is not needed, but Horovod's ranks then exchange one more
+    message in each of Horovod's cycles, also between nodes.
 
     Raises RuntimeError without Horovod and MPI.
     """
@@ -36,7 +37,7 @@ def process_sets(worker: str | Sequence[Any] = "node") -> list[Any]:
 
 
 def find_hosts(communicator: Any) -> list[list[int]]:
-    """The ranks of an mpi4py communicator that share memory, group by group. Collective over it."""
+    """Returns the groups of ranks of an mpi4py communicator that share memory. Collective over it."""
     shares = communicator.Split_type(mpi4py().COMM_TYPE_SHARED)
     first = communicator.allgather(shares.bcast(communicator.Get_rank()))
     shares.Free()
@@ -44,34 +45,35 @@ def find_hosts(communicator: Any) -> list[list[int]]:
 
 
 def ranks_of(group: Any) -> list[int]:
-    """Of a process set, or of a list of ranks."""
+    """Returns the sorted ranks of a process set, or of a list of ranks. Local."""
     return sorted(getattr(group, "ranks", group))
 
 
 def lanes(groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The ranks of the same place in each group, for each place that all groups have."""
+    """Returns the ranks at the same place in each group, one list for each place that all groups have."""
     return [[group[place] for group in groups] for place in range(min(map(len, groups)))]
 
 
 def wanted(groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The sets of several ranks whose means are needed."""
+    """Returns the sets of two or more ranks that compute means: the groups, then the :func:`lanes`."""
     return [sorted(ranks) for ranks in (*groups, *lanes(groups)) if len(ranks) > 1]
 
 
 def remember(process_sets: Iterable[Any]) -> None:
-    """Take in process sets that the user made."""
+    """Records process sets that the user made; other values in `process_sets` are ignored. Local."""
     _given.update({tuple(known.ranks): known for known in process_sets if hasattr(known, "process_set_id")})
 
 
 def register(groups: Sequence[Sequence[int]], add: bool) -> dict[tuple[int, ...], Any]:
-    """Horovod's process set by ranks, for all that are :func:`wanted`. Collective over all ranks if `add`.
+    """Returns Horovod's process set for each set of ranks in :func:`wanted`, keyed by its ranks.
 
-    Raises ValueError if Horovod does not know them and none can be added, after all were tried.
+    With `add`, adds missing sets to Horovod, and is collective over all ranks. Raises ValueError if Horovod
+    does not know a set, after all additions were tried.
     """
     hvd = horovod()
     apart = [ranks for ranks in wanted(groups) if len(ranks) < hvd.size()]
     for ranks in apart if add else ():
-        with contextlib.suppress(ValueError):  # there is one already, or none can be added
+        with contextlib.suppress(ValueError):  # the set exists already, or Horovod cannot add sets
             _given[tuple(ranks)] = hvd.add_process_set(ranks)
     found = {tuple(ranks): hvd.global_process_set for ranks in wanted(groups)}
     for ranks in apart:

@@ -1,9 +1,9 @@
-"""Memory in which MPI finds payloads: theirs, where it can; else host memory, with copies both ways. Local.
+"""The memory that MPI reads and writes: the payloads' own if possible, else copies in host memory. Local.
 
-MPI reads and writes host memory. Payloads of a GPU are copied to page-locked host memory and back, on a
-stream of their own, so that copies and computation overlap; a CUDA-aware MPI takes them where they are, if
-HVD_SAEF_CUDA_AWARE_MPI=1 says that it is one. Payloads must be computed on the device's default stream, which
-is the one that threads agree on. UNTRIED on hardware.
+MPI reads and writes host memory. Payloads on a GPU are copied to page-locked host memory and back, on a
+separate stream, so that copies and computation overlap. With HVD_SAEF_CUDA_AWARE_MPI=1 the user says that MPI
+is CUDA-aware; MPI then uses the GPU's memory directly. Payloads must be computed on the device's default
+stream, which is the same stream in all threads. UNTRIED on hardware.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ cuda: Any = torch.cuda
 
 
 def reaches_mpi(device: torch.device) -> bool:
-    """Whether MPI reads and writes this device's memory."""
+    """Returns True if MPI reads and writes the memory of `device` directly."""
     return device.type == "cpu" or os.environ.get("HVD_SAEF_CUDA_AWARE_MPI") == "1"
 
 
 def host_memory(size: int) -> Tensor:
-    """So many bytes, page-locked where there is a GPU; torch keeps such memory for the next time."""
+    """Returns `size` bytes of host memory, [size] uint8, uninitialized; page-locked if there is a GPU.
+
+    torch keeps freed page-locked memory for reuse.
+    """
     return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def so_far(device: torch.device) -> Callable[[], None]:
-    """To be called in another thread: its work on the device then waits for what this one has begun."""
+    """Returns a function for another thread to call, which orders that thread's work on the device.
+
+    Work that the other thread submits after the call waits for all work that this thread has submitted so
+    far.
+    """
     if device.type != "cuda":
         return lambda: None
     event = cuda.Event()
@@ -39,24 +46,24 @@ def so_far(device: torch.device) -> Callable[[], None]:
 
 
 class Staging:
-    """For one channel: its copies wait for each other, and for no other's."""
+    """The copies of one channel: they wait for each other, and not for those of other channels."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
 
     def ready(self, device: torch.device) -> None:
-        """Wait until payloads on the device are computed: MPI does not know of streams."""
+        """Waits until payloads on the device are computed, since MPI does not know of streams."""
         if device.type == "cuda":
             cuda.current_stream(device).synchronize()
 
     def leaving(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Copies of the pieces, end to end in one buffer that MPI reads."""
+        """Returns copies of the pieces (1-D uint8), end to end in one buffer that MPI can read."""
         copies = self.room(pieces)
         self._copy(pieces, copies, pieces[0].device)
         return copies
 
     def room(self, places: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Room for what will come to these places, end to end in one buffer that MPI writes."""
+        """Returns uninitialized memory for each place, of its size, end to end in one buffer for MPI."""
         sizes, device = [place.numel() for place in places], places[0].device
         if reaches_mpi(device):
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
@@ -65,7 +72,7 @@ class Staging:
         return torch.split(buffer, sizes)
 
     def landed(self, pieces: Sequence[Tensor], places: Sequence[Tensor]) -> None:
-        """Copy what has come to its places."""
+        """Copies the received `pieces` into `places`, in place."""
         self._copy(pieces, places, places[0].device)
 
     def _copy(self, pieces: Sequence[Tensor], places: Sequence[Tensor], device: torch.device) -> None:
@@ -75,7 +82,7 @@ class Staging:
 
     @contextmanager
     def _own_stream(self, device: torch.device) -> Iterator[None]:
-        """Copies within start once the payload is computed, and are done at the end."""
+        """Returns a context for copies: they start when the payload is computed and are done at its end."""
         if reaches_mpi(device):
             yield
             self.ready(device)

@@ -1,8 +1,8 @@
-"""Workers of several ranks, which are a team: full precision inside a team, compressed between teams.
+"""Workers of several ranks (teams): full precision is exchanged inside a team, payloads between teams.
 
 All ranks of a team hold the same bits of x, e, s and the optimizer's state, and so the same payload. Each
-rank sends its slice of the payload to the ranks at the same place in the other teams (its lane), and the
-slices are put together inside the team. So between teams go the bytes of one rank a team, over all lanes.
+rank sends its slice of the payload to the ranks at the same place in the other teams, which are its lane. The
+team then puts the slices together. All lanes of a team together send the bytes of one payload.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from hvd_saef.transport.together import together
 
 
 def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
-    """The communicator in which a worker is what the settings say. Collective over `everyone`.
+    """Returns a communicator whose workers are those of the settings. Collective over `everyone`.
 
-    Raises ValueError if the workers are no partition of its ranks, differ in size without weights="ranks", or
-    have no process sets in Horovod; ConfigurationMismatchError if ranks ask for different workers.
+    Raises ValueError if the workers are not a partition of the ranks of `everyone`, differ in size without
+    weights="ranks", or have no process sets in Horovod; ConfigurationMismatchError if ranks ask for different
+    workers.
     """
     groups, weights = settings.worker, settings.weights
     asked = everyone.allgather_object((groups, weights))
@@ -61,9 +62,10 @@ def find_workers(everyone: Communicator, settings: Settings) -> Communicator:
 
 
 class TeamCommunicator(Communicator):
-    """Workers are `groups` of the ranks of `everyone`; `team` and `lane` (or None) are this rank's.
+    """A communicator whose workers are the `groups` of the ranks of `everyone`.
 
-    `by_ranks`: a worker counts by its number of ranks in means over workers, else all count alike.
+    `team` and `lane` are the communicators of this rank's team and lane; a rank may have no lane (None). With
+    `by_ranks` a worker's weight in means over workers is its number of ranks, else all weights are equal.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class TeamCommunicator(Communicator):
 
     @classmethod
     def of(cls, everyone: Communicator, groups: Sequence[Sequence[int]], by_ranks: bool) -> TeamCommunicator:
-        """That of these groups. Collective over `everyone`."""
+        """Makes the communicator of these groups, with its team and lane. Collective over `everyone`."""
         mine = next(group for group in groups if everyone.rank in group)
         team = everyone.part(mine)
-        # A team may have more ranks than another: its last ones have no lane.
+        # If a team has more ranks than the smallest team, its last ranks have no lane.
         lane = next((everyone.part(ranks) for ranks in lanes(groups) if everyone.rank in ranks), None)
         return cls(everyone, groups, by_ranks, team, lane)
 
@@ -99,9 +101,10 @@ class TeamCommunicator(Communicator):
         return TeamCommunicator(everyone, self._groups, self._by_ranks, team, lane)
 
     def find_process_sets(self) -> None:
-        """Horovod's, which may have been removed and added anew. Collective over all ranks.
+        """Finds the current process sets of team and lane, since users may remove and add sets.
 
-        Raises ValueError where Horovod does not know them, WorkerError on the others.
+        Collective over all ranks. Raises ValueError on a rank where Horovod does not know them, and
+        WorkerError on the others.
         """
         everyone = self._everyone
         if everyone.process_set is None:
@@ -189,7 +192,10 @@ class TeamCommunicator(Communicator):
                 tensor.copy_(flat.view(tensor.shape))
 
     def _put_together(self, own: Tensor, out: Sequence[Tensor], channel: Channel) -> None:
-        """Inside the team: out[k] whole, of which each rank has its slice; and this worker's own."""
+        """Completes each out[k], of which this rank has its slice, with the team's slices; copies `own`.
+
+        Collective over the team.
+        """
         out[self.worker].copy_(own)
         others = [piece for k, piece in enumerate(out) if k != self.worker]
         if self.team.size == 1 or not others:
@@ -204,7 +210,7 @@ class TeamCommunicator(Communicator):
                 copy_pieces(torch.split(landed[place], [one.numel() for one in slices]), slices)
 
     def _span(self, size: int, place: int) -> tuple[int, int]:
-        """Where the slice of the rank at `place` in its team begins in `size` elements, and its length."""
+        """Returns start and length of the slice, in `size` elements, of the rank at `place` in its team."""
         start, stop = (min(p, self._lanes) * size // self._lanes for p in (place, place + 1))
         return start, stop - start
 

@@ -1,4 +1,4 @@
-"""Workers that are threads of one process, for :func:`hvd_saef.simulation.run_workers`."""
+"""Communication between workers that are threads of one process: see hvd_saef.simulation.run_workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_saef.transport.watch import LOOK, Patience, Stall
 
 
 class Meeting:
-    """Where some threads of a simulation meet: everyone brings something, everyone sees everything."""
+    """A meeting point of some threads of a simulation: each brings a value, and each gets all values."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = ranks
@@ -29,9 +29,10 @@ class Meeting:
         self._stalled: StalledExchangeError | None = None
 
     def exchange(self, rank: int, operation: str, value: Any, doing: str = "at the start") -> list[Any]:
-        """Everyone's `value`, in rank order. Raises SaefError if somebody left or does something else.
+        """Returns the `value` of every rank, in rank order. Collective over the meeting's ranks.
 
-        Raises StalledExchangeError if somebody does not come for too long.
+        Raises SaefError if a rank has left or calls another operation, and StalledExchangeError if a rank
+        does not come within the patience.
         """
         with self._changed:
             number = self._meetings
@@ -43,7 +44,7 @@ class Meeting:
                 self._changed.notify_all()
             else:
                 self._wait(number, rank, f"{operation}, {doing}")
-            if self._stalled is not None:  # one for all who wait
+            if self._stalled is not None:  # one thread made the error, and all that wait raise it
                 raise self._stalled
             if self._meetings == number:
                 raise SaefError(
@@ -55,7 +56,7 @@ class Meeting:
             return [brought for _, brought in self._seen]
 
     def _wait(self, number: int, rank: int, what: str) -> None:
-        """Until meeting `number` has been, or will never be."""
+        """Waits until meeting `number` is complete, or can never be complete."""
 
         def over() -> bool:
             return self._meetings != number or self._left is not None or self._stalled is not None
@@ -77,14 +78,14 @@ class Meeting:
             stall.over(time.monotonic() - start)
 
     def leave(self, rank: int) -> None:
-        """Say that worker `rank` will not come again."""
+        """Notes that worker `rank` will not come again, and wakes the threads that wait for it."""
         with self._changed:
             self._left = rank if self._left is None else self._left
             self._changed.notify_all()
 
 
 class Meetings:
-    """All meetings of one simulation, of whatever threads: made when the first of them comes."""
+    """All meetings of one simulation. A meeting is made when the first of its threads asks for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,7 +93,7 @@ class Meetings:
         self._left: list[int] = []
 
     def of(self, ranks: Sequence[int], line: int) -> Mapping[Channel, Meeting]:
-        """The meetings of these ranks on a line, one for each channel."""
+        """Returns the meetings of these ranks on a line, one for each channel."""
         with self._lock:
             key = tuple(ranks), line
             meetings = self._known.get(key)
@@ -103,7 +104,7 @@ class Meetings:
             return meetings
 
     def leave(self, rank: int) -> None:
-        """Say that `rank` will not come again, to any of its meetings."""
+        """Notes that `rank` will not come again to any of its meetings."""
         with self._lock:
             self._left.append(rank)
             for meetings in self._known.values():
@@ -117,7 +118,7 @@ class Meetings:
 
 
 class ThreadCommunicator(Communicator):
-    """One of the threads that :func:`hvd_saef.simulation.run_workers` started, among some of them."""
+    """The communicator of one thread of hvd_saef.simulation.run_workers with some of the other threads."""
 
     def __init__(
         self, meetings: Meetings, ranks: Sequence[int], own: int, hosts: list[list[int]], line: int = 0

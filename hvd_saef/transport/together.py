@@ -1,4 +1,4 @@
-"""How a collective call begins: each rank prepares its part, and all of them go on, or none does."""
+"""The beginning of a collective call: each rank prepares its part, and either all ranks go on or none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 def together(communicator: Communicator, prepare: Callable[[], T]) -> list[T]:
-    """What `prepare` returns on every rank, in rank order; with it any collective call begins. Collective.
+    """Returns the results of `prepare` on all ranks, in rank order. Every collective call begins with it.
 
-    If it raises on any rank, all raise: that one its own exception, the others WorkerError.
+    If `prepare` raises on any rank, all ranks raise: that rank its own exception, the others WorkerError.
+    Collective.
     """
     outcome: T | None = None
     failure: Exception | None = None
@@ -31,10 +32,10 @@ def together(communicator: Communicator, prepare: Callable[[], T]) -> list[T]:
 
 
 def in_words(failure: Exception | None) -> str | None:
-    """What others are told of a failure."""
+    """Returns the text by which other ranks learn of a failure; None if there is none."""
     return None if failure is None else f"{type(failure).__name__}: {failure}"
 
 
 def who_raised(told: Sequence[str | None]) -> str:
-    """Of all ranks' :func:`in_words`, by rank."""
+    """Joins the failures of all ranks, each in the words of :func:`in_words`, into one message."""
     return "; ".join(f"rank {rank} raised {why}" for rank, why in enumerate(told) if why)

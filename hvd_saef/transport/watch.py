@@ -1,9 +1,9 @@
-"""The watch over every wait for other workers: who has not come, for what, and when to give up.
+"""The watch over every wait for other ranks: which ranks are missing, in which call, and when to give up.
 
-Nothing is sent, and no thread is kept, for waits of less than half a second. A rank that waits longer tells
-the others, by a small message each, which call of which channel it has come to; a rank that ends tells
-them, too. So those who wait know of each other, and who has told nothing has not arrived: it is stopped,
-busy with something else, or cannot be reached.
+A wait of less than half a second sends nothing, and no wait keeps a thread. A rank that waits longer sends
+each other rank a small message, which says which call on which channel it has reached; a rank that ends
+sends a message, too. So waiting ranks know of each other, and a rank that has sent no message has not
+arrived: it is stopped, busy with something else, or cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hvd_saef.errors import StalledExchangeError
 
 T = TypeVar("T")
 CALM = 0.5
-"""Seconds that a wait may last before anything is said or sent."""
+"""The seconds that a wait may last before the rank warns or sends messages."""
 LOOK = 0.1
-"""Seconds between two looks for messages, in longer waits."""
+"""The seconds between two looks for messages, in longer waits."""
 PAUSE, PAUSE_STEP = 100e-6, 2e-6
-"""Seconds between two looks at what is waited for: at most, and by how much it grows from look to look."""
+"""The longest pause between two checks whether a wait is over, and its growth each time, in seconds."""
 LONG_PAUSE = 1e-3
-"""The same in longer waits, which are for ranks that compute: they get the core."""
+"""The pause between two checks in longer waits, in seconds: ranks that compute get the core."""
 TAG = 23279
 
 
@@ -45,14 +45,14 @@ def _seconds(name: str, default: float) -> float:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait before a warning, and before giving up, in seconds."""
+    """The seconds to wait before a warning, and before giving up; infinity means never."""
 
     warning: float
     abort: float
 
     @classmethod
     def of_environment(cls) -> Patience:
-        """HVD_SAEF_STALL_WARNING_S (60) and HVD_SAEF_STALL_ABORT_S (never); 0 is never.
+        """Reads HVD_SAEF_STALL_WARNING_S (default 60) and HVD_SAEF_STALL_ABORT_S (default 0); 0 is never.
 
         Raises ValueError for anything but a number of seconds.
         """
@@ -60,12 +60,12 @@ class Patience:
 
     @property
     def calm(self) -> float:
-        """Seconds before anything happens."""
+        """The seconds that a wait may last before the rank warns or sends messages."""
         return min(CALM, self.warning / 2, self.abort / 2)
 
 
 class Stall:
-    """One long wait: warns when it is time (then after twice as long), and raises when it is too long."""
+    """One long wait: it warns after a time, again after twice as long, and at last may give up and raise."""
 
     def __init__(self, patience: Patience, rank: int, what: str) -> None:
         self._patience, self._rank, self._what = patience, rank, what
@@ -75,9 +75,10 @@ class Stall:
     def look(
         self, waited: float, missing: Sequence[int], others: Sequence[str] = (), speaks: bool = True
     ) -> None:
-        """After `waited` seconds, `missing` have not arrived; `others` says what some do instead.
+        """Warns or raises if it is time, after `waited` seconds in which the ranks `missing` did not arrive.
 
-        Raises StalledExchangeError after `patience.abort`. Warns, if it is this rank that `speaks`.
+        `others` are sentences about ranks that wait in another call. Raises StalledExchangeError after
+        `patience.abort` seconds. Warns only on the rank that `speaks`. Local.
         """
         if waited >= self._patience.abort:
             raise StalledExchangeError(
@@ -92,7 +93,7 @@ class Stall:
                 warnings.warn(self._describe(waited, missing, others) + hint, RuntimeWarning, stacklevel=4)
 
     def over(self, waited: float) -> None:
-        """What was waited for came after all."""
+        """Warns that the rank goes on after all, if this stall has warned before."""
         if self._spoke:
             warnings.warn(
                 f"rank {self._rank} goes on with {self._what} after {waited:.0f} s.",
@@ -101,7 +102,7 @@ class Stall:
             )
 
     def ended(self, ranks: Sequence[int]) -> StalledExchangeError:
-        """The error for ranks that will never come."""
+        """Returns the error for `ranks` that have ended and will never arrive."""
         return StalledExchangeError(
             f"{_ranks(ranks)} ended before {self._what}, for which rank {self._rank} waits. Every rank must "
             "take the same number of steps: see hvd_saef.common_steps."
@@ -121,7 +122,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 @dataclass
 class Call:
-    """Where a rank is on one channel: its how-manieth call there, and what that is."""
+    """The call that a rank has reached on one channel: its number there, from 1, and its description."""
 
     number: int
     what: str
@@ -129,23 +130,23 @@ class Call:
 
 @dataclass
 class Roll:
-    """What is known of the others during one wait."""
+    """The knowledge of one waiting rank about the others."""
 
     arrived: set[int]
     others: list[str] = field(default_factory=list)
-    """What some of them take the call for, in words."""
+    """Sentences about ranks whose call of the same number is a different one."""
     ended: list[int] = field(default_factory=list)
-    """Who has ended before it."""
+    """The ranks that ended before this call."""
 
 
 class Watch:
-    """The waits of one rank for the others of an mpi4py communicator, which is the watch's own.
+    """The waits of one rank for the others of an mpi4py communicator, on which only the watch sends.
 
-    Threads may wait at the same time, each on a channel of its own. Local: no method is collective.
+    Threads may wait at the same time, each on a different channel. Local: no method is collective.
     """
 
     def __init__(self, mpi: Any, patience: Patience, names: Sequence[int] | None = None) -> None:
-        """`names` are what messages call the ranks; their numbers in `mpi`, if not given."""
+        """Keep `names`, the ranks' numbers for messages; without them their numbers in `mpi` are used."""
         self._mpi = mpi
         self.rank, self.size = int(mpi.Get_rank()), int(mpi.Get_size())
         self._names = range(self.size) if names is None else names
@@ -160,10 +161,11 @@ class Watch:
     def wait(
         self, done: Callable[[], bool], channel: str, what: str, ranks: Sequence[int] | None = None
     ) -> None:
-        """Until `done()`: look a few times at once, then leave the core to others between.
+        """Waits until `done()` returns True. The pauses between checks grow, so that others get the core.
 
-        `ranks` (all) wait on a channel in the same order. Raises StalledExchangeError, now and ever after,
-        if one of them has ended or patience has.
+        All `ranks` (None: all of the communicator) wait on a channel in the same order. Raises
+        StalledExchangeError, in this call and in all later ones, if one of them has ended or the patience is
+        over.
         """
         if self._broken is not None:
             raise self._broken
@@ -178,12 +180,12 @@ class Watch:
                 return
 
     def tidy(self) -> None:
-        """Take in what others said. To be called now and then: who is always last never waits."""
+        """Receives waiting messages. Call this now and then: a rank that always arrives last never waits."""
         if self._mpi.Iprobe(tag=TAG):
             self._listen()
 
     def say_goodbye(self) -> None:
-        """Tell the others that this rank ends."""
+        """Tells the other ranks that this rank ends."""
         numbers = {channel: call.number for channel, call in self._calls.items()}
         self._tell((self.rank, None, numbers), range(self.size))
 
@@ -242,7 +244,7 @@ class Watch:
 
 
 def start(do: Callable[[], T]) -> Future[T]:
-    """Do it in a thread that the process does not wait for when it ends."""
+    """Calls `do` in a daemon thread, for which the process does not wait at its end; returns its future."""
     future: Future[T] = Future()
 
     def work() -> None:
