@@ -2,7 +2,7 @@
 
 What the library is tested against. It shares no code with the library and is as slow and plain as
 it likes. All parameters of the model are laid end to end in one vector of R^d, so that the lines
-of `run` are those of the paper; row numbers are those of the table in part 1 of DESIGN.md.
+of `run` are those of the paper; row numbers are those of the table in hvd_saef.memory.algorithm.
 
     here      paper                  what it is
     K, k      K, k                   number of workers, one worker

@@ -1,4 +1,4 @@
-"""The house: which room may use which, and that no import goes in a circle or up a floor."""
+"""The house: which room may use which, no import in a circle or up a floor, and how long things are."""
 
 from __future__ import annotations
 
@@ -88,3 +88,30 @@ def test_both_would_be_found() -> None:
     assert upwards(edges) == ["memory.layout uses round.session"]
     with pytest.raises(CycleError):
         list(TopologicalSorter(edges).static_order())
+
+
+MOST_LINES, MOST_LINES_OF_CODE = 330, 65
+
+
+def lines_of_code(function: ast.AST) -> int:
+    """The lines of a function's own statements: without its signature, docstring and nested definitions."""
+    body: list[ast.stmt] = getattr(function, "body", [])
+    first = body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        body = body[1:]
+    nested = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return sum((s.end_lineno or 0) - s.lineno + 1 for s in body if not isinstance(s, nested))
+
+
+def test_files_and_functions_are_of_a_size_to_be_read() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [path for path, length in lengths.items() if length > MOST_LINES] == []
+    functions = {
+        f"{name}.{node.name}": lines_of_code(node)
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert len(functions) > 500
+    assert {name: lines for name, lines in functions.items() if lines > MOST_LINES_OF_CODE} == {}
+    assert max(functions.values()) > 40  # the count counts

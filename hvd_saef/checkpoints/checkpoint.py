@@ -126,12 +126,7 @@ def load_checkpoint(
     """
     session = _session(optimizer)
     communicator = session.communicator
-    wanted: list[Any] = communicator.allgather_object(on_mismatch)
-    for one in wanted:  # all ranks raise, whichever rank passed the value
-        if one not in ("error", "redistribute", "reset"):
-            raise ValueError(f"on_mismatch={one!r}: 'error', 'redistribute' and 'reset' are allowed.")
-    if len(set(wanted)) > 1:
-        raise CheckpointError(f"on_mismatch is not the same on all ranks: {who_has_what(wanted)}")
+    _agree_on_policy(communicator, on_mismatch)
     folder = _everyone(communicator, lambda: Path(path))[communicator.rank]
     _everyone(communicator, session.take_in)
     found = _everyone(communicator, lambda: _manifest(folder, session) if communicator.rank == 0 else {})
@@ -180,6 +175,16 @@ def load_checkpoint(
     _everyone(communicator, take)
     extra: dict[str, Any] = own["extra"]
     return extra
+
+
+def _agree_on_policy(communicator: Communicator, on_mismatch: object) -> None:
+    """Raises on all ranks if any rank passed a value that is not allowed, or another one. Collective."""
+    wanted: list[Any] = communicator.allgather_object(on_mismatch)
+    for one in wanted:  # all ranks raise, whichever rank passed the value
+        if one not in ("error", "redistribute", "reset"):
+            raise ValueError(f"on_mismatch={one!r}: 'error', 'redistribute' and 'reset' are allowed.")
+    if len(set(wanted)) > 1:
+        raise CheckpointError(f"on_mismatch is not the same on all ranks: {who_has_what(wanted)}")
 
 
 def _session(optimizer: Any) -> Session:

@@ -192,20 +192,7 @@ def build_layout(
                 known = parameter.dtype in DTYPES  # integers, say, cannot be compressed
                 frozen.append((name, parameter, choose(name, parameter) if known else Compression.none))
                 continue
-            if parameter.dtype not in DTYPES:
-                raise TypeError(
-                    f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
-                    "float64 are allowed. Leave it out of the optimizer."
-                )
-            if parameter.numel() and any(
-                stride == 0 and size > 1
-                for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
-            ):
-                raise ValueError(
-                    f"parameter {name!r} of shape {tuple(parameter.shape)} is expanded (strides "
-                    f"{parameter.stride()}): several of its elements are one number in memory. clone() it "
-                    "before it becomes a parameter."
-                )
+            _check_form(name, parameter)
             compressor = choose(name, parameter)
             dtype = state_dtype(parameter.dtype)
             key = (dtype, parameter.device, compressor.description)
@@ -234,6 +221,22 @@ def build_layout(
         "frozen": [name for name, _, _ in frozen],
     }
     return Layout(before + buckets, description, tuple(frozen))
+
+
+def _check_form(name: str, parameter: Tensor) -> None:
+    """Raises TypeError or ValueError for a parameter that cannot be laid out; see :func:`build_layout`."""
+    if parameter.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "
+            "float64 are allowed. Leave it out of the optimizer."
+        )
+    strides = zip(parameter.stride(), parameter.shape, strict=True)
+    if parameter.numel() and any(stride == 0 and size > 1 for stride, size in strides):
+        raise ValueError(
+            f"parameter {name!r} of shape {tuple(parameter.shape)} is expanded (strides "
+            f"{parameter.stride()}): several of its elements are one number in memory. clone() it "
+            "before it becomes a parameter."
+        )
 
 
 def averages_gradients(settings: Settings, layout: Layout) -> bool:

@@ -1,4 +1,4 @@
-"""What follows from Algorithm 1 whatever the settings (part 1 of DESIGN.md), and what has the same bits."""
+"""What follows from Algorithm 1 (the table in hvd_saef.memory.algorithm), and what has the same bits."""
 
 from __future__ import annotations
 
