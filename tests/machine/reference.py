@@ -1,7 +1,7 @@
 """Algorithm 1 for one optimizer, in plain numpy: what every rank's part of a model should be.
 
 Rows are those of the table in hvd_saef.memory.algorithm. The model shares no code with the library. Each rank
-has a seat, with a copy of everything, since a rank may load what the others get to know of in their next step.
+has a seat, with a copy of everything: what a rank loads the others get to know of in their next step.
 """
 
 from __future__ import annotations
