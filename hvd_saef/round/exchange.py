@@ -1,8 +1,9 @@
 """A round: each bucket's trip from the workers to the server and back. Collective.
 
-A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. What
-is between encoding and decoding runs in the background: one thread takes payloads up to the server, one
-serves and takes the answers down, each one bucket after the other. With overlap, one more encodes.
+A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. The
+steps between encoding and decoding run in the background: one thread takes payloads up to the server,
+another serves and takes the answers down; each handles one bucket after the other. With overlap, a third
+thread encodes.
 """
 
 from __future__ import annotations
@@ -31,56 +32,57 @@ from hvd_saef.transport.lines import Lines
 
 BOTH_WAYS = (Channel.UP, Channel.DOWN)
 AT_A_TIME = 3
-"""Buckets under way at a time: one encoded, one on the wire, one decoded."""
+"""The number of buckets under way at a time: one is encoded, one is on the wire, one is decoded."""
 
 
 class Exchange:
-    """Carries the rounds of one optimizer over its communicator and counts what they cost."""
+    """Carries out one optimizer's exchanges over its communicator, and counts their bytes and seconds."""
 
     def __init__(
         self, communicator: Communicator, lines: Lines, settings: Settings, statistics: Statistics
     ) -> None:
-        """`communicator` talks on one of the `lines`."""
+        """Use `communicator`, which communicates on one of the `lines`."""
         self.communicator = communicator
         self.settings = settings
         self.statistics = statistics
         self.means = TeamMeans(communicator, statistics)
         self.failure: Exception | None = None
-        """What the compressor raised in the round under way, or memory that was not there. The others wait
-        for the bucket, so it goes on its way nevertheless, with a payload that means nothing."""
+        """The first exception of this rank in the round under way, from the compressor or for lack of memory.
+        The other ranks wait for the bucket, so the bucket is sent nevertheless, with a payload of zeros."""
         self._payload_sizes: dict[int, list[int]] = {}
         self._idle = [Buffers() for _ in range(AT_A_TIME)]
         self._under_way: deque[Trip] = deque()
         self._lines = lines
         self._aside = Background(f"hvd_saef encoding {communicator.rank}")
-        """Waits for no other worker, so that this one may wait for it at any time."""
+        """The encoding thread. It waits for no other worker, so this worker may wait for it at any time."""
 
     @property
     def under_way(self) -> Collection[Trip]:
-        """The buckets that have left and not landed."""
+        """The trips of the buckets that have left and not yet landed. Local."""
         return self._under_way
 
     @property
     def busy(self) -> bool:
-        """Whether there are any."""
+        """True if any bucket is under way. Local."""
         return bool(self._under_way)
 
     # -- the parameters' start points -------------------------------------------------------------
 
     def start_point(self, state: BucketState) -> Tensor:
-        """Row 2's b, flat, in new memory, rounded as the parameters round it."""
+        """Returns b of row 2, [numel], in new memory, rounded to the parameters' dtypes. Local."""
         return state.start_point(self.settings.alpha, self.settings.beta, state.s)
 
     @torch.no_grad()
     def show_start_points(self, buckets: Iterable[BucketState]) -> None:
-        """Write b into the parameters."""
+        """Writes b into the parameters of `buckets`, in place. Local."""
         for bucket_state in buckets:
             bucket_state.show(self.start_point(bucket_state))
 
     def agree_on_sizes(self, state: State | None) -> None:
-        """Ask the compressors for the payloads' sizes, which must be the same on all ranks. Collective.
+        """Asks the compressors for the payloads' sizes, which must be equal on all ranks. Collective.
 
-        Raises ConfigurationMismatchError if they are not, and what a compressor raises, on all ranks.
+        All ranks raise ConfigurationMismatchError if the sizes differ. If a compressor raises on a rank, that
+        rank raises the same exception and the others WorkerError.
         """
         buckets = [one for one in state.buckets if one.bucket.numel] if state else []
         self._payload_sizes = agree_on_sizes(
@@ -92,7 +94,7 @@ class Exchange:
         )
 
     def take_failure(self) -> Exception | None:
-        """What went wrong here in the round that is over."""
+        """Returns this rank's `failure` in the round that is over, or None, and clears it. Local."""
         failure, self.failure = self.failure, None
         return failure
 
@@ -100,13 +102,13 @@ class Exchange:
 
     @torch.no_grad()
     def complete_round(self, state: State) -> None:
-        """Rows 4 to 6 of this round, from where the parameters are now, and 1 and 2 of the next."""
+        """Rows 4 to 6 of this round, with y in the parameters, then rows 1 and 2 of the next. Collective."""
         early = list(self._under_way)
         for bucket_state in self._waiting(state):
             if not self._idle and not early:
                 self._take_down(state)
             self.depart(state, bucket_state)
-        # What was sent during backward has arrived, and the background is free to land half of it.
+        # The buckets sent during backward have arrived: a background thread is free to land half of them.
         down = self.communicator.background(Channel.DOWN) if early else HERE
         for trip in early[1::2]:
             trip.landed = down.submit(self._land, state, trip)
@@ -120,15 +122,15 @@ class Exchange:
             self.show_start_points(due)
 
     def order(self, state: State) -> list[BucketState]:
-        """The buckets in the order in which all workers send them, that of backward; held ones last."""
+        """Returns the buckets in the order of sending, equal on all ranks: as in backward, held ones last."""
         order = [one for one in reversed(state.buckets) if one.bucket.index in self._payload_sizes]
         return sorted(order, key=lambda bucket_state: self.held(state, bucket_state))
 
     def held(self, state: State, bucket_state: BucketState) -> bool:
-        """Whether the bucket must not leave before step(): the same on all ranks.
+        """Returns True if the bucket must not leave before step(). Local, with one result on all ranks.
 
-        Horovod fuses the means of two optimizers that are under way at the same time, or not, as it comes:
-        that decides how they round. In step() there is one optimizer at a time.
+        Horovod may or may not fuse the means of two optimizers that are under way at the same time, by
+        chance, and fusion changes the rounding. In step() only one optimizer is under way.
         """
         if not (self.settings.overlap and self._lines.shared):
             return False
@@ -139,7 +141,7 @@ class Exchange:
         return Compression.none if rounds < self.settings.warmup_steps else state.bucket.compressor
 
     def _waiting(self, state: State) -> list[BucketState]:
-        """Those of them that have not left."""
+        """Returns the buckets that have not left, in the order of sending."""
         gone = {id(trip.state) for trip in self._under_way}
         return [bucket_state for bucket_state in self.order(state) if id(bucket_state) not in gone]
 
@@ -148,10 +150,10 @@ class Exchange:
     def depart(
         self, state: State, bucket_state: BucketState, before: Callable[[], None] = lambda: None
     ) -> None:
-        """Row 4 of one bucket, and off into the background; with overlap, row 4 is done there too.
+        """Does row 4 of one bucket, after `before`, and sends the bucket in the background. Collective.
 
-        So is `before`, which must not raise: the other workers expect the bucket. A bucket that is the only
-        one has nothing to be overlapped with, and threads cost time.
+        With overlap, `before` and row 4 run in the background too. `before` must not raise, as other ranks
+        expect the bucket. Without overlap, an only bucket is sent in this thread: threads would cost time.
         """
         trip = self._prepare(bucket_state, state.rounds)
         overlap, alone = self.settings.overlap, len(state.buckets) == 1
@@ -162,12 +164,12 @@ class Exchange:
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:
-        """Until nothing in the background steps the parameters or reads them any more."""
+        """Waits until the background neither changes nor reads the parameters any more. Local."""
         for trip in self._under_way:
             trip.encoded.result()
 
     def abandon(self, state: State) -> None:
-        """Send the buckets that have not left, and drop what arrives. For workers that all gave up."""
+        """Sends the buckets that have not left, and drops what arrives: all ranks gave up. Collective."""
         for bucket_state in self._waiting(state):
             self.depart(state, bucket_state)
         while self._under_way:
@@ -206,7 +208,7 @@ class Exchange:
         )
 
     def _take_down(self, state: State) -> None:
-        """Let the earliest trip land, if the background does not, and be done with it."""
+        """Lands the earliest trip, or waits until the background has landed it, and counts its bytes."""
         trip = self._under_way.popleft()
         if trip.landed is None:
             self._land(state, trip)
@@ -217,9 +219,9 @@ class Exchange:
 
     @torch.no_grad()
     def _land(self, all_of_it: State, trip: Trip) -> None:
-        """Rows 6 and 2 of a trip, once it has arrived."""
+        """Waits until the trip has arrived, and does its rows 6 and 2."""
         state = trip.state
-        # Where row 1 comes next, the parameters are written once that is done.
+        # If row 1 comes next, it changes e and so b: the parameters are written after it.
         shows = not averages_next(self.settings, all_of_it, state)
         with self.statistics.phase("exchange"):
             arrived = trip.arrived.result()
@@ -237,7 +239,7 @@ class Exchange:
 
     @torch.no_grad()
     def _encode(self, trip: Trip, before: Callable[[], None]) -> None:
-        """Row 4, after `before`."""
+        """Calls `before`, then does row 4."""
         before()
         state = trip.state
         with self.statistics.phase("encode"), self._noting(trip.sent):
@@ -252,7 +254,7 @@ class Exchange:
                 sent.copy_(self._with_room(sent, state.e))
 
     def _with_room(self, sent: Tensor, e: Tensor) -> Tensor:
-        """`sent`, so much of it that the sum over workers fits its dtype; the rest is added to e."""
+        """Returns `sent`, clamped so that the workers' sum fits its dtype; adds the rest to `e`, in place."""
         most = torch.finfo(sent.dtype).max / self.communicator.size
         fits = sent.clamp(-most, most)
         e.add_(sent.to(e.dtype) - fits.to(e.dtype))
@@ -260,8 +262,8 @@ class Exchange:
 
     @torch.no_grad()
     def _gather(self, trip: Trip) -> list[Tensor]:
-        """The payloads that this worker's server needs, or their mean where that is itself a payload."""
-        trip.encoded.result()  # raises what it raised
+        """Returns the payloads that this worker's server needs, or (dense) their mean as the only payload."""
+        trip.encoded.result()  # raises the exception of the encoding, if any
         state, communicator = trip.state, self.communicator
         communicator.doing[Channel.UP] = trip.what
         if trip.wire is not None:
@@ -278,13 +280,13 @@ class Exchange:
 
     @torch.no_grad()
     def _answer(self, trip: Trip) -> list[list[Tensor]]:
-        """Row 5', and the answers for each part; or what was gathered, with single-way compression."""
+        """Does row 5' and returns the answers, part by part; or, single-way, the gathered payloads."""
         payloads = trip.gathered.result()
         if trip.served is None:
             return [payloads]
         state, device = trip.state, trip.state.bucket.device
         (answer,) = trip.buffers.pieces("answer", [trip.sent[state.mine].numel()], device)
-        weights = [1.0] if trip.wire else self.communicator.weights  # what was averaged is one payload
+        weights = [1.0] if trip.wire else self.communicator.weights  # a mean is one payload
         with self._noting([answer]):
             trip.rows.serve(payloads, weights, trip.served, answer)
         if len(trip.sent) == 1:
@@ -296,7 +298,7 @@ class Exchange:
 
     @contextmanager
     def _noting(self, payload: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Note what is raised within, and go on with a `payload` of zeros: the others wait for it."""
+        """Notes in `failure` an exception raised inside, and zeroes `payload`, for which the others wait."""
         try:
             yield
         except Exception as failure:

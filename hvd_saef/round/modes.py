@@ -1,4 +1,4 @@
-"""Where the parameters are: at the point to train at (b, different on each worker) or at x. Local."""
+"""Moves the parameters between the training point (b and on, different on each worker) and x. Local."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from hvd_saef.round.unstepped import (
 class Modes:
     """Moves the parameters of one optimizer between the training point and the consensus point x.
 
-    Before x is taken (`state` is None) the parameters are x, and only the mode is remembered. Whenever they
-    leave the training point, it is kept unless it is b, whoever looks and whatever brought them there.
+    Before x is taken (`state` is None) the parameters are x, and only the mode is remembered. Whenever the
+    parameters leave the training point, a copy of this point is kept, unless it is b.
     """
 
     def __init__(self, exchange: Exchange, progress: Progress) -> None:
@@ -37,47 +37,47 @@ class Modes:
         self.progress = progress
         self.state: State | None = None
         self.evaluating = False
-        """The user called eval(): the parameters stay at x until train()."""
+        """True after the user called eval(): the parameters stay at x until train()."""
         self._visiting = False
-        """A hook of the model brought the parameters to x; the next training forward brings them back."""
+        """True after a hook of the model moved the parameters to x, until the next training forward."""
         self._gradients: GradientWatch | None = None
-        """Watches for gradients during such a visit."""
+        """Watches for gradients while `_visiting` is True."""
         self._gradients_at_x = False
         self._reached: list[Tensor] | None = None
-        """At x, the training point unless it is b."""
+        """The training point while the parameters are at x; None if the training point is b."""
         self._stepping = False
-        """A local step is being taken."""
+        """True while a local step is being taken."""
         self.journeys = 0
-        """How often the parameters were written to go to x, or back."""
+        """The number of times that the parameters were written to move them to x or back."""
         self._unstepped: Unstepped | None = None
         self.early = EarlySteps()
         self._noted: list[int] | None = None
-        """The parameters' versions when they were last where they belong."""
+        """The version counters of the parameters when they were last known to be in the right place."""
         self._told: set[str] = set()
         self.taken: str | None = None
-        """The name of a parameter that a later optimizer has: then nothing here moves any more."""
+        """The name of a parameter that a later optimizer owns: this one then moves nothing any more."""
 
     @property
     def at_x(self) -> bool:
-        """Whether the parameters are at x."""
+        """True if the parameters are at x."""
         return self.evaluating or self._visiting
 
     def eval(self) -> None:
-        """Move the parameters to x."""
+        """Moves the parameters to x, where they stay until :meth:`train`."""
         if not self.at_x:
             self._to_x()
         self._end_visit()
         self.evaluating = True
 
     def train(self) -> None:
-        """Move the parameters to the training point."""
+        """Moves the parameters to the training point."""
         if self.at_x:
             self._back()
         self._end_visit()
         self.evaluating = False
 
     def visit_x(self) -> None:
-        """For the model's hooks: move to x unless there."""
+        """Moves the parameters to x, unless they are there already. For the hooks of the model."""
         if not self.at_x:
             self._to_x()
             self._visiting = True
@@ -86,7 +86,7 @@ class Modes:
                 self._gradients.start()
 
     def leave_x(self) -> None:
-        """For the model's hooks: move back, unless the user said eval()."""
+        """Moves the parameters to the training point, except after eval(). For the hooks of the model."""
         if not self.evaluating:
             self.train()
 
@@ -100,7 +100,7 @@ class Modes:
             self._gradients = None
 
     def before_step(self) -> None:
-        """Bring the parameters to the training point. Raises RuntimeError after eval()."""
+        """Moves the parameters to the training point. Raises RuntimeError after eval()."""
         self.go_on("step() after eval()")
         self._exchange.wait_until_encoded()
         self.early.check(self.journeys)
@@ -108,16 +108,16 @@ class Modes:
             self._tell_of_moves()
 
     def after_step(self) -> None:
-        """A step went well."""
+        """Notes where the parameters are after a step that succeeded."""
         self.early.forget()
         self.note()
 
     def leave_early(self, parameters: Iterable[Tensor]) -> None:
-        """These take their local step during backward, within `early.step`."""
+        """Notes that these parameters take their local step during backward, within `early.step`."""
         self.early.leave(parameters, self.journeys)
 
     def go_on(self, what: str) -> None:
-        """Bring the parameters to the training point. Raises RuntimeError, naming `what`, after eval()."""
+        """Moves the parameters to the training point. Raises RuntimeError, naming `what`, after eval()."""
         if self.evaluating:
             raise RuntimeError(
                 f"{what}: the parameters are at the consensus point x, where SAEF does not train. Call "
@@ -135,15 +135,15 @@ class Modes:
 
     @contextmanager
     def local_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around a local step: hooks of users' may look at x before it and after it.
+        """The context of a local step: the user's step hooks may look at x before and after the step.
 
-        Raises RuntimeError if one of them ends with eval(), or if parameters move while they are at x.
+        Raises RuntimeError if a hook ends with eval(), or if the parameters are changed while they are at x.
         """
 
         def go_on(*_: object) -> None:
             self.go_on("a step hook that ended with optimizer.eval()")
 
-        handle = optimizer.register_step_pre_hook(go_on)  # the last of all that there are by now
+        handle = optimizer.register_step_pre_hook(go_on)  # runs after all hooks of now
         self._stepping = True
         try:
             yield
@@ -153,7 +153,7 @@ class Modes:
             handle.remove()
 
     def begin(self, state: State | None, points: list[Tensor] | None = None) -> None:
-        """Train on `state` from a round's start, or from `points` within one."""
+        """Starts training on `state`: from the start of a round, or from `points` within a round."""
         self.state = state
         if self._unstepped is not None:
             if state is None:
@@ -165,7 +165,7 @@ class Modes:
         self.to_start(points)
 
     def claim(self, layout: Layout) -> None:
-        """These parameters are ours now; whoever had one of them before is done, and leaves it at its x."""
+        """Makes this optimizer the owner; an earlier owner of any parameter moves to its x, and is done."""
         for slot in layout.slots:
             earlier = _of_parameters.get(id(slot.parameter))
             if earlier is not None and earlier is not self and earlier.taken is None:
@@ -177,16 +177,16 @@ class Modes:
             self._unstepped = Unstepped(layout)
 
     def note(self) -> None:
-        """The parameters are where they belong, whatever moved them."""
+        """Notes that the parameters are in the right place, whatever code moved them."""
         self._noted = self._versions()
         if self.state is None and self._unstepped is not None:
             self._unstepped.forget()
 
     @torch.no_grad()
     def grow(self, layout: Layout) -> list[Tensor]:
-        """Take up the parameters that `layout` has beyond the ones here, at their present values.
+        """Adds the parameters of `layout` that are not in `state` yet, at their present values.
 
-        Returns copies of these.
+        Returns copies of these values; an empty list before x is taken.
         """
         if self.state is None:
             return []
@@ -199,9 +199,9 @@ class Modes:
 
     @torch.no_grad()
     def to_start(self, points: list[Tensor] | None = None) -> None:
-        """x, e or s changed: put the parameters where they belong now.
+        """Writes the parameters after x, e or s changed: x in evaluation, else the training point.
 
-        `points` is what :meth:`points` once gave, for a training point that is not b.
+        `points` is the training point, as :meth:`points` returned it; None stands for b.
         """
         self._reached = None if points is None else [point.clone() for point in points]
         if self.state is None:
@@ -213,9 +213,9 @@ class Modes:
 
     @torch.no_grad()
     def let_go(self) -> None:
-        """The parameters will be taken for x: those that are where training left them go to the x there is.
+        """Writes x into the parameters that training left, since the parameters will be taken as the new x.
 
-        What someone else has written into a parameter since then stays.
+        A parameter that other code has written since then keeps its value.
         """
         if self.state is None or self.at_x:
             return
@@ -223,7 +223,7 @@ class Modes:
         if self.progress.local_steps_done:
             noted = dict(zip(self._parameters(self.state), self._noted or [], strict=False))
             written = [p for p in self._parameters(self.state) if noted.get(p) != p._version]
-        else:  # whoever writes without raising the version is seen, too
+        else:  # comparing values also finds a write that does not raise the version
             written = [slot.parameter for slot in elsewhere(self._exchange, self.state)]
         stays = [(parameter, parameter.clone()) for parameter in written]
         self.state.show_x()
@@ -231,13 +231,13 @@ class Modes:
             parameter.copy_(value)
 
     def undo_local_steps(self) -> None:
-        """Put the parameters back to where the round began."""
+        """Moves the parameters back to the start of the round, and the count of local steps to 0."""
         self.progress.undid_steps()
         self.to_start()
 
     @torch.no_grad()
     def points(self) -> list[Tensor] | None:
-        """Copies of the training point, a tensor a parameter; None where it is b, at a round's start."""
+        """Returns copies of the training point, one tensor per parameter; None for b, or if no x is taken."""
         if self.at_x:
             return None if self._reached is None else [tensor.clone() for tensor in self._reached]
         self._exchange.wait_until_encoded()
@@ -253,17 +253,17 @@ class Modes:
             self.journeys += 1
 
     def _x_is_shown(self, state: State) -> bool:
-        """Whether the training point is x itself: then nothing is written on the way there and back."""
+        """Returns True if the training point is x itself: moving then writes nothing."""
         return self._reached is None and not (state.settings.alpha or state.settings.beta)
 
     @torch.no_grad()
     def _back(self) -> None:
-        """From x to the training point."""
+        """Moves the parameters from x to the training point."""
         if self.state is None or self._x_is_shown(self.state):
             return
         if not self.state.shows_x():
             if self.progress.local_steps_done == 0 and self._moved(self.state) is None:
-                self._reached = None  # someone has put back what he had replaced before
+                self._reached = None  # the user has restored the values replaced earlier
                 return
             if self._stepping:
                 raise RuntimeError(f"in the optimizer's step, {MOVED_AT_X}")
@@ -280,13 +280,13 @@ class Modes:
         self._reached = None
         self.note()
 
-    # -- what moves the parameters beside steps -----------------------------------------------------------
+    # -- changes of the parameters outside of steps -------------------------------------------------------
 
     @torch.no_grad()
     def _tell_of_moves(self) -> str | None:
-        """The name of the first parameter that is elsewhere than at b, or moved without any step.
+        """Returns the name of the first parameter that was moved by something else than steps, or None.
 
-        Say so once, unless this is what local steps do.
+        Warns once, except within a step or an exchange. Returns None after local steps, which move all.
         """
         if self.state is None:
             moved = None if self._unstepped is None else self._unstepped.moved()
@@ -301,7 +301,7 @@ class Modes:
         return moved
 
     def _moved(self, state: State) -> str | None:
-        """The name of the first parameter that is not at b."""
+        """Returns the name of the first parameter that is not at b, or None."""
         return next((slot.name for slot in elsewhere(self._exchange, state)), None)
 
     def _tell(self, message: str, name: str = "") -> None:
@@ -317,11 +317,11 @@ class Modes:
         return [slot.parameter for slot in state.layout.slots]
 
 
-# By parameter: whoever has one keeps it alive, so that its id is its own.
+# By the parameter's id: a Modes keeps its parameters alive, so no other tensor can get the same id.
 _of_parameters: weakref.WeakValueDictionary[int, Modes] = weakref.WeakValueDictionary()
 
 
 def owners(parameters: Iterable[Tensor]) -> list[Modes]:
-    """Those of all optimizers that have any of these parameters."""
+    """Returns the Modes of all optimizers that own any of these parameters."""
     found = (_of_parameters.get(id(parameter)) for parameter in parameters)
     return list({id(modes): modes for modes in found if modes is not None}.values())

@@ -1,4 +1,4 @@
-"""Where x, e and s come from: at the first step, after loading, and on reanchor()."""
+"""Decides where x, e and s come from: at the first step, after loading, and on reanchor()."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Source(enum.Enum):
     """Where one worker's x comes from."""
 
     PARAMETERS = "parameters"
-    """It was just wrapped, or its parameters were replaced: x is what they hold."""
+    """The worker was just wrapped, or its parameters were replaced: x is taken from the parameters."""
     LOADED = "loaded"
-    """Its optimizer's state was loaded, ours in it."""
+    """An optimizer state with the part "hvd_saef" was loaded: x is taken from it."""
     KEPT = "kept"
-    """It goes on with what it has."""
+    """The worker keeps the x that it has."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What one worker brings when all agree where x, e and s come from."""
+    """What one worker reports when all workers agree where x, e and s come from."""
 
     source: Source
     rounds: int
     local_steps_done: int
     consolidated: bool
-    """Whether its e is everyone's, and it has all of s."""
+    """True after consolidate(): e is the mean of all workers' e, and this worker has all of s."""
     held: Held
-    """What its loaded state holds."""
+    """The description of the worker's loaded state."""
 
 
 class Origin:
@@ -62,9 +62,9 @@ class Origin:
     ) -> None:
         self._flushed = False
         self._settled = False
-        """Whether all workers agreed, since the last wrapping, loading or growing here."""
+        """True if all workers have agreed since the last wrapping, loading or growing on this rank."""
         self._whole_server_errors: dict[str, Any] | None = None
-        """After consolidate(), until the next round: all of s, so that one worker's state is everyone's."""
+        """All of s, from consolidate() to the next round: any worker's state then serves all workers."""
         self._source = Source.PARAMETERS
         self._broken = False
         self._loaded = Loaded()
@@ -75,20 +75,21 @@ class Origin:
 
     @property
     def consolidated(self) -> bool:
-        """Whether e is the same on all workers, and all of s is here."""
+        """True if e is the same on all workers and this worker has all of s. Local."""
         return self._whole_server_errors is not None
 
     def x(self, layout: Layout) -> Mapping[str, Tensor]:
-        """The consensus point by parameter name: views. The parameters, where no other x is kept."""
+        """Returns views of x by parameter name, or the parameters where no other x is kept. Local."""
         kept = self._modes.state.views_of("x") if self._modes.state else {}
         return kept or {slot.name: slot.parameter for slot in layout.slots}
 
     # -- at the first step after wrapping or loading, collective --------------------------------------
 
     def agree(self, layout: Layout, with_state: Layout, facts: Mapping[str, Any]) -> None:
-        """Agree where x, e and s come from, and take them. Collective.
+        """Agrees with all workers where x, e and s come from, and takes them from there. Collective.
 
-        Workers must agree on `layout` and `facts`; `with_state` is the part of it that has x and errors.
+        Workers must agree on `layout` and `facts`; `with_state` is the part of `layout` with x and errors.
+        Raises ConfigurationMismatchError or ConsensusError on all ranks if they differ.
         """
         check_configuration(self._communicator, layout, facts)
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
@@ -108,7 +109,7 @@ class Origin:
         self._agreed_now()
 
     def renew(self, layout: Layout, with_state: Layout, facts: Mapping[str, Any]) -> None:
-        """Take x from rank 0's parameters as they are, and clear the errors. Collective."""
+        """Takes x from rank 0's parameters as they are now, and clears e and s. Collective."""
         check_configuration(self._communicator, layout, facts)
         self._broadcast_parameters(layout, 0)
         self._take_parameters(with_state)
@@ -116,27 +117,27 @@ class Origin:
         self._broken = False
 
     def is_agreed(self) -> bool:
-        """The same as :attr:`agreed`, to be passed on."""
+        """Returns :attr:`agreed`, as a method that can be handed to other objects. Local."""
         return self.agreed
 
     def forget_agreement(self) -> None:
-        """Let all workers agree anew at what they do together next."""
+        """Lets all workers agree again at their next collective call. Local."""
         self._settled = False
 
     def broke(self) -> None:
-        """An exchange failed somewhere: what is here is not to be trained on."""
+        """Notes that an exchange failed on some rank, so that training cannot continue from here. Local."""
         self._settled, self._broken = False, True
 
     def consolidated_with(self, server_errors: dict[str, Any]) -> None:
-        """Note that e is the same on all workers, and what all of s is. Local."""
+        """Notes that e is the same on all workers, and keeps `server_errors`, all of s. Local."""
         self._whole_server_errors = server_errors
 
     def forget_consolidation(self) -> None:
-        """A round is completed: e and s are each worker's own again. Local."""
+        """Notes that an exchange begins, after which e differs between workers again. Local."""
         self._whole_server_errors = None
 
     def check_whole(self) -> None:
-        """Raise ExchangeError if an exchange failed, and x was not taken anew since."""
+        """Raises ExchangeError if an exchange failed and x was not taken anew since then. Local."""
         if self._broken:
             raise ExchangeError(f"the exchange of an earlier round failed. {BROKEN_ADVICE}")
 
@@ -146,7 +147,7 @@ class Origin:
 
     @property
     def agreed(self) -> bool:
-        """Whether all workers agreed, and this thread's arithmetic is what it was then."""
+        """True if all workers have agreed, and this thread treats denormal numbers as it did then. Local."""
         return self._settled and self._flushed == flushes_denormals()
 
     def _broadcast_parameters(self, layout: Layout, root: int) -> None:
@@ -161,7 +162,7 @@ class Origin:
         self._anchor(self._modes.state or self._new_state(with_state))
 
     def _anchor(self, state: State) -> None:
-        """Take x from the parameters here, and clear the errors: what was known of them is over too."""
+        """Takes x from this rank's parameters, and clears e and s and the note of a consolidation."""
         state.anchor()
         self._whole_server_errors = None
         self._modes.begin(state)
@@ -186,9 +187,10 @@ class Origin:
 
     @torch.no_grad()
     def _take_all_from(self, root: int, standing: Standing, with_state: Layout) -> None:
-        """Only some workers were loaded: take x, s and t of worker `root`; its e too if it is everyone's.
+        """Takes x, s and t from rank `root`, since only some ranks were loaded. Collective.
 
-        Its local steps since the last round are taken up into the errors of all.
+        The e of `root` is taken too if it is consolidated; otherwise e becomes zero. The local steps of
+        `root` since the last round are added to e on all workers.
         """
         state = self._modes.state or self._new_state(with_state)
         self._progress.restored(standing.rounds)
@@ -234,7 +236,7 @@ class Origin:
             )
 
     def _server_errors(self) -> dict[str, Tensor]:
-        """What a replicated server keeps, which must be the same on all workers, too."""
+        """Returns s of the buckets with a replicated server, which must be the same on all workers."""
         buckets = self._modes.state.buckets if self._modes.state else []
         return {
             f"the server's error {state.bucket.index}": state.s
@@ -245,19 +247,19 @@ class Origin:
     # -- what happens between two steps, local ---------------------------------------------------------
 
     def grow(self, layout: Layout) -> None:
-        """Parameters were added: they start at their present values, without errors."""
+        """Adds the new parameters of `layout`, at their present values and without errors. Local."""
         self._settled, self._whole_server_errors = False, None
         added = self._modes.grow(layout)
         if self._loaded.points is not None:
             self._loaded.points += added
 
     def parameters_replaced(self) -> None:
-        """A state was loaded into the model: x is that, unless it was so before."""
+        """Takes x from the parameters after a state was loaded into the model, unless they hold x already."""
         state = self._modes.state
         if state is None or not state.buckets:
             return
         if state.shows_x() and not self._broken:
-            return  # where a hook had brought the parameters: the training point is kept
+            return  # a hook had moved the parameters to x: the training point is kept
         steps = self._local_steps()
         self._anchor(state)
         self._broken = False
@@ -269,26 +271,27 @@ class Origin:
         )
 
     def _local_steps(self) -> str:
-        """Those that go with the errors, in words."""
+        """Returns in words, for a warning, the local steps that are lost with the errors; "" if none."""
         steps = self._progress.local_steps_done
         return f", with {steps} local step{'s' if steps > 1 else ''} since the last round" if steps else ""
 
     # -- state dicts, local ---------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        """What stands under "hvd_saef" in the state dict: plain numbers and copies of tensors."""
+        """Returns the part "hvd_saef" of the state dict: plain numbers and copies of tensors."""
         return export_state(
             self._communicator, self._settings, self._modes, self._loaded, self._whole_server_errors
         )
 
     def check(self, saved: Mapping[str, Any], with_state: Layout) -> None:
-        """Raise ValueError, before anything changes, if `saved` is not a state for these parameters."""
+        """Raises ValueError if `saved` is not a state for these parameters; changes nothing."""
         check_state(saved, with_state, self._settings, self._communicator.workers)
 
     def restore(self, saved: Mapping[str, Any] | None, with_state: Layout, resumed: bool) -> None:
-        """Take what :meth:`check` found fitting; without x in it, x is taken at the next step.
+        """Takes x, e and s from `saved`, which :meth:`check` has accepted; None if a state lacks this part.
 
-        `resumed`: the torch optimizer's part is that of an optimizer that has taken steps.
+        Without x in `saved`, x is taken from the parameters at the next step. `resumed` is True if the torch
+        optimizer's part of the state is of an optimizer that has taken steps.
         """
         if saved is None:
             self._take_plain_state(with_state, resumed)
@@ -309,7 +312,7 @@ class Origin:
         self._modes.begin(state, self._loaded.points)
 
     def _take_plain_state(self, with_state: Layout, resumed: bool) -> None:
-        """A state without ours: say what is gone, and leave x in the parameters."""
+        """Warns of what is lost with a state without the part "hvd_saef", and moves the parameters to x."""
         began = self._modes.state is not None
         if with_state.buckets and (began or (resumed and self._communicator.rank == 0)):
             gone = f"rounds begin at 0, and all compression errors are cleared{self._local_steps()}"
