@@ -16,9 +16,9 @@ def _trains(worker: Worker, training: bool, number: int) -> torch.Tensor:
     worker.net.zero_grad()
     worker.losses = []
     worker.forward(training, number)
-    loss = worker.losses[-1].detach()
+    losses = [loss.detach() for loss in worker.losses]  # none where all layers are frozen
     worker.backward()
-    return loss
+    return losses[-1] if losses else torch.zeros(())
 
 
 def _plain(worker: Worker, optimizer: Any, number: int) -> torch.Tensor:
