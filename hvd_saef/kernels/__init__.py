@@ -1,11 +1,11 @@
-"""Loops over flat memory: no algorithm, no workers, no MPI.
+"""Loops over flat memory. Nothing here knows the algorithm, workers or MPI. Local.
 
-Each loop is there twice: as a kernel in C++ (`csrc`, called by `compiled.py`), which makes one pass over
+Each loop exists twice: as a kernel in C++ (`csrc`, called by `compiled.py`), which makes one pass over
 memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the same bits on
-any device. `native` is the module of the kernels, or None: then all is done by the twins, slower.
+any device. `native` is the module of the kernels; if it is None, the twins do everything, slower.
 
-The environment variable HVD_SAEF_KERNELS=twins sets the kernels aside. Where they were not built, or do
-not load, the first use warns once and says how to build them.
+The environment variable HVD_SAEF_KERNELS=twins turns the kernels off. If they were not built or do not load,
+the first use warns once and says how to build them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if _REQUESTED not in ("", "twins"):
     raise ValueError(f"HVD_SAEF_KERNELS={_REQUESTED!r}: 'twins' is allowed, or nothing.")
 
 _NUMBERS = (torch.float32, torch.float64)
-_reason = ""  # why there are no kernels, if that is nobody's wish
+_reason = ""  # why the kernels cannot be loaded; "" if the user turned them off
 try:
     if _REQUESTED == "twins":
         raise ImportError
@@ -40,32 +40,36 @@ except ImportError as error:
 
 
 def why_none() -> str:
-    """Why there are no kernels: "" if there are, or if HVD_SAEF_KERNELS=twins asks for none."""
+    """Returns why the kernels cannot be loaded; "" if they can, or if HVD_SAEF_KERNELS=twins is set."""
     return _reason
 
 
 def available() -> bool:
-    """Whether the kernels can be used (on CPU tensors). Warns once if they cannot by accident."""
+    """Returns True if the kernels can be used (on CPU tensors).
+
+    Warns once if they cannot, unless HVD_SAEF_KERNELS=twins is set.
+    """
     if native is None and _reason:
         _warn()
     return native is not None
 
 
 def native_for(flat: Tensor) -> ModuleType | None:
-    """The kernels, if this memory is for them: float32 or float64 on the CPU."""
+    """Returns the kernels' module if it can process `flat` (float32 or float64 on the CPU), else None."""
     return native if flat.is_cpu and flat.dtype in _NUMBERS and available() else None
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is infinite or NaN. Any floating dtypes and devices."""
+    """Returns True if no element of any tensor is infinite or NaN, for any floating dtypes and devices."""
     return _magnitudes(tensors, twins.largest, twins.all_finite)
 
 
 def squares_fit(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is NaN, infinite, or so large that its square is. Any devices.
+    """Returns True if no element of any tensor is NaN, infinite, or so large that its square is infinite.
 
-    Squares as float32, or float64 for that: what Adam keeps of gradients, and far from where sums of
-    some numbers overflow.
+    The tensors may have any floating dtypes and devices. Squares are taken in float32, and those of float64
+    in float64: Adam keeps such squares of gradients. Numbers within this limit are far too small for sums of
+    a few of them to overflow.
     """
     return _magnitudes(tensors, twins.largest_root, twins.squares_fit)
 
@@ -75,7 +79,7 @@ def _magnitudes(
     limit: Callable[[torch.dtype], float],
     twin: Callable[[Sequence[Tensor]], bool],
 ) -> bool:
-    """Whether all elements are at most the limit of their dtype: by the kernel or the twin."""
+    """Returns True if no magnitude exceeds the limit of its dtype; uses the kernel where it can be used."""
     kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.is_cpu, tensor.dtype), []).append(tensor)

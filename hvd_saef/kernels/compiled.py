@@ -1,14 +1,16 @@
-"""The kernels in C++ (`csrc`), through a library that knows nothing of torch: one serves all versions.
+"""Calls the kernels in C++ (`csrc`), whose library uses nothing of torch, so that it serves all versions.
 
-All memory is 1-D, contiguous and on the CPU, of one dtype, float32 or float64. `runs`: int64, [n, 4], a
-row a run of blocks: first element, elements of a block, number of blocks, and how many elements of each
-block travel (Sign: all of them, dense, or 0). `points`: pieces end to end, as long as all runs; each run
-lies within one. Payloads (uint8) may lie at any byte. The work is done on torch's threads, without the GIL.
+All memory is 1-D, contiguous and on the CPU, and has one dtype, float32 or float64. `runs` is int64, [n, 4];
+a row is a run of blocks: its first element, the elements of a block, the number of blocks, and the number of
+elements of each block that are sent (for Sign: all of them if the block is dense, else 0). `points` are
+pieces that lie end to end and have together the length of all runs; each run lies within one piece. Payloads
+(uint8) may begin at any byte. The kernels run on as many threads as torch uses, without the GIL. Local.
 
-Wrong arguments are a ValueError: of dtypes and strides found here, before an address is taken; of lengths and
-of what a payload says found in C++, before anything is written where it points.
+Wrong arguments raise ValueError. This module checks dtypes and strides before it takes an address; the C++
+code checks lengths and the contents of payloads before it writes to the places that they name.
 
-Importing this raises ImportError where there is no library, or none that was built of the sources beside it.
+Importing this module raises ImportError if there is no library, or if the library was not built from the
+sources beside it.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _NUMBERS = (torch.float32, torch.float64)
 _VALUES = {
     torch.float16: 1,
     torch.bfloat16: 2,
-}  # as in csrc/topk_payload.h; 0 is the memory's own dtype
-_Address = tuple[int, int]  # and elements: -1 where there is nothing
+}  # the numbers are those of csrc/topk_payload.h, where 0 is the memory's own dtype
+_Address = tuple[int, int]  # the address and the number of elements, which is -1 if there is no memory
 
 
 class _Flat(ctypes.Structure):
@@ -39,7 +41,7 @@ class _Flat(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """What csrc/abi.h says of it."""
+    """The arguments of a kernel: csrc/abi.h describes the fields."""
 
     _fields_ = (
         ("number", c_int64),
@@ -81,16 +83,16 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
-# -- what a call is made of ----------------------------------------------------------------------------
+# -- the arguments of a call ---------------------------------------------------------------------------
 
 
 def _named(dtype: torch.dtype) -> str:
-    """Float, Double, Half, Int, ...: as torch's own errors have it."""
+    """Returns the dtype's name as in torch's own errors: Float, Double, Half, Int and so on."""
     return torch.empty(0, dtype=dtype).type().removeprefix("torch.").removesuffix("Tensor")
 
 
 def _flat(tensor: Tensor, name: str, dtype: torch.dtype) -> _Address:
-    """Where a tensor's memory is, or it is refused by its name."""
+    """Returns the address and size of a tensor; raises ValueError, with its `name`, if it does not fit."""
     if not tensor.is_cpu:
         raise ValueError(f"{name}: a tensor on the CPU is needed")
     if tensor.dtype is not dtype:
@@ -98,7 +100,7 @@ def _flat(tensor: Tensor, name: str, dtype: torch.dtype) -> _Address:
     if tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(f"{name}: a contiguous tensor of one dimension is needed")
     address, size = tensor.data_ptr(), tensor.numel()
-    if not address and size:  # it stands for another, without memory
+    if not address and size:  # such a tensor has no memory of its own
         raise ValueError(f"{name}: a tensor on the CPU is needed")
     return address, size
 
@@ -121,7 +123,10 @@ def _runs(table: Tensor) -> _Address:
 
 
 def _table(tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> array[int]:
-    """Address and elements of each in turn. Kept with pieces; else the caller keeps it during the call."""
+    """Returns a table with the address and the number of elements of each tensor in turn.
+
+    A `Pieces` keeps its table; for other sequences the caller must keep the table alive during the call.
+    """
     tables = tensors.tables if isinstance(tensors, Pieces) else {}
     if dtype not in tables:
         tables[dtype] = array("q", [number for tensor in tensors for number in _flat(tensor, name, dtype)])
@@ -142,7 +147,7 @@ def _value(dtype: torch.dtype, value_dtype: torch.dtype) -> int:
 
 
 def _check(status: int) -> None:
-    """Raise what a function's result says (csrc/module.cpp)."""
+    """Raises the exception for a function's result other than 0 (csrc/module.cpp)."""
     if status:
         error = {1: ValueError, 2: MemoryError}.get(status, RuntimeError)
         raise error(_library.hvd_saef_message().decode())
@@ -152,12 +157,15 @@ def _check(status: int) -> None:
 
 
 def instruction_sets() -> list[str]:
-    """Those this CPU has, of "baseline", "avx2" and "avx512"."""
+    """Returns the instruction sets that this CPU has, of "baseline", "avx2" and "avx512"."""
     return str(_library.hvd_saef_instruction_sets().decode()).split()
 
 
 def set_instruction_set(name: str) -> str:
-    """For tests: use this one from now on. Returns the one used so far."""
+    """Makes the kernels use the instruction set `name`; returns the one used so far. For tests.
+
+    Raises ValueError if this CPU does not have it.
+    """
     before = _library.hvd_saef_set_instruction_set(name.encode())
     if before is None:
         raise ValueError(f"no instruction set {name} on this CPU")
@@ -165,16 +173,16 @@ def set_instruction_set(name: str) -> str:
 
 
 def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
-    """Whether no element is larger than `limit`, below minus it, or NaN.
+    """Returns True if every element lies from -`limit` to `limit`; NaN does not.
 
-    These tensors are of one dtype, and of any shape and strides.
+    The tensors have one dtype and are on the CPU; they may have any shape and strides.
     """
     if not tensors:
         return True
     dtype = _dtype(tensors[0])
     numbers: list[int] = []
-    copies = []  # of those with gaps, for as long as the call takes
-    for tensor in tensors:  # many, of a few elements each: in a hurry
+    copies = []  # copies of tensors with gaps must live as long as the call takes
+    for tensor in tensors:  # there may be many small tensors, so this loop must be fast
         if tensor.dtype is not dtype or not tensor.is_cpu:
             raise ValueError("tensors: on the CPU and of one dtype they have to be")
         if not tensor.is_contiguous() and not is_gapless(tensor):
@@ -204,10 +212,10 @@ def topk_encode(
     payloads: Sequence[Tensor] = (),
     weight: float = 0.0,
 ) -> None:
-    """Write C(Δ) into `payload` and leave Δ - C(Δ) in `delta`.
+    """Writes C(Δ) into `payload` and leaves Δ - C(Δ) in `delta`, in place.
 
-    Δ is what `delta` holds; plus (x - alpha·delta - beta·s) - points, if x is given; plus
-    Σ weight·C(payload), in their order.
+    Δ is the value of `delta`; plus (x - alpha·delta - beta·s) - points, if x is given; plus
+    Σ weight·C(payload) over `payloads`, in their order.
     """
     value, names = _value(_dtype(delta), value_dtype), ("delta", "payload", "x")
     _run("topk_encode", names, value, delta, runs, payload, x, s, alpha, beta, points, payloads, weight)
@@ -225,7 +233,10 @@ def topk_decode(
     beta: float = 0.0,
     points: Sequence[Tensor] = (),
 ) -> None:
-    """Add Σ weight·C(payload) to `out`, in their order; then points ← out - alpha·e - beta·s."""
+    """Adds Σ weight·C(payload) over `payloads` to `out`, in place and in their order.
+
+    Then writes out - alpha·e - beta·s into `points`.
+    """
     value, names = _value(_dtype(out), value_dtype), ("out", "", "e")
     _run("topk_decode", names, value, out, runs, None, e, s, alpha, beta, points, payloads, weight)
 
@@ -242,10 +253,11 @@ def sign_encode(
     payloads: Sequence[Tensor] = (),
     weight: float = 0.0,
 ) -> None:
-    """Write C(Δ) into `payload` and leave Δ in `delta` (0 in dense blocks): settle it later.
+    """Writes C(Δ) into `payload` and leaves Δ in `delta`, in place (0 in dense blocks).
 
-    Δ is what `delta` holds; plus (x - alpha·delta - beta·s) - points, if x is given; plus
-    Σ weight·C(payload), in their order.
+    A later :func:`sign_settle` or :func:`sign_decode` subtracts C(Δ) from `delta`. Δ is the value of `delta`;
+    plus (x - alpha·delta - beta·s) - points, if x is given; plus Σ weight·C(payload) over `payloads`, in
+    their order.
     """
     names = ("delta", "payload", "x")
     _run("sign_encode", names, 0, delta, runs, payload, x, s, alpha, beta, points, payloads, weight)
@@ -263,16 +275,20 @@ def sign_decode(
     beta: float = 0.0,
     points: Sequence[Tensor] = (),
 ) -> None:
-    """Add Σ weight·C(payload) to `out`, in their order.
+    """Adds Σ weight·C(payload) over `payloads` to `out`, in place and in their order.
 
-    With e and `sent`, the payload that was made of it, e is settled. Then points ← out - alpha·e - beta·s.
+    If e and `sent`, the payload made from e, are given, settles e as :func:`sign_settle` does. Then writes
+    out - alpha·e - beta·s into `points`.
     """
     names = ("out", "sent", "e")
     _run("sign_decode", names, 0, out, runs, sent, e, s, alpha, beta, points, payloads, weight)
 
 
 def sign_settle(memory: Tensor, runs: Tensor, payload: Tensor) -> None:
-    """Subtract from `memory` what `payload`, made of it, says. Dense blocks are settled already."""
+    """Subtracts the values of `payload`, which was made from `memory`, from `memory`, in place.
+
+    Dense blocks are left alone: :func:`sign_encode` has settled them.
+    """
     _run("sign_settle", ("memory", "payload", ""), 0, memory, runs, payload)
 
 
@@ -291,7 +307,7 @@ def _run(
     payloads: Sequence[Tensor] = (),
     weight: float = 0.0,
 ) -> None:
-    """Call a kernel, which calls memory, payload and other by these names."""
+    """Calls a kernel. `names` are the names of memory, payload and other in error messages."""
     dtype = _dtype(memory)
     pieces, given = _table(points, "points", dtype), _table(payloads, "payloads", torch.uint8)
     call = _Call(

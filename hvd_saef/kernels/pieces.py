@@ -1,4 +1,4 @@
-"""Pieces of memory whose addresses are asked for once, and what counts as a piece."""
+"""Pieces of memory whose addresses are looked up only once, and the test for memory without gaps. Local."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class Pieces(tuple[Tensor, ...]):
-    """Tensors whose memory stays where it is: kernels keep the table of their addresses here.
+    """Tensors whose memory does not move: the kernels keep the table of their addresses here.
 
-    Who holds them makes others when the memory moves. A copy begins without a table.
+    If the memory moves, the owner must make new pieces. A copy begins without a table.
     """
 
     @cached_property
     def tables(self) -> dict[torch.dtype, array[int]]:
-        """By the dtype that they were found to be of: address and elements of each in turn."""
+        """The tables, by the dtype that all pieces have: address and number of elements of each in turn."""
         return {}
 
     def __reduce__(self) -> tuple[type[Pieces], tuple[Sequence[Tensor]]]:
@@ -27,12 +27,12 @@ class Pieces(tuple[Tensor, ...]):
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Pieces:
-        """These tensors, which may be such pieces already."""
+        """Returns `tensors` as pieces; returns them unchanged if they are pieces already."""
         return tensors if isinstance(tensors, cls) else cls(tensors)
 
 
 def is_gapless(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill a stretch of memory without gaps or overlaps, in any order."""
+    """Returns True if the tensor's elements fill memory without gaps or overlaps, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

@@ -1,4 +1,4 @@
-"""The kernels in plain torch, for any device. Each works on a matrix whose rows are blocks."""
+"""The twins of the kernels in plain torch, for any device. The rows of a matrix `rows` are blocks. Local."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LANES = 16  # width of the fixed summation tree's last level
+LANES = 16  # the numbers in a line, which :func:`l1_norms` adds last
 
 
 def l1_norms(rows: Tensor) -> Tensor:
-    """Sums of absolute values, shape [rows], float64, over one fixed tree.
+    """Returns each row's sum of absolute values, shape [rows], float64, added along one fixed tree.
 
     A row is cut into lines of 16 numbers (the last one filled up with zeros), neighbouring lines are
     added until one is left, and its halves are added until one number is left. The tree depends on
@@ -35,9 +35,10 @@ def l1_norms(rows: Tensor) -> Tensor:
 
 
 def pack_signs(rows: Tensor) -> Tensor:
-    """The float's sign bits, least significant bit first, every row from a fresh byte.
+    """Returns the sign bits of the numbers, shape [rows, ceil(columns / 8)], uint8.
 
-    Shape [rows, ceil(columns / 8)], uint8. 0.0 gives 0 and -0.0 gives 1; unused bits are 0.
+    The least significant bit comes first, and every row begins with a new byte. The bit of 0.0 is 0 and that
+    of -0.0 is 1; unused bits are 0.
     """
     width = -(-rows.shape[1] // 8)
     signs = rows.new_zeros((rows.shape[0], width * 8), dtype=torch.uint8)
@@ -47,16 +48,17 @@ def pack_signs(rows: Tensor) -> Tensor:
 
 
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:
-    """The inverse of :func:`pack_signs`: shape [rows, columns], bool, True where the sign is minus."""
+    """Inverts :func:`pack_signs`: returns [rows, columns], bool, True where the sign bit is 1 (minus)."""
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
     unpacked = (packed.unsqueeze(-1) >> bits) & 1
     return unpacked.view(packed.shape[0], -1)[:, :columns].bool()
 
 
 def top_k(rows: Tensor, k: int) -> Tensor:
-    """Columns of each row's k largest magnitudes, ascending; ties go to the lower column.
+    """Returns the columns of each row's k largest magnitudes, ascending, shape [rows, k], int64.
 
-    Shape [rows, k], int64. Exact: no sampled threshold. A NaN counts as the largest magnitude.
+    Of equal magnitudes the lower column is taken. The choice is exact: no threshold is estimated from a
+    sample. NaN counts as infinity, the largest magnitude.
     """
     magnitudes = rows.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     least = torch.topk(magnitudes, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
@@ -68,9 +70,10 @@ def top_k(rows: Tensor, k: int) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is infinite or NaN.
+    """Returns True if no element of any tensor is infinite or NaN.
 
-    One pass: a sum is finite if all terms are; a sum that is not may have overflowed, so look again.
+    The first pass sums each tensor: a finite sum has only finite terms. A sum that is not finite may have
+    overflowed, so a second pass then looks at each element.
     """
     sums = [tensor.detach().sum().float() for tensor in tensors]
     if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
@@ -79,20 +82,21 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest finite number."""
+    """Returns the largest finite number of the dtype."""
     return torch.finfo(dtype).max
 
 
 @functools.cache
 def largest_root(dtype: torch.dtype) -> float:
-    """The largest number whose square, as float32 or float64 for that, is finite."""
+    """Returns the largest number whose square is finite in float32 or, for float64, in float64."""
     return float(torch.tensor(torch.finfo(_wide(dtype)).max, dtype=_wide(dtype)).sqrt())
 
 
 def squares_fit(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is NaN, infinite, or so large that its square is.
+    """Returns True if no element of any tensor is NaN, infinite, or so large that its square is infinite.
 
-    One pass: a norm that is too large may be of many elements, so look again.
+    The first pass takes each tensor's norm. A norm above the limit may come from many elements that are
+    small enough, so a second pass then looks at each element.
     """
     with torch.no_grad():
         norms = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype)).double() for tensor in tensors]
