@@ -1,4 +1,4 @@
-"""The hooks on `model=`: forward passes and state dicts see the right point by themselves. Local."""
+"""The hooks on `model=`, which move the parameters to the right point for forward and state dicts. Local."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOVED_SINCE = (
 
 
 class ModelHooks:
-    """The hooks on `model=`: a copy or a pickle of the model holds x, and its hooks are without effect."""
+    """The hooks on `model=`. A copy or a pickle of the model holds x, and the hooks in it do nothing."""
 
     def __init__(self, modes: Modes | None, on_load: Callable[[], None] = lambda: None) -> None:
         self._modes = modes
@@ -30,10 +30,10 @@ class ModelHooks:
         self._handles: list[Any] = []
         self._loading: nn.Module | None = None
         self._missing: list[str] | None = None
-        """The outermost module of the load that is under way, and the load's own list of missing keys."""
+        """The missing keys' list of the load under way; `_loading` is the outermost module of this load."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._modes is not None:  # torch.save writes the tensors after it has seen all objects
+        if self._modes is not None:  # torch.save writes the tensors after all objects, so they will hold x
             self._modes.visit_x()
         return ModelHooks, (None,)
 
@@ -42,13 +42,13 @@ class ModelHooks:
             self._modes.visit_x()
             with torch.no_grad():
                 for slot in self._modes.state.layout.slots:
-                    if id(slot.parameter) in memo:  # was copied before the hooks were, stepped ahead
+                    if id(slot.parameter) in memo:  # the copy was made before this, stepped ahead
                         memo[id(slot.parameter)].copy_(slot.parameter)
         return ModelHooks(None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # or the graph breaks at every copy
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        """Evaluation sees x, training the training point."""
+        """Moves the parameters to x for evaluation, or to the training point for training."""
         if self._modes is None:
             return
         if module.training:
@@ -58,7 +58,7 @@ class ModelHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Let the backward pass, if one comes, begin with a look at where the parameters are by then."""
+        """Lets the backward pass, if one follows, begin with a check that the parameters have not moved."""
         if self._modes is None or not torch.is_grad_enabled():
             return
         look = _LookBack(self._modes)
@@ -67,28 +67,28 @@ class ModelHooks:
                 tensor.grad_fn.register_prehook(look)
 
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """What is saved, or broadcast, is x."""
+        """Moves the parameters to x, so that x is saved or broadcast."""
         if self._modes is not None:
             self._modes.visit_x()
 
     def before_load(
         self, module: nn.Module, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *_: Any
     ) -> None:
-        """What is loaded is x, and so is what a partial state leaves as it is."""
+        """Moves the parameters to x, so that parameters missing in a partial state hold x too."""
         if self._modes is not None:
             self._modes.visit_x()
-            if missing is not self._missing:  # each load has a list of its own
+            if missing is not self._missing:  # a new list means a new load
                 self._loading, self._missing = module, missing
 
     def after_load(self, module: nn.Module, incompatible: Any) -> None:
-        """What is loaded is x: once for all parts that are loaded together."""
+        """Reports, once per load, that the parameters were replaced: what was loaded is the new x."""
         if self._modes is not None and self._loading in (None, module):
             self._loading = self._missing = None
             self._on_load()
             self._modes.note()
 
     def attach(self, models: Sequence[nn.Module]) -> None:
-        """Register with models, and throw out the hooks of optimizers that have given up."""
+        """Registers the hooks with `models`, and removes those of optimizers that are no longer used."""
         called = {id(module): module for module in _with_forward(models)}
         parts = {id(part): part for model in models for part in model.modules()}
         for module in parts.values():
@@ -103,7 +103,7 @@ class ModelHooks:
                 module.register_forward_pre_hook(self.before_forward),
                 module.register_forward_hook(self.after_forward),
             ]
-        for part in parts.values():  # model.encoder.state_dict(), or what torch.compile wrapped
+        for part in parts.values():  # for model.encoder.state_dict(), or a module in torch.compile
             self._handles += [
                 part.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
                 part.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
@@ -115,10 +115,13 @@ _of_models: weakref.WeakKeyDictionary[nn.Module, list[ModelHooks]] = weakref.Wea
 
 
 class _LookBack:
-    """Called when the backward pass of one forward pass begins, before it uses any parameter."""
+    """Raises RuntimeError if the parameters were moved between a forward pass and its backward pass.
+
+    It is called when the backward pass begins, before any parameter is used.
+    """
 
     def __init__(self, modes: Modes) -> None:
-        self._modes = weakref.ref(modes)  # the graph may live longer
+        self._modes = weakref.ref(modes)  # the graph may outlive the optimizer
         self._journeys = modes.journeys
 
     def __call__(self, gradients: Any) -> None:
@@ -128,7 +131,7 @@ class _LookBack:
 
 
 def _with_forward(models: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The modules that can be called; of containers without a forward of their own, what they hold."""
+    """Yields the modules that can be called: for a container without a forward, its children instead."""
     for model in models:
         if getattr(model.forward, "__func__", None) is nn.Module.forward:
             yield from _with_forward(model.children())
@@ -137,7 +140,7 @@ def _with_forward(models: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a forward pass gave."""
+    """Yields the tensors in the output of a forward pass."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -152,7 +155,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def at_consensus(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Hold all parameters of all optimizers that have any of these at x."""
+    """Keeps at x, inside the context, all parameters of every optimizer that owns any of `parameters`."""
     held = owners(parameters)
     evaluating = [modes.evaluating for modes in held]
     for modes in held:

@@ -1,11 +1,11 @@
 """`overlap=True`: buckets step and leave while backward still computes the gradients of others. Collective.
 
-The thread that computes gradients only notes which buckets are complete. Another looks at a bucket's
-gradients, takes its local step and encodes it: bucket by bucket, and whatever goes wrong is noted for step()
-to raise, since the other workers expect the bucket. The payloads are under way when step() begins; x and the
-parameters change in step() alone, once all workers have agreed on it. All workers send their buckets in the
-same order, the last one first. Where a worker has several ranks, a bucket's gradients are averaged over them
-first, in the background as well.
+The thread that computes gradients only notes which buckets are complete. Another thread checks a bucket's
+gradients, takes the bucket's local step and encodes it, bucket by bucket. An exception there is noted, and
+step() raises it, since the other workers expect the bucket. The payloads are under way when step() begins; x
+and the parameters of the next round are written in step() alone, once all workers have agreed. All workers
+send their buckets in the same order, the last one first. Where a worker has several ranks, a bucket's
+gradients are first averaged over the team, in the background as well.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from hvd_saef.transport.staging import so_far
 
 
 class NoOverlap:
-    """overlap=False: everything happens in step()."""
+    """Stands in for :class:`Overlap` with overlap=False: everything happens in step(). Local."""
 
     under_way = nonfinite = overflowed = False
 
     def arm(self, local_step: LocalStep, passes: int) -> None:
-        """Nothing leaves early."""
+        """Does nothing, since no bucket leaves early."""
 
     def disarm(self) -> None:
-        """Nothing was expected."""
+        """Does nothing, since no gradient was expected."""
 
     def used(self, parameter: Tensor) -> bool:
-        """No parameter takes its local step before step()."""
+        """Returns False: no parameter takes its local step before step()."""
         return False
 
     def check(self, closure: object, scale: object) -> None:
-        """Everything goes together with it."""
+        """Does nothing: any closure and any GradScaler are allowed without overlap."""
 
     def finish(self, local_step: LocalStep) -> None:
-        """The local step of all parameters."""
+        """Takes the local step of all parameters."""
         local_step()
 
     def abandon(self) -> None:
-        """Nothing is on the wire."""
+        """Does nothing, since no bucket was sent."""
 
 
 class Overlap:
@@ -64,7 +64,7 @@ class Overlap:
     def __init__(
         self, exchange: Exchange, modes: Modes, inner: torch.optim.Optimizer, settled: Callable[[], bool]
     ) -> None:
-        """`settled`: whether all workers agree where x, e and s come from; before that nothing leaves."""
+        """Use `settled` to ask if all workers agree where x, e and s come from; before, no bucket leaves."""
         self._exchange = exchange
         self._modes = modes
         self._inner = inner
@@ -77,21 +77,21 @@ class Overlap:
 
     @property
     def under_way(self) -> bool:
-        """Whether any bucket has left in this round."""
+        """True if any bucket has left in this round. Local."""
         return self._exchange.busy or (self._armed is not None and bool(self._armed.means))
 
     @property
     def nonfinite(self) -> bool:
-        """Whether a gradient that came early held a NaN or an infinity."""
+        """True if a gradient that was used early held NaN or infinity. Local."""
         return self._armed is not None and self._armed.nonfinite
 
     @property
     def overflowed(self) -> bool:
-        """Whether an early local step, or a mean of gradients, made a number NaN, infinite, or nearly."""
+        """True if a gradient or a mean is not finite, or an early local step came near overflow. Local."""
         return self._armed is not None and (self._armed.overflowed or self._armed.nonfinite)
 
     def arm(self, local_step: LocalStep, passes: int) -> None:
-        """A round's last local step comes next: expect its gradients, `passes` for each parameter."""
+        """Expects the gradients of a round's last local step: `passes` for each parameter. Local."""
         state = self._modes.state
         if state is None:
             return
@@ -109,7 +109,7 @@ class Overlap:
                     self._handles[parameter] = attach(_weakly(self._on_gradient))
 
     def disarm(self) -> None:
-        """The round is over, or began anew: let what comes next go the ordinary way."""
+        """Expects no gradients any more, since the round is over or was begun anew. Local."""
         self._armed = None
 
     def _warn_of_held(self) -> None:
@@ -123,11 +123,15 @@ class Overlap:
         self._warned = True
 
     def used(self, parameter: Tensor) -> bool:
-        """Whether the parameter has taken its local step."""
+        """Returns True if the parameter's gradient is used by an early local step or mean. Local."""
         return self._armed is not None and parameter in self._armed.used
 
     def check(self, closure: object, scale: object) -> None:
-        """Raise ValueError or RuntimeError for what does not go together with overlap=True."""
+        """Raises ValueError for a closure or a GradScaler, RuntimeError for a gradient changed meanwhile.
+
+        Raises also a failure of an early local step, and a change of options since. Local, except that it
+        waits for the early local steps.
+        """
         if closure is not None:
             raise ValueError("step(closure) computes gradients by itself: pass overlap=False.")
         if scale is not None:
@@ -149,11 +153,14 @@ class Overlap:
             raise armed.failure
 
     def finish(self, local_step: LocalStep) -> None:
-        """The local step of the parameters that have not taken it."""
+        """Takes the local step of the parameters that have not taken it during backward.
+
+        Where workers have several ranks, it waits for the means of gradients: collective over the team.
+        """
         if self._armed is None or not self.under_way:
             local_step()
             return
-        if self._exchange.communicator.team.size > 1:  # all means are under way before one is waited for
+        if self._exchange.communicator.team.size > 1:  # starts all means before it waits for one
             while self._armed.expected:
                 self._leave(self._armed, self._armed.expected.popleft()[0])
             self._take_means(self._armed, wait=True)
@@ -163,9 +170,9 @@ class Overlap:
         step_here(self._inner, local_step, rest)
 
     def abandon(self) -> None:
-        """After an error that all workers raise: take from the wire what is on it. Collective.
+        """Completes and drops the exchanges under way, before an error that all workers raise. Collective.
 
-        What was loaded or added on some since they agreed on the buckets takes no part.
+        Uses the buckets that all agreed on, without parameters that some ranks loaded or added since then.
         """
         armed = self._armed
         self.disarm()
@@ -180,7 +187,7 @@ class Overlap:
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         armed = self._armed
-        # At x, the local step waits for step(), and so does it where something was loaded or added.
+        # At x, or after something was loaded or added, the local step is left to step().
         if armed is None or self._modes.at_x or not self._settled():
             return
         if armed.waits is None:
@@ -201,7 +208,7 @@ class Overlap:
             self._leave(armed, armed.expected.popleft()[0])
 
     def _may_leave(self, armed: Armed, bucket_state: BucketState) -> bool:
-        """Whether a bucket whose expected gradients are there needs nothing that comes later."""
+        """Returns True if a bucket with all expected gradients needs no later gradient and not step()."""
         trained = {parameter for parameter in bucket_state.bucket.parameters if parameter.requires_grad}
         return trained <= armed.watched and not self._exchange.held(armed.state, bucket_state)
 
@@ -224,7 +231,10 @@ class Overlap:
             self._depart(armed, bucket_state, gradients)
 
     def _depart(self, armed: Armed, bucket_state: BucketState, gradients: dict[Tensor, Tensor]) -> None:
-        """A bucket's look at its gradients, its local step, and off."""
+        """Checks a bucket's gradients, takes its local step and sends it.
+
+        The check and the local step run in another thread if the optimizer's code suits other threads.
+        """
         armed.note_options(self._inner.param_groups)
         bucket, inner = bucket_state.bucket, self._inner
         if not self._step_code.suits_other_threads():
@@ -234,7 +244,7 @@ class Overlap:
             self._exchange.depart(armed.state, bucket_state)
             return
         step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
-        # As if they had been stepped now: if backward needs one again, autograd raises, as it does then.
+        # Bumps the version counters now, so that autograd reports reuse as it would after an in-place step.
         torch.autograd.graph.increment_version(gradients)
         self._modes.leave_early(bucket.parameters)
 
@@ -247,7 +257,10 @@ class Overlap:
     def _take(
         self, armed: Armed, step: LocalStep, parameters: list[Tensor], gradients: Iterable[Tensor]
     ) -> None:
-        """A local step of some parameters, if all went well so far; in whatever thread. Raises nothing."""
+        """Takes a local step of some parameters, unless something failed before. Runs in any thread.
+
+        It raises nothing: an exception becomes `armed.failure`.
+        """
         try:
             armed.look(gradients)
             if armed.nonfinite or armed.failure:  # step() raises on all workers
@@ -259,7 +272,7 @@ class Overlap:
             armed.failure = failure
 
     def _settle(self, armed: Armed) -> None:
-        """Wait for the local steps in the background; raise what one of them raised, or an encoding."""
+        """Waits for the local steps in the background, and raises the first failure of a step or encoding."""
         self._exchange.wait_until_encoded()
         failure = armed.failure or self._exchange.failure
         if failure:
@@ -268,11 +281,11 @@ class Overlap:
     # -- workers of several ranks -------------------------------------------------------------------
 
     def _mean(self, bucket_state: BucketState) -> tuple[BucketState, TeamMean]:
-        """Begin to average a bucket's gradients over the worker's ranks."""
+        """Begins to average a bucket's gradients over the team."""
         return bucket_state, self._exchange.means.begin([bucket_state.bucket])
 
     def _take_means(self, armed: Armed, wait: bool = False) -> None:
-        """The local steps of the buckets whose mean is there, in their order; or of all."""
+        """Starts the local steps of the buckets whose means are done, in order; with `wait`, of all."""
         as_sparse = takes_sparse_only(self._inner)
         while armed.means and (wait or armed.means[0][1].done.done()):
             bucket_state, mean = armed.means.popleft()
@@ -280,7 +293,7 @@ class Overlap:
                 mean.done.result()
             if kernels.all_finite(list(mean.flats)):
                 self._exchange.means.take(mean, as_sparse)
-            else:  # whose gradient it was is seen in the ranks' own, which stay
+            else:  # the ranks' own gradients stay, to tell which rank's was not finite
                 armed.nonfinite = True
             gradients = {p: p.grad for p in bucket_state.bucket.parameters if p.grad is not None}
             armed.used |= {p: (gradient, gradient._version) for p, gradient in gradients.items()}
@@ -288,7 +301,7 @@ class Overlap:
 
 
 def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """The method as a hook that does not keep its object."""
+    """Returns the method as a hook that does not keep the method's object alive."""
     reference = weakref.WeakMethod(method)
 
     def hook(parameter: Tensor) -> None:

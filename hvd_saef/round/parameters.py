@@ -1,4 +1,4 @@
-"""The parameters of one wrapped optimizer that take part, and the buckets that they lie in. Local."""
+"""The parameters of one wrapped optimizer that take part, and the buckets that hold them. Local."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvd_saef.transport.communicator import Communicator
 
 
 class Parameters:
-    """Owns the layout: it grows here and nowhere else."""
+    """Owns the layout. Only this class changes the layout."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class Parameters:
         settings: Settings,
         layout: Layout,
     ) -> None:
-        """`names` and `choose` give each parameter's name and compressor; `layout` is the first layout."""
+        """Keep `names` and `choose`, for a parameter's name and compressor, and `layout`, the first one."""
         self._inner = inner
         self._names = names
         self._choose = choose
@@ -31,26 +31,26 @@ class Parameters:
 
     @property
     def layout(self) -> Layout:
-        """The buckets of all parameters."""
+        """The layout with the buckets of all parameters."""
         return self._layout
 
     @property
     def with_state(self) -> Layout:
-        """The buckets that have x and errors: none where gradients are averaged."""
+        """The part of the layout that has x and errors: no bucket, if gradients are averaged."""
         return Layout((), {}) if self.averages_gradients else self._layout
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether to do Horovod's arithmetic: nothing is compressed and nothing is fed back."""
+        """True if gradients are averaged as by Horovod: nothing is compressed and nothing is fed back."""
         return averages_gradients(self._settings, self._layout)
 
     @property
     def joining(self) -> bool:
-        """Whether a parameter that was frozen takes part now, and is not laid out yet."""
+        """True if a parameter that was frozen takes part now, but is not in a bucket yet."""
         return any(takes_part(parameter) for _, parameter, _ in self._layout.frozen)
 
     def check_complete(self) -> None:
-        """Raise RuntimeError if the optimizer's groups hold other parameters than those that are known."""
+        """Raises RuntimeError if the optimizer's groups hold more or fewer parameters than the layout."""
         held = sum(len(group["params"]) for group in self._inner.param_groups)
         if held != len(self._layout.slots) + len(self._layout.frozen):
             raise RuntimeError(
@@ -59,9 +59,9 @@ class Parameters:
             )
 
     def grow(self, began: bool, communicator: Communicator) -> None:
-        """Lay out the parameters that were added or unfrozen; after the others, once training `began`.
+        """Lays out the parameters that were added or unfrozen; after the old buckets, once training `began`.
 
-        Raises ValueError for a parameter that cannot be laid out, with the layout as before.
+        Raises ValueError for a parameter that cannot be laid out; the layout is then unchanged.
         """
         for i, group in enumerate(self._inner.param_groups):
             for j, parameter in enumerate(group["params"]):

@@ -1,4 +1,4 @@
-"""Local steps of some of an optimizer's parameters: here, or in another thread. Local."""
+"""Takes local steps of some of an optimizer's parameters, in this thread or in another. Local."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 PACKAGE = "hvd_saef."
-"""Hooks from here have nothing to do in a step of ours."""
+"""Step hooks of this package do nothing in a partial step, so they do not count as users' hooks."""
 
 LocalStep = Callable[[], None]
 
 
 class StepCode:
-    """Whose code an optimizer's step calls, which decides where it may be called."""
+    """Finds whose code an optimizer's step calls, which decides in which threads the step may run."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self._torchs = type(inner).__module__.startswith("torch.optim.")
-        # A hook's handle knows the others: there is no other public way to ask for them.
+        # A hook's handle refers to all hooks: there is no other public way to list them.
         own = inner.register_step_pre_hook(_nothing), inner.register_step_post_hook(_nothing)
         self._handles = *own, *_for_all_optimizers()
         weakref.finalize(self, remove_hooks, own)
 
     def suits_other_threads(self) -> bool:
-        """Whether another thread may take steps while this one computes: torch's own, without users' hooks.
+        """Returns True if another thread may take steps while this thread computes gradients.
 
-        Whatever else a class of somebody's, or a hook, does in a step, it expects to do it alone.
+        Only torch's own optimizers without users' hooks qualify: the code of other classes, and of hooks,
+        expects that nothing else runs at the same time.
         """
         hooks = [hook for handle in self._handles for hook in (handle.hooks_dict_ref() or {}).values()]
         ours = ((getattr(hook, "__module__", None) or "").startswith(PACKAGE) for hook in hooks)
@@ -49,19 +50,19 @@ def _nothing(*_: object) -> None:
 
 
 def remove_hooks(handles: Iterable[RemovableHandle]) -> None:
-    """By their handles, when whoever needed them is gone."""
+    """Removes the hooks of these handles, once the object that used the hooks is gone."""
     for handle in handles:
         handle.remove()
 
 
 def step_elsewhere(inner: torch.optim.Optimizer, parameters: Collection[Tensor]) -> LocalStep:
-    """The step of these parameters with the options of now, for another thread to take.
+    """Returns a local step of these parameters, with the options of now, for another thread to take.
 
-    By a stand-in with groups of its own that shares the rest with `inner`: nobody sees its groups change.
-    The step raises RuntimeError as :func:`step_here` does.
+    A stand-in optimizer takes the step. It has groups of its own and shares the rest with `inner`, so that
+    the groups of `inner` never change. The step raises RuntimeError as :func:`step_here` does.
     """
     stand_in = object.__new__(type(inner))
-    # Not "step": a scheduler may have put a patch of the inner step() there.
+    # "step" is left out: a scheduler may have stored a patched step() of `inner` under this name.
     vars(stand_in).update({name: value for name, value in vars(inner).items() if name != "step"})
     now = [dict(group) for group in inner.param_groups]
 
@@ -76,9 +77,9 @@ def step_elsewhere(inner: torch.optim.Optimizer, parameters: Collection[Tensor])
 
 
 def step_here(inner: torch.optim.Optimizer, local_step: LocalStep, parameters: Collection[Tensor]) -> None:
-    """Take `local_step` with these parameters only in the groups of `inner`; none, if there are none.
+    """Takes `local_step` with only these parameters in the groups of `inner`; no step without parameters.
 
-    Raises RuntimeError if it changes options, which would differ between the buckets of one step.
+    Raises RuntimeError if the step changes options, as buckets of one step would then have different ones.
     """
     if parameters:
         with _only(inner.param_groups, set(parameters)), _unchanged_options(inner.param_groups):
@@ -89,7 +90,10 @@ Options = list[dict[str, Any]]
 
 
 def options_of(groups: Iterable[dict[str, Any]]) -> Options:
-    """What tells whether an option of a group was changed since, in place or not; not its parameters."""
+    """Returns a record of the groups' options, without the parameters, for :func:`changed_option`.
+
+    A later record differs if an option was replaced or changed in place.
+    """
     return [
         {
             key: (id(value), value._version) if isinstance(value, Tensor) else repr(value)
@@ -101,7 +105,7 @@ def options_of(groups: Iterable[dict[str, Any]]) -> Options:
 
 
 def changed_option(before: Options, after: Options) -> str | None:
-    """The name of an option that is not the same in both; of as many groups."""
+    """Returns the name of an option that differs between two records of the same groups, or None."""
     for old, new in zip(before, after, strict=True):
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
@@ -127,7 +131,7 @@ def _of(group: dict[str, Any], wanted: Collection[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _only(groups: list[dict[str, Any]], wanted: Collection[Tensor]) -> Iterator[None]:
-    """Within, the optimizer of these groups has these parameters only."""
+    """Keeps, inside the context, only the parameters `wanted` in `groups`; restores the groups after it."""
     whole = [(group, group["params"]) for group in groups]
     for group, _ in whole:
         group["params"] = _of(group, wanted)

@@ -1,4 +1,4 @@
-"""The end of a round: the exchange, and what all workers look at and tell each other. Collective."""
+"""The end of a round: the exchange, and the checks and reports of all workers around it. Collective."""
 
 from __future__ import annotations
 
@@ -44,10 +44,17 @@ class RoundEnd:
         self._parameters = parameters
         self._inner = inner
         self.before_exchange: list[Callable[[], None]] = []
-        """Called by all workers between a round's last local step and its exchange; may be collective."""
+        """Functions that all ranks call between a round's last local step and its exchange.
+
+        They may be collective.
+        """
 
     def complete(self) -> None:
-        """Exchange the updates of the local steps that were taken, and begin the next round. Collective."""
+        """Exchanges the updates of the local steps of this round, and begins the next one. Collective.
+
+        Raises on all ranks if the exchange or a function of `before_exchange` failed on any. On the rounds of
+        check_consensus_every, it raises ConsensusError if x, or a worker's state, differs between ranks.
+        """
         evaluating = self._modes.evaluating
         self._modes.train()
         failure = self._look()
@@ -69,7 +76,7 @@ class RoundEnd:
                 )
 
     def _look(self) -> Exception | None:
-        """What those who look before the exchange raised."""
+        """Calls the functions of `before_exchange`, and returns the first exception that one raises."""
         try:
             for look in self.before_exchange:
                 look()
@@ -78,7 +85,7 @@ class RoundEnd:
         return None
 
     def _end_round(self, failure: Exception | None) -> None:
-        """Raise on all what was raised on any, within the exchange or by who looked. Collective."""
+        """Raises on all ranks if the exchange or `before_exchange` failed on any rank. Collective."""
         if self._modes.state is None or not self._modes.state.buckets:
             return
         broken = self._exchange.take_failure()
@@ -92,7 +99,7 @@ class RoundEnd:
             raise_failure(self._communicator, failure)
 
     def check_worker(self, advice: str) -> None:
-        """Raise ConsensusError on all ranks if the ranks of a worker differ in its state. Collective."""
+        """Raises ConsensusError on all ranks if the ranks of a team hold different states. Collective."""
         own = {} if self._modes.state is None else self._modes.state.own()
         try:
             check_workers(self._communicator, own | state_of(self._inner, self._parameters.layout), advice)

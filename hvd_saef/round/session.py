@@ -1,4 +1,4 @@
-"""The order of things in a step, for one wrapped optimizer."""
+"""The order of a step of one wrapped optimizer, and of the other calls that concern all its parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ from hvd_saef.transport.lines import Lease
 
 
 class Session:
-    """Everything that is ours about a wrapped optimizer. Methods are local unless they say collective."""
+    """Holds all parts that the library adds to a torch optimizer, and calls them in the right order.
+
+    Methods are local unless they say collective.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Session:
         communicator: Communicator,
         lease: Lease,
     ) -> None:
-        """`communicator` talks on the line of the `lease`; `passes` are backward passes before a step."""
+        """Use `communicator` on the line of the `lease`; expect `passes` backward passes before a step."""
         self.inner = inner
         self.parameters = parameters
         self.settings = settings
@@ -73,11 +76,14 @@ class Session:
 
     @property
     def _facts(self) -> dict[str, Any]:
-        """What ranks must have alike at a time, beside settings and parameters."""
+        """The facts that must be equal on all ranks, beside settings and parameters, and may change."""
         return {"backward_passes_per_step": self._passes}
 
     def use(self) -> AbstractContextManager[None]:
-        """See :meth:`Communicator.use`: some ranks may have no part in a method's last collectives."""
+        """Returns a context within which MPI does not end: see :meth:`Communicator.use`.
+
+        A rank that has no part in a method's last collectives could otherwise end MPI under the others.
+        """
         return self.communicator.use()
 
     # -- a step ---------------------------------------------------------------------------------------
@@ -90,11 +96,11 @@ class Session:
         scale: Tensor | None,
         overflow: Tensor | None,
     ) -> Any:
-        """One local step, and the exchange if it is the round's last. Collective.
+        """Takes one local step, and does the exchange if the step is the round's last. Collective.
 
-        `scale` and `overflow` are a GradScaler's, or None.
+        Returns what `closure` returns, or None. `scale` and `overflow` are a GradScaler's, or None.
         """
-        self.check_process()  # before anything is computed: torch's threads are not in a forked process
+        self.check_process()  # first of all, as a forked process lacks torch's threads and may not compute
         loss, failure, word = None, None, Word.NOTHING
         try:
             self._check()
@@ -106,7 +112,7 @@ class Session:
                     loss = closure()
                 self.modes.go_on("a closure of step() that ended with optimizer.eval()")
             word = self._prepare_gradients(scale, overflow)
-        except Exception as error:  # raised again below, once everyone knows
+        except Exception as error:  # raised again below, once all ranks know of it
             failure = error
         if self._agree(word, failure):
             self.statistics.skipped += 1
@@ -127,14 +133,14 @@ class Session:
         return loss
 
     def _prepare_gradients(self, scale: Tensor | None, overflow: Tensor | None) -> Word:
-        """Unscale gradients, and say what is wrong with them."""
+        """Unscales the gradients, in place, and returns what is wrong with them."""
         self.parameters.check_complete()
         self.take_in()
         self._local.prepare_sparse(self.parameters.layout, self.parameters.averages_gradients)
         return self._local.prepare(self.parameters.layout, scale, overflow)
 
     def _agree(self, word: Word, failure: Exception | None) -> bool:
-        """Whether all skip this step. Collective; takes x, e and s where a worker was new."""
+        """Returns True if all ranks skip this step. Collective; takes x, e and s if any rank was new."""
         with self.statistics.phase("agreement"):
             combined = self._tell(word, failure)
             try:
@@ -147,7 +153,10 @@ class Session:
         return bool(combined & (Word.OVERFLOW | Word.NONFINITE))
 
     def _tell(self, word: Word, failure: Exception | None) -> Word:
-        """Everyone's words, this rank's with what it has to say in any. Collective."""
+        """Returns the bitwise or of all ranks' words. Collective.
+
+        This rank's word is `word` and the facts that every word reports (new, under way, asked to stop).
+        """
         self.check_process()
         if not self.origin.agreed:
             word |= Word.ANCHOR
@@ -180,7 +189,7 @@ class Session:
             self._local.raise_nonfinite(self.parameters.layout)
 
     def _begin(self) -> None:
-        """Where x, e and s come from was agreed on: nothing is expected, and payloads' sizes are."""
+        """Expects no early gradients, and agrees on the payloads' sizes, for new x, e and s. Collective."""
         self.overlap.disarm()
         try:
             self.exchange.agree_on_sizes(self.modes.state)
@@ -189,13 +198,19 @@ class Session:
             raise
 
     def meet(self, what: str) -> None:
-        """All ranks are about to do `what`: if it cannot be done on any, all raise, as before. Collective."""
+        """Raises on all ranks, before any change, if any rank cannot do `what` now. Collective.
+
+        Otherwise takes x, e and s if any rank was new.
+        """
         failure = self._hindrance(what)
         combined = self._tell(Word.NOTHING, failure)
-        self._decide(combined, failure)  # a worker that was loaded since may be elsewhere in its round
+        self._decide(combined, failure)  # a worker with a newly loaded state may be elsewhere in its round
 
     def _hindrance(self, what: str, broken: bool = False) -> Exception | None:
-        """Why `what` cannot be done here; not since the exchange failed, if it mends what is `broken`."""
+        """Returns the exception that forbids `what` on this rank, or None. Lays out joining parameters.
+
+        An earlier failed exchange forbids it too, unless `broken`: `what` mends such a failure.
+        """
         try:
             self._check()
             if not broken:
@@ -208,13 +223,13 @@ class Session:
 
     @in_use
     def flush(self) -> None:
-        """Complete the round now, if any local step was taken since the last. Collective."""
+        """Completes the round now, if any local step was taken since the last round. Collective."""
         self.meet("flush()")
         if self.progress.local_steps_done > 0:
             self._round_end.complete()
 
     def check_process(self) -> None:
-        """Raise RuntimeError in a process that was forked off, before it waits for anyone."""
+        """Raises RuntimeError in a forked child process, before it waits for other ranks."""
         self._guard.check_process()
 
     def _check(self) -> None:
@@ -222,7 +237,7 @@ class Session:
         self.communicator.check()
 
     def refuse_under_way(self, what: str) -> None:
-        """Raise RuntimeError where updates of a round have left that step() has not completed. Local."""
+        """Raises RuntimeError if updates were sent early and step() has not completed their round. Local."""
         if self.overlap.under_way:
             raise RuntimeError(
                 f"{what} between backward and step(), when overlap=True had sent updates already: call "
@@ -230,7 +245,7 @@ class Session:
             )
 
     def set_passes(self, passes: int) -> None:
-        """How many backward passes come before a step; the next step agrees on it."""
+        """Sets the number of backward passes before a step; all ranks agree on it in the next step."""
         self.refuse_under_way("set_backward_passes_per_step()")
         check_passes(passes)
         if passes != self._passes:
@@ -238,18 +253,18 @@ class Session:
             self.origin.forget_agreement()
 
     def check_growth(self) -> None:
-        """Raise RuntimeError where parameters cannot be added."""
+        """Raises RuntimeError if parameters cannot be added now."""
         self.refuse_under_way("adding or unfreezing parameters")
         if self.progress.local_steps_done:
             raise RuntimeError("add_param_group between local steps: call flush() first.")
 
     def take_in(self) -> None:
-        """Lay out the parameters that were frozen and now take part, if any; the next step agrees on it."""
+        """Lays out the parameters that were frozen and now take part; the next step agrees on the layout."""
         if self.parameters.joining:
             self.grow()
 
     def grow(self) -> None:
-        """Lay out the parameters that were added or unfrozen; once training began, after the others."""
+        """Lays out the parameters that were added or unfrozen: after the others, once training began."""
         self.refuse_under_way("adding or unfreezing parameters")
         self.parameters.grow(self.modes.state is not None, self.communicator)
         self._guard.claim(self.parameters.layout)
@@ -259,7 +274,7 @@ class Session:
 
     @in_use
     def synchronize(self) -> None:
-        """Horovod's: averages gradients where gradients are averaged (collective), else nothing."""
+        """Averages gradients now, as Horovod's method does, if they are averaged at all. Collective then."""
         if self._synchronization.needed:
             failure = self._hindrance("synchronize()")
             try:
@@ -270,12 +285,15 @@ class Session:
             self._synchronization.average()
 
     def skip_synchronize(self) -> AbstractContextManager[None]:
-        """Horovod's: step() inside does not average gradients again."""
+        """Returns Horovod's context, inside which step() does not average gradients again."""
         return self._synchronization.skip()
 
     @in_use
     def consolidate(self) -> None:
-        """One averaging of errors and of the optimizer's state tensors, at a round's start. Collective."""
+        """Completes the round, then averages e and the optimizer's moments over the workers. Collective.
+
+        Gathers all of s on every worker, too.
+        """
         self.flush()
         points = self.modes.points()
         if self.modes.state is not None:
@@ -287,7 +305,7 @@ class Session:
 
     @in_use
     def reanchor(self) -> None:
-        """Take x anew from rank 0's parameters, clear the errors, start a round there. Collective."""
+        """Takes x from rank 0's parameters, clears e and s, and begins a round from this x. Collective."""
         failure = self._hindrance("reanchor()", broken=True)
         if Word.FAILED in self._tell(Word.NOTHING, failure):
             raise_failure(self.communicator, failure)
@@ -295,7 +313,7 @@ class Session:
         self._begin()
 
     def stats(self) -> dict[str, float]:
-        """See :func:`hvd_saef.DistributedOptimizer`."""
+        """Returns the numbers that :func:`hvd_saef.DistributedOptimizer` describes."""
         e, s = (0.0, 0.0) if self.modes.state is None else self.modes.state.error_norms()
         return (
             {"rounds": self.progress.rounds}

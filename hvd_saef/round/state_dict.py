@@ -1,4 +1,4 @@
-"""What stands under "hvd_saef" in a state dict: how it is made, and whether a saved one fits. Local."""
+"""Makes the part "hvd_saef" of a state dict, and checks if a saved one fits. Local."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSION = 2
 
 
 def check_state(saved: Mapping[str, Any], with_state: Layout, settings: Settings, workers: int) -> None:
-    """Raise ValueError, naming what is wrong, if `saved` is not a state for these parameters and settings."""
+    """Raises ValueError if `saved` does not fit these parameters and settings; the message says why."""
     if saved.get("version") != VERSION:
         raise ValueError(
             f"the state under 'hvd_saef' is of version {saved.get('version')!r}: {VERSION} is allowed."
@@ -55,7 +55,7 @@ def check_state(saved: Mapping[str, Any], with_state: Layout, settings: Settings
 
 
 def _has_errors(saved: Mapping[str, Any]) -> bool:
-    """Whether any error in a state is not zero."""
+    """Returns True if any element of e or s in a saved state is not zero."""
     served = (piece["values"] for piece in saved["server_errors"].values())
     return any(bool(error.any()) for errors in (saved["errors"].values(), served) for error in errors)
 
@@ -67,9 +67,10 @@ def export_state(
     loaded: Loaded,
     server_errors: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return plain numbers and copies of tensors: all that training needs to go on.
+    """Returns plain numbers and copies of tensors: all that training needs to continue.
 
-    `loaded` is what was loaded and not agreed on yet; `server_errors` is all of s, after consolidate().
+    `loaded` is a loaded state that workers have not agreed on yet; `server_errors` is all of s after
+    consolidate(), else None.
     """
     exported: dict[str, Any] = {
         "version": VERSION,
@@ -88,7 +89,7 @@ def export_state(
         exported |= modes.state.export()
     if server_errors is not None:
         exported["server_errors"] = server_errors
-    elif loaded.server_errors:  # not agreed on yet: pass on what was loaded, as it was
+    elif loaded.server_errors:  # not agreed on yet: the loaded s is passed on unchanged
         exported["server_errors"] = loaded.server_errors
     exported["settings"] = loaded.settings or {
         "feedback": settings.feedback,

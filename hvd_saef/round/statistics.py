@@ -1,4 +1,4 @@
-"""What an optimizer counts: bytes and seconds. Local."""
+"""Counts an optimizer's bytes and seconds. Local."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging", "node")
-_adding = threading.Lock()  # buckets land in two threads
+_adding = threading.Lock()  # buckets land in two threads, which both add seconds
 
 
 @dataclass
 class Statistics:
-    """Bytes that this worker sent and received, and where its time went, since it was wrapped.
+    """The bytes that this worker sent and received, and its seconds by phase, since wrapping.
 
-    All bytes but `node_bytes_sent` go between workers, and are those of all ranks of this worker together.
+    All bytes but `node_bytes_sent` go between workers, and are the sum over all ranks of this worker.
     """
 
     skipped: int = 0
@@ -26,12 +26,15 @@ class Statistics:
     dense_bytes_sent: int = 0
     ring_allreduce_bytes: int = 0
     node_bytes_sent: int = 0
-    """By this rank to the others of its worker: gradients, and its slices of what came from other workers."""
+    """The bytes that this rank sent to other ranks of its team.
+
+    They are gradients, and this rank's slices of what came from other workers.
+    """
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time spent inside as phase `name`."""
+        """Adds the time spent inside the context to phase `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -41,12 +44,12 @@ class Statistics:
 
     @property
     def compression_ratio(self) -> float:
-        """A float32 ring allreduce's bytes over the bytes sent; 1 where nothing needed sending."""
+        """The bytes of a float32 ring allreduce divided by the bytes sent; 1 if nothing was sent."""
         sent = self.payload_bytes_sent + self.averaging_bytes_sent + self.dense_bytes_sent
         return self.ring_allreduce_bytes / sent if sent else 1.0
 
     def as_dict(self) -> dict[str, float]:
-        """All of it as numbers; seconds under `seconds_<phase>`."""
+        """Returns all of these numbers by name; the seconds are under `seconds_<phase>`."""
         numbers: dict[str, float] = {
             name: value for name, value in vars(self).items() if not isinstance(value, dict)
         }
@@ -55,5 +58,5 @@ class Statistics:
 
 
 def ring_bytes(workers: int, size: int) -> int:
-    """Bytes that each of `workers` workers sends in a ring allreduce of `size` bytes: 2·(K-1)/K·size."""
+    """Returns the bytes that each of K workers sends in a ring allreduce of `size` bytes: 2·(K-1)/K·size."""
     return 2 * (workers - 1) * size // workers

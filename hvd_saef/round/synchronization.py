@@ -1,7 +1,7 @@
-"""Horovod's synchronize() and skip_synchronize(): gradients averaged before a local step. Collective.
+"""Horovod's synchronize() and skip_synchronize(): average gradients before a local step. Collective.
 
-Gradients are averaged over the ranks of a worker, and over all workers where nothing is compressed and
-nothing is fed back (Horovod's arithmetic). Elsewhere they stay local, and there is nothing to do.
+Gradients are averaged over the team, and also over all workers if nothing is compressed and nothing is fed
+back (Horovod's arithmetic). In all other cases gradients stay local, and there is nothing to do.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Synchronization:
 
     @property
     def needed(self) -> bool:
-        """Whether any gradients are averaged."""
+        """True if gradients are averaged at all. Local."""
         return self._parameters.averages_gradients or self._exchange.communicator.team.size > 1
 
     def average(self) -> None:
-        """Average the gradients now; step() is then expected within :meth:`skip`. Collective."""
+        """Averages the gradients now; step() is then expected inside :meth:`skip`. Collective."""
         self._average()
         self._done = True
 
     @contextmanager
     def skip(self) -> Iterator[None]:
-        """Within it, step() does not average gradients again. Local."""
+        """Lets step() inside the context average no gradients again. Local."""
         self._skips = True
         try:
             yield
@@ -48,9 +48,10 @@ class Synchronization:
             self._skips = False
 
     def before_step(self) -> bool:
-        """Average gradients, unless the user has. Returns False if all must skip the step. Collective.
+        """Averages the gradients, except inside :meth:`skip`. Collective.
 
-        Raises NonFiniteUpdateError on all ranks if the sum overflowed in float16, where that is not skipped.
+        Returns False if all ranks must skip the step, since the sum over workers overflowed in float16.
+        Raises NonFiniteUpdateError on all ranks instead, with on_nonfinite="raise".
         """
         if self._skips:
             return True
@@ -71,7 +72,7 @@ class Synchronization:
         return True
 
     def took_step(self) -> None:
-        """What was averaged is used up. Local."""
+        """Notes that a step used the averaged gradients. Local."""
         self._done = False
 
     def _average(self) -> None:

@@ -1,4 +1,4 @@
-"""Means of gradients over the ranks of one worker, in full precision, in the background. Collective."""
+"""Averages gradients over a team, in full precision, in the background. Collective over the team."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from hvd_saef.round.statistics import Statistics, ring_bytes
 from hvd_saef.transport.communicator import Channel, Communicator
 
 TOGETHER = 24 << 20
-"""Bytes of gradients in one allreduce, at most, or one bucket: each waits for Horovod's next cycle."""
+"""The most bytes of gradients in one allreduce, which has at least one bucket.
+
+Each allreduce waits for Horovod's next cycle, so few large ones are faster.
+"""
 
 
 @dataclass
 class TeamMean:
-    """Some buckets' gradients on their way to their mean."""
+    """The gradients of some buckets while they are being averaged over the team."""
 
     buckets: Sequence[Bucket]
     flats: Sequence[Tensor]
-    """For each what :func:`pack` gave, and the mean once that is done: in one memory, until it is taken."""
+    """For each bucket the output of :func:`pack`, which is replaced by the mean once `done` has finished.
+
+    All lie in one `memory`, which is used again after :meth:`TeamMeans.take`.
+    """
     done: Future[None]
     memory: Buffers
 
 
 class TeamMeans:
-    """Takes means over one worker's ranks, one at a time, and keeps the memory for the next."""
+    """Computes means over a team, one after the other, and keeps the memory for the next ones."""
 
     def __init__(self, communicator: Communicator, statistics: Statistics) -> None:
         self._communicator = communicator
@@ -39,7 +45,10 @@ class TeamMeans:
         self._idle: list[Buffers] = []
 
     def begin(self, buckets: Sequence[Bucket]) -> TeamMean:
-        """All ranks of the worker begin the same buckets in the same order."""
+        """Starts to average the gradients of `buckets`, in the background. Collective over the team.
+
+        All ranks of the team begin the same buckets in the same order.
+        """
         sizes, first = [bucket.numel + len(bucket.slots) for bucket in buckets], buckets[0]
         memory = self._idle.pop() if self._idle else Buffers()
         (room,) = memory.pieces("mean", [sum(sizes) * first.dtype.itemsize], first.device)
@@ -53,17 +62,17 @@ class TeamMeans:
         return TeamMean(buckets, flats, done, memory)
 
     def take(self, mean: TeamMean, as_sparse: bool) -> None:
-        """Wait for the mean and put it into the gradients."""
+        """Waits for the mean and writes it into the gradients."""
         mean.done.result()
         for bucket, flat in zip(mean.buckets, mean.flats, strict=True):
             unpack(bucket, flat, as_sparse)
         self._idle.append(mean.memory)
 
     def average(self, layout: Layout, as_sparse: bool, apart: bool) -> None:
-        """Replace every gradient by its mean.
+        """Replaces every gradient by its mean over the team. Collective over the team.
 
-        A rank without the gradient counts as zero, unless none has it. Buckets go as backward gets to them,
-        `apart` or up to TOGETHER bytes in one mean, the next packed while one is averaged.
+        A missing gradient counts as zero, unless no rank has it. The buckets go in the order of backward,
+        each `apart` or up to TOGETHER bytes in one mean; while one mean runs, the next one is packed.
         """
         under_way: deque[TeamMean] = deque()
         with self._statistics.phase("node"):
@@ -77,7 +86,10 @@ class TeamMeans:
 
 @torch.no_grad()
 def pack(bucket: Bucket, flat: Tensor) -> None:
-    """Write a bucket's gradients into `flat`, zero where there is none; then whether there is each."""
+    """Writes a bucket's gradients into `flat`, then for each parameter 1 or 0: it has a gradient or not.
+
+    Local. A missing gradient is written as zeros.
+    """
     gradients, views = [], []
     for slot, there in zip(bucket.slots, flat[bucket.numel :], strict=True):
         gradient = slot.parameter.grad
@@ -85,7 +97,7 @@ def pack(bucket: Bucket, flat: Tensor) -> None:
         if gradient is None:
             slot.view(flat).zero_()
         else:
-            gradients.append(gradient.to_dense())  # itself, if it is dense
+            gradients.append(gradient.to_dense())  # no copy, if it is dense
             views.append(slot.view(flat))
     if gradients:
         torch._foreach_copy_(views, gradients)
@@ -93,7 +105,10 @@ def pack(bucket: Bucket, flat: Tensor) -> None:
 
 @torch.no_grad()
 def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
-    """The mean of several ranks' :func:`pack` into the gradients; what no rank has stays as it is."""
+    """Writes the mean of several ranks' :func:`pack` into the gradients. Local.
+
+    A gradient that no rank has stays missing.
+    """
     gradients, views = [], []
     for slot, there in zip(bucket.slots, flat[bucket.numel :].tolist(), strict=True):
         if there == 0:
@@ -103,7 +118,7 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
             parameter.grad = slot.view(flat).to(parameter.dtype).to_sparse(min(1, parameter.dim()))
             continue
         if parameter.grad is None or parameter.grad.is_sparse or not is_gapless(parameter.grad):
-            parameter.grad = torch.empty_like(parameter)  # an expanded one cannot be written to
+            parameter.grad = torch.empty_like(parameter)  # an expanded gradient cannot be written to
         gradients.append(parameter.grad)
         views.append(slot.view(flat))
     if gradients:
@@ -111,7 +126,10 @@ def unpack(bucket: Bucket, flat: Tensor, as_sparse: bool) -> None:
 
 
 def _chunks(layout: Layout, most: int) -> list[list[Bucket]]:
-    """The buckets, the last first, in runs of one dtype and device of at most so many bytes, or of one."""
+    """Returns the buckets, the last first, in runs of one dtype and device, of at most `most` bytes each.
+
+    A larger bucket is a run of its own.
+    """
     chunks: list[list[Bucket]] = []
     held = 0
     for bucket in reversed(layout.buckets):

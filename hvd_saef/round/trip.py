@@ -1,4 +1,4 @@
-"""One bucket's payloads on their way, and what of them is done where."""
+"""The state of one bucket's trip: its payloads, and the work that threads do on them. Local."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Here(Executor):
-    """Does what it is given at once, in this thread."""
+    """Runs each function at once, in this thread. An exception is raised by :meth:`submit` itself."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
         future: Future[T] = Future()
@@ -32,27 +32,27 @@ HERE = Here()
 
 @dataclass
 class Trip:
-    """One bucket's payloads on their way."""
+    """Holds one bucket's payloads while they are exchanged."""
 
     state: BucketState
     plain: bool
-    """Whether the parameters are plain memory that a pass can go through; else they are copied."""
+    """True if one pass can go through the parameters' memory directly; otherwise they are copied."""
     rows: Fused
     memories: list[Memory]
     wire: torch.dtype | None
-    """How the payload travels: None, gathered by MPI; or as numbers that Horovod averages."""
+    """The dtype of numbers that Horovod averages; None if MPI gathers the payload as bytes."""
     served: BlockedTensor | None
-    """The s that this worker serves (DC)."""
+    """The part of s that this worker serves; None without a server (and in warm-up rounds)."""
     buffers: Buffers
     what: str
-    """Its bucket and round, for messages."""
+    """The bucket and the round in words, for messages."""
     sent: list[Tensor] = field(default_factory=list)
-    """This worker's payload of each part, in one buffer."""
+    """This worker's payload for each part, all in one buffer."""
     encoded: Future[None] = field(default_factory=Future)
-    """Whether row 4 is done."""
+    """Done when row 4 is done."""
     gathered: Future[list[Tensor]] = field(default_factory=Future)
-    """The payloads for this worker's server."""
+    """The payloads that this worker's server needs, once they have been gathered."""
     arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
-    """For each part the payloads to apply, once the background has them."""
+    """For each part the payloads of row 6, once the background has received them."""
     landed: Future[None] | None = None
-    """Rows 6 and 2, where the background does them."""
+    """Done when rows 6 and 2 are done, if the background does them; else None."""

@@ -1,4 +1,4 @@
-"""Gradients as they come; parameters that move with them though step() is never called; words for moves.
+"""Watches for gradients, and for parameters that move outside of step(); has the messages about moves.
 
 Local.
 """
@@ -38,7 +38,7 @@ MOVED_AT_X = (
 
 
 class GradientWatch:
-    """Calls a method with every parameter that gets a gradient; it does not keep the method's object."""
+    """Calls a method with every parameter that gets a gradient, without keeping the method's object alive."""
 
     def __init__(self, slots: Sequence[Slot], method: Callable[[Tensor], None]) -> None:
         self._slots = slots
@@ -62,22 +62,22 @@ class GradientWatch:
                 self._handles.append(attach(hook))
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stops watching."""
         remove_hooks(self._handles)
         self._handles.clear()
 
 
 class Unstepped:
-    """Watches the parameters of one optimizer from wrapping until x is taken.
+    """Finds steps that bypass the wrapper, from wrapping until x is taken.
 
-    Whoever moves a parameter after a backward pass takes a step. Before one, a state is loaded or weights
-    are drawn, which is fine.
+    Code that moves a parameter after a backward pass takes a step. A move before any backward pass is
+    allowed: a state is loaded, or weights are drawn.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._slots = layout.slots
         self._versions: dict[Tensor, int] = {}
-        """By parameter its version when it got its last gradient."""
+        """For each parameter, its version counter when it got its last gradient."""
         self._watch = GradientWatch(self._slots, self._note)
         self.start()
 
@@ -89,16 +89,16 @@ class Unstepped:
         self._watch.start()
 
     def stop(self) -> None:
-        """X was taken: from here on a comparison with b tells."""
+        """Stops watching, since x was taken: from now on a comparison with b finds moves."""
         self._watch.stop()
         self.forget()
 
     def forget(self) -> None:
-        """Whatever moved the parameters so far was no step."""
+        """Forgets the gradients so far: moves of the parameters until now were allowed."""
         self._versions.clear()
 
     def moved(self) -> str | None:
-        """The name of the first parameter that moved since its gradient."""
+        """Returns the name of the first parameter that moved since it got its gradient, or None."""
         for slot in self._slots:
             if self._versions.get(slot.parameter, torch.inf) < slot.parameter._version:
                 return slot.name
@@ -106,19 +106,22 @@ class Unstepped:
 
 
 class EarlySteps:
-    """Where parameters are that take their local step during backward, and are sent from there."""
+    """Checks that parameters which take their local step during backward are not moved by other code."""
 
     def __init__(self) -> None:
         self._places: dict[Tensor, tuple[int, int, int]] = {}
-        """Memory and version of each, and the journeys to x or back by then, which move them, too."""
+        """For each parameter its address, its version, and the number of journeys (to x or back) by then.
+
+        A journey moves the parameters, too, and is allowed.
+        """
 
     def leave(self, parameters: Iterable[Tensor], journeys: int) -> None:
-        """These are about to take it, in whatever thread."""
+        """Notes where these parameters are before they take their local step, in any thread."""
         self._places |= {p: (p.data_ptr(), p._version, journeys) for p in parameters}
 
     @contextmanager
     def step(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Around that step: raises RuntimeError if somebody has moved one."""
+        """The context of the early local step. Raises RuntimeError if other code has moved a parameter."""
         _stayed({p: self._places[p] for p in parameters}, self._places[parameters[0]][2])
         try:
             yield
@@ -128,11 +131,11 @@ class EarlySteps:
                 self._places[p] = memory, p._version, journeys
 
     def forget(self) -> None:
-        """The step is over."""
+        """Forgets all parameters, since the step is over."""
         self._places = {}
 
     def check(self, journeys: int) -> None:
-        """Raise RuntimeError if somebody moved one since then; and forget them all."""
+        """Raises RuntimeError if other code moved a parameter since its early step; forgets all of them."""
         places, self._places = self._places, {}
         _stayed(places, journeys)
 
@@ -148,7 +151,7 @@ def _stayed(places: Mapping[Tensor, tuple[int, int, int]], journeys: int) -> Non
 
 
 def elsewhere(exchange: Exchange, state: State) -> Iterator[Slot]:
-    """The parameters that are not at b."""
+    """Yields the slots of the parameters that are not at b."""
     for one in state.buckets:
         b = exchange.start_point(one)
         for slot in one.bucket.slots:
