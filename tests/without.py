@@ -75,6 +75,16 @@ def raise_alone(communicator: Any, word: Any, failure: Exception | None) -> Any:
     return Word(communicator.combine(int(word)))
 
 
+def same_line(communicator: Any, number: int) -> Any:
+    """The line of all others."""
+    return communicator
+
+
+def each_alone(communicator: Any, prepare: Callable[[], Any]) -> Any:
+    """Begin without a word about what went wrong."""
+    return communicator.allgather_object(prepare())
+
+
 def step_anyhow(modes: Any, *_: Any) -> None:
     """Go to the training point, whatever was seen before."""
     modes.leave_x()
@@ -193,6 +203,45 @@ PROTECTIONS: dict[str, Protection] = {
         "it does not end the job (HVD_SAEF_NO_ABORT=1)",
         job("test_a_rank_that_fails_takes_the_job_along", 2, 4),
         environment={"HVD_SAEF_NO_ABORT": "1"},
+    ),
+    "a line for each optimizer": Protection(
+        "payloads of several optimizers",
+        "all of them talk on one line",
+        [
+            "tests/round/test_several_optimizers.py::test_each_trains_as_alone[(True, True)-plain]",
+            "tests/round/test_several_optimizers.py::test_each_trains_as_alone[(True, False)-plain]",
+        ],
+        {"transport.communicator:Communicator.line": same_line},
+        {"HVD_SAEF_STALL_ABORT_S": "20"},  # or threads that wait for ever keep the process from ending
+    ),
+    "failures within an exchange are agreed on": Protection(
+        "an exception in a compressor",
+        "it is not looked for after the round",
+        ["tests/round/test_exchange_failures.py::test_the_rank_that_failed_has_the_reason"],
+        {"round.session:Session._end_round": nothing},
+    ),
+    "options are compared": Protection(
+        "a learning rate that is set between backward and step(), with overlap=True",
+        "early buckets have used the old one",
+        [
+            "tests/round/test_overlap_changes.py::test_options_changed_after_backward[1-all ranks-lr]",
+            "tests/round/test_overlap_changes.py::test_options_changed_during_backward",
+        ],
+        {"round.armed:Armed.note_options": nothing},
+    ),
+    "collective calls begin together": Protection(
+        "a wrong argument on one rank",
+        "that rank raises, and the others go on",
+        [
+            "tests/round/test_told_to_all.py::test_wrapping[local_steps=0]",
+            "tests/round/test_told_to_all.py::test_common_steps[-1-ValueError]",
+            "tests/round/test_told_to_all.py::test_recalibrate_batchnorm",
+        ],
+        {
+            "optimizer:together": each_alone,
+            "uneven_data:together": each_alone,
+            "batchnorm:together": each_alone,
+        },
     ),
     "failures are agreed on": Protection(
         "an exception in a closure or a local step",
