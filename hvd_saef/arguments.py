@@ -1,4 +1,4 @@
-"""What users pass to `hvd_saef.DistributedOptimizer`, checked; and what they are told about it. Local."""
+"""Checks the arguments of `hvd_saef.DistributedOptimizer`, and warns of effects users should know. Local."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from hvd_saef.transport.libraries import horovod
 from hvd_saef.transport.process_sets import ranks_of, remember
 
 Workers = Literal["rank", "node"] | Sequence[Any]
-"""What the argument `worker` accepts."""
+"""The values that the argument `worker` accepts."""
 OTHER_OPS = ("Sum", "Adasum", "Min", "Max", "Product")
 
 
 def check_horovod_arguments(op: Any, predivide: float) -> None:
-    """Refuse what Horovod takes and what would mean something else here."""
+    """Raises for arguments that Horovod accepts and that would have another meaning here.
+
+    Raises RuntimeError for elastic Horovod, ValueError for an `op` other than hvd.Average or None, or a
+    `predivide` other than 1.
+    """
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         raise RuntimeError(
             "HOROVOD_ELASTIC=1: elastic Horovod is not supported, since a worker that leaves takes its "
@@ -45,7 +49,7 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
 
 
 ADAPTIVE = (
-    torch.optim.Adam,  # AdamW is one
+    torch.optim.Adam,  # AdamW is a subclass
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.Adamax,
@@ -53,11 +57,14 @@ ADAPTIVE = (
     torch.optim.RMSprop,
     torch.optim.SparseAdam,
 )
-"""Optimizers of torch that divide by the size of past gradients, and by no more than that."""
+"""Torch's optimizers that divide updates by the size of past gradients and scale by nothing but the rate."""
 
 
 def models_of(model: Any) -> list[nn.Module]:
-    """The modules that `model` names. Raises TypeError for anything but modules."""
+    """Returns the modules that `model` (a module, a list of modules or None) holds.
+
+    Raises TypeError for anything but modules, ValueError for a module that is a part of another given one.
+    """
     models = [] if model is None else list(model) if isinstance(model, (list, tuple)) else [model]
     for one in models:
         if not isinstance(one, nn.Module):
@@ -72,9 +79,10 @@ def models_of(model: Any) -> list[nn.Module]:
 
 
 def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
-    """Raise TypeError unless the optimizer is torch's, not wrapped yet, and takes one gradient a step.
+    """Raises TypeError unless `optimizer` can be wrapped.
 
-    Nor may it have any of the wrapper's `methods`.
+    It must be a torch.optim.Optimizer that is not wrapped yet, uses one gradient a step, and has no method
+    with the name of one of the wrapper's `methods`.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r}: a torch.optim.Optimizer is allowed.")
@@ -107,7 +115,11 @@ def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
 def name_parameters(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
 ) -> dict[Tensor, str]:
-    """Every parameter's name; Horovod's checks. Without names, a parameter's group and place."""
+    """Returns the name of every parameter; without `named_parameters`, made from its group and place.
+
+    Checks the names as Horovod does: raises TypeError or ValueError for anything but unique names of all of
+    the optimizer's parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if named_parameters is None:
         return {
@@ -139,7 +151,11 @@ def name_parameters(
 
 
 def compressor_chooser(compression: Any, dense_below: int = 0) -> ChooseCompressor:
-    """Make (name, parameter) -> Compressor of the `compression` argument, told apart by its type."""
+    """Returns a function (name, parameter) -> Compressor, made from the argument `compression` by its type.
+
+    Raises TypeError for anything that gives no compressor, ValueError for a wrong `dense_below`; the returned
+    function raises them for what a callable `compression` gives.
+    """
     check_dense_below(dense_below)
     allowed = (
         "a hvd_saef.Compressor (Compression.sign, .topk(ratio), .none, .fp16), hvd.Compression.none or "
@@ -165,7 +181,7 @@ def compressor_chooser(compression: Any, dense_below: int = 0) -> ChooseCompress
 
 
 def _with_dense_below(compressor: Compressor, dense_below: int) -> Compressor:
-    """The compressor, but blocks of fewer elements travel as they are."""
+    """Returns the compressor, changed so that blocks of fewer than `dense_below` elements are sent dense."""
     if not dense_below or isinstance(compressor, DenseCompressor):
         return compressor
     if not hasattr(compressor, "dense_below"):
@@ -189,7 +205,7 @@ def _as_compressor(value: Any) -> Compressor | None:
 
 
 def advise_on_adaptive_rates(optimizer: torch.optim.Optimizer, workers: int) -> None:
-    """Warn that adaptive optimizers make smaller steps on local gradients, and say what to do about it."""
+    """Warns that an adaptive optimizer makes smaller steps on local gradients, and says what to change."""
     if workers == 1 or not isinstance(optimizer, ADAPTIVE):
         return
     warnings.warn(
@@ -202,7 +218,7 @@ def advise_on_adaptive_rates(optimizer: torch.optim.Optimizer, workers: int) -> 
 
 
 def give_advice(settings: Settings, compression: Any, models: Sequence[nn.Module]) -> None:
-    """Warn of what a user would rather know before training."""
+    """Warns of settings whose effects a user should know before training."""
     if not isinstance(compression, DenseCompressor) and isinstance(
         _as_compressor(compression), DenseCompressor
     ):
@@ -221,7 +237,7 @@ def give_advice(settings: Settings, compression: Any, models: Sequence[nn.Module
 
 
 def warn_of_large_block(settings: Settings, layout: Layout, workers: int) -> None:
-    """Warn of a block that is too large for a sharded server to share its work evenly."""
+    """Warns of a block that is so large that the parts of a sharded server are uneven."""
     share, name = layout.largest_share()
     if settings.sharded(workers) and share * workers > 2:
         warnings.warn(
@@ -233,7 +249,11 @@ def warn_of_large_block(settings: Settings, layout: Layout, workers: int) -> Non
 
 
 def groups_of(worker: Workers) -> Literal["rank", "node"] | tuple[tuple[int, ...], ...]:
-    """What `worker` asks for in plain values. Raises TypeError for what it cannot be. Local."""
+    """Returns the argument `worker` in plain values: "rank", "node", or a sorted tuple of groups of ranks.
+
+    Records process sets in `worker` that the user made. Raises ValueError for another string, TypeError for
+    anything else that is not allowed. Local.
+    """
     if worker == "rank" or worker == "node":
         return worker
     allowed = '"rank", "node", or a list of Horovod process sets (or of lists of ranks) is allowed'

@@ -1,4 +1,4 @@
-"""Every setting of the algorithm in one validated, frozen object: what is hashed, compared and saved."""
+"""The settings of the algorithm, in a validated and frozen object that is hashed, compared and saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one :func:`hvd_saef.DistributedOptimizer`, whose docstring describes them.
+    """The settings of one :func:`hvd_saef.DistributedOptimizer`, whose docstring describes them.
 
-    Raises TypeError or ValueError, naming the argument, its value and what is allowed.
+    Raises TypeError or ValueError for a wrong setting; the message names it, its value and what is allowed.
     """
 
     feedback: Feedback = "saef"
@@ -105,22 +105,25 @@ class Settings:
 
     @property
     def alpha(self) -> float:
-        """α, 0 unless the feedback is SAEF."""
+        """The coefficient α of e in the step ahead; it is 0 unless the feedback is SAEF."""
         return float(self.step_ahead) if self.feedback == "saef" else 0.0
 
     @property
     def beta(self) -> float:
-        """β, 0 unless the feedback is SAEF."""
+        """The coefficient β of s in the step ahead; it is 0 unless the feedback is SAEF."""
         return float(self.server_step_ahead) if self.feedback == "saef" else 0.0
 
     def sharded(self, workers: int) -> bool:
-        """Whether the server is cut between `workers` workers: less work, and fewer bytes from three on."""
+        """Returns True if the server is cut between the `workers` workers.
+
+        This means less work for each worker and, from three workers on, fewer bytes.
+        """
         if self.server == "auto":
             return self.double_compression and self.beta == 0 and workers > 1
         return self.server == "sharded"
 
     def describe(self) -> dict[str, Any]:
-        """All settings as plain values, for comparison between workers and for state dicts."""
+        """Returns all settings as plain values, for comparison between workers and for state dicts."""
         return dataclasses.asdict(self)
 
 
@@ -142,7 +145,7 @@ def _fraction(name: str, value: object) -> None:
 
 
 def check_passes(passes: object) -> None:
-    """Raise TypeError or ValueError unless it is a number of backward passes before a step."""
+    """Raises TypeError or ValueError unless `passes`, the backward passes before a step, is an int >= 1."""
     _whole("backward_passes_per_step", passes, 1)
 
 

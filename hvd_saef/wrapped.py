@@ -1,4 +1,4 @@
-"""The class of what users hold: the wrapped optimizer's own, with ours in front of it."""
+"""Makes the class of the optimizer that users get: a subclass of the wrapped optimizer's own class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_saef.transport.libraries import horovod
 
 
 class SaefMethods:
-    """What the returned optimizer has beside the wrapped optimizer's own methods."""
+    """The methods that the returned optimizer has in addition to those of the wrapped optimizer."""
 
     _saef: Session
 
@@ -29,22 +29,26 @@ class SaefMethods:
         )
 
     def synchronize(self) -> None:
-        """Horovod's recipe for clipping. The gradients seen after it are this worker's own.
+        """Makes gradients ready for clipping, in Horovod's recipe. Call it on all ranks before step().
 
-        A worker of several ranks has their mean (collective). With feedback="none" and a dense compressor
-        it is the mean over all workers, as Horovod's.
+        Afterwards the gradients are this worker's own; those of a worker of several ranks are the mean over
+        its team (collective). With feedback="none" and a dense compressor they are the mean over all workers,
+        as Horovod's are (collective).
         """
         self._saef.synchronize()
 
     def skip_synchronize(self) -> AbstractContextManager[None]:
-        """Horovod's recipe for clipping: take step() within `with optimizer.skip_synchronize():`."""
+        """Returns the context of Horovod's recipe for clipping: `with optimizer.skip_synchronize(): step()`.
+
+        A step() within the context does not synchronize gradients again. Local.
+        """
         return self._saef.skip_synchronize()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """As Horovod's: how many backward passes add up before a step, from the next one on. Local.
+        """Sets how many backward passes add up before a step, as Horovod's does, from the next one on. Local.
 
-        Gradients add up by themselves; only overlap=True must know when they are complete. All ranks must set
-        the same number: the next step raises ConfigurationMismatchError if they did not.
+        torch adds up gradients in any case; only overlap=True must know when they are complete. All ranks
+        must set the same number, or the next step raises ConfigurationMismatchError.
 
         Raises TypeError or ValueError for anything but a whole number >= 1, RuntimeError between backward and
         step() with overlap=True.
@@ -52,16 +56,19 @@ class SaefMethods:
         self._saef.set_passes(passes)
 
     def train(self) -> None:
-        """Move the parameters to b (x, stepped ahead), where this worker trains. Idempotent, local."""
+        """Moves the parameters to b (x, stepped ahead), where this worker trains. Idempotent, local."""
         self._saef.modes.train()
 
     def eval(self) -> None:
-        """Move the parameters to x, the same on all workers: to evaluate or save. Idempotent, local."""
+        """Moves the parameters to x, the same on all workers, to evaluate or save. Idempotent, local."""
         self._saef.modes.eval()
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        """`with optimizer.consensus():` the parameters are x; afterwards where they were. Local."""
+        """Returns a context, `with optimizer.consensus():`, in which the parameters are at x. Local.
+
+        After the context the parameters are where they were before.
+        """
         evaluating = self._saef.modes.evaluating
         self.eval()
         try:
@@ -71,36 +78,36 @@ class SaefMethods:
                 self.train()
 
     def flush(self) -> None:
-        """Complete a round early, for the last steps of an epoch with local_steps > 1. Collective."""
+        """Completes a round early, for the last steps of an epoch with local_steps > 1. Collective."""
         self._saef.flush()
 
     def consolidate(self) -> None:
-        """Average errors and momentum over the workers, once; completes a round first. Collective."""
+        """Averages errors and momentum over the workers, once; completes a round first. Collective."""
         self._saef.consolidate()
 
     def reanchor(self) -> None:
-        """Take x anew from rank 0's parameters as they are, and clear the errors. Collective.
+        """Replaces x by rank 0's parameters as they are now, and clears the errors. Collective.
 
-        For parameters that were changed behind the optimizer's back.
+        Call this after parameters were changed in a way that the optimizer cannot see.
         """
         self._saef.reanchor()
 
     def stats(self) -> dict[str, float]:
-        """Numbers of this worker since it was wrapped. Local.
+        """Returns this worker's numbers since the optimizer was wrapped. Local.
 
-        rounds, skipped (steps); payload_bytes_sent and _received, averaging_bytes_sent,
-        dense_bytes_sent; ring_allreduce_bytes, what a float32 ring allreduce would have sent in the
-        same rounds; compression_ratio, that over all bytes sent. These are between workers, of all of this
-        worker's ranks together; node_bytes_sent is what this rank sent to the others of its worker.
-        error_norm and server_error_norm (Euclidean, of e and of the part of s that is here);
-        seconds_<phase>.
+        rounds and skipped (steps) are counts. payload_bytes_sent, payload_bytes_received,
+        averaging_bytes_sent and dense_bytes_sent are bytes between workers, of all ranks of this worker
+        together. So is ring_allreduce_bytes, the bytes that a float32 ring allreduce would have sent in the
+        same rounds; compression_ratio is these bytes divided by all bytes sent. node_bytes_sent are the bytes
+        that this rank sent to the rest of its team. error_norm and server_error_norm are the Euclidean norms
+        of e and of this rank's part of s. seconds_<phase> are seconds spent in each phase.
         """
         return self._saef.stats()
 
 
 @functools.cache
 def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A subclass of `base` with SaefMethods, under base's name as Horovod's is."""
+    """Returns a subclass of `base` with SaefMethods, which has the name of `base`, as Horovod's has."""
 
     # SaefMethods has no step(): Horovod's broadcast_optimizer_state calls
     # super(optimizer.__class__, optimizer).step(), which must be a local step of torch.
@@ -110,14 +117,14 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
         _held: torch.optim.Optimizer | None = None
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """One local step, and every `local_steps`-th time the exchange. Collective."""
+            """Takes one local step and, every `local_steps`-th time, the exchange. Collective."""
             scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             return self._saef.step(self._local_step, closure, scale, overflow)
 
         step.hooked = True  # type: ignore[attr-defined]  # torch's step hooks fire in super().step()
 
         def _local_step(self) -> None:
-            # Gradients are unscaled by now; a fused optimizer that saw the scale would do it again.
+            # Gradients are unscaled by now; a fused optimizer that saw the scale would unscale them again.
             scaler = {
                 name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)
             }
@@ -138,19 +145,20 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
                 self.__dict__.update(scaler)
 
         def state_dict(self) -> dict[str, Any]:
-            """The wrapped optimizer's, and ours under "hvd_saef". Local: each worker's is its own.
+            """Returns the wrapped optimizer's state dict, with the library's state under "hvd_saef".
 
-            NumPy's numbers in the groups (a learning rate, say) become Python's, so that torch.load takes it.
+            Local: each worker has its own. NumPy's numbers in the groups (a learning rate, say) become
+            Python's, so that torch.load accepts the file.
             """
-            self._saef.refuse_under_way("state_dict()")  # e and momentum have taken a step that x has not
+            self._saef.refuse_under_way("state_dict()")  # else e and momentum are a step ahead of x
             self._saef.take_in()
             state_dict: dict[str, Any] = super().state_dict()
-            # Not its "state", whose dicts are the optimizer's own: Horovod's broadcast writes into them.
+            # The dicts in "state" stay the optimizer's own, since Horovod's broadcast writes into them.
             state_dict["param_groups"] = python_numbers(state_dict["param_groups"])
             return state_dict | {"hvd_saef": self._saef.origin.export()}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-            """The inverse. Local; at the next step all workers agree who loaded what."""
+            """Loads what state_dict() returned. Local; at the next step all workers agree who loaded what."""
             state_dict = dict(state_dict)
             ours = state_dict.pop("hvd_saef", None)
             self._saef.take_in()
@@ -163,31 +171,34 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             self._saef.origin.restore(ours, self._saef.parameters.with_state, bool(state_dict.get("state")))
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
-            """As torch's. All workers must add the same, between two rounds; its errors start at 0."""
+            """Adds a group as torch does. All workers must add the same one between two rounds.
+
+            The errors of its parameters start at 0.
+            """
             self._saef.check_growth()
             super().add_param_group(param_group)
             self._saef.grow()
 
     Wrapped.__name__, Wrapped.__qualname__ = base.__name__, base.__qualname__
-    # Horovod's broadcast_optimizer_state tells by the module whether step() is collective.
+    # Horovod's broadcast_optimizer_state decides by the class's module whether step() is collective.
     hvd = horovod()
     Wrapped.__module__ = hvd.DistributedOptimizer.__module__ if hvd else __name__
     return Wrapped
 
 
 def share(inner: torch.optim.Optimizer) -> Any:
-    """An instance of the wrapped class that shares everything with `inner`: groups, state and hooks."""
+    """Returns an instance of the wrapped class that shares all with `inner`: groups, state and hooks."""
     wrapped = object.__new__(_wrapped_class(type(inner)))  # type: ignore[arg-type]
-    # Not "step": a scheduler made before wrapping has put a patch of the inner step() there.
+    # "step" is left out: a scheduler made before wrapping has put a patch of the inner step() there.
     vars(wrapped).update({name: value for name, value in vars(inner).items() if name != "step"})
     return wrapped
 
 
 def undo_horovods_initial_step(wrapped: Any) -> None:
-    """Put parameters back that Horovod moves.
+    """Registers step hooks that put back parameters which Horovod's initial step moves.
 
-    hvd.broadcast_optimizer_state takes a step with zero gradients on ranks without state, past our
-    step(), and weight decay moves the parameters there.
+    On ranks without state, hvd.broadcast_optimizer_state takes a step of the wrapped optimizer with zero
+    gradients, without the library's step(), and weight decay moves the parameters there.
     """
     before: list[tuple[Tensor, Tensor]] = []
     session: Session = wrapped._saef
@@ -210,9 +221,9 @@ def undo_horovods_initial_step(wrapped: Any) -> None:
 
 
 def refuse_steps_past_ours(wrapped: Any) -> None:
-    """Let steps of optimizers that the wrapped one holds raise RuntimeError, but for those within its step().
+    """Makes a step of an optimizer that the wrapped one holds raise RuntimeError outside the wrapped step().
 
-    SAM's second_step(), say, calls its base optimizer's: nothing would be exchanged.
+    For example SAM's second_step() calls step() of SAM's base optimizer, and nothing would be exchanged.
     """
     ours = {p for group in wrapped.param_groups for p in group["params"]}
     name, within = type(wrapped).__name__, [False]
