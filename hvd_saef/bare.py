@@ -1,4 +1,4 @@
-"""A model as it would be without this library: to export, to average over time, to read elsewhere. Local."""
+"""Copies a model without the library's hooks, to export it, average it or read it elsewhere. Local."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def bare_model(model: M) -> M:
-    """A deep copy of `model`, or of a part of it, at the consensus point x, with nothing of hvd_saef in it.
+    """Returns a deep copy of `model` at the consensus point x, with nothing of hvd_saef in it.
 
     >>> torch.jit.script(hvd_saef.bare_model(model))
 
-    For torch.jit, torch.export and torch.onnx, which our hooks on the model get in the way of; for a file
-    with the whole module, to be read where there is no hvd_saef; and for torch.optim.swa_utils.AveragedModel.
-    The parameters of all optimizers that train any of them are at x in the copy, whether or not these were
-    given `model=`, and whatever mode the model is in, which the copy keeps; so does `model`, which stays
-    where it was. Buffers, as BatchNorm's statistics, are this rank's. The copy does not follow training.
+    `model` may be a part of a model. Use the copy for torch.jit, torch.export and torch.onnx, which cannot
+    handle the library's hooks; for a file with the whole module that is read where hvd_saef is not installed;
+    and for torch.optim.swa_utils.AveragedModel.
 
-    Local: no other rank need call it. Not between a forward pass and its backward pass.
+    Every parameter that a distributed optimizer trains is at x in the copy, whether or not that optimizer was
+    given `model=`. The copy has the mode (training or evaluation) of `model`. `model` itself keeps its mode,
+    and its parameters stay where they were. Buffers, such as BatchNorm's statistics, are those of this rank.
+    The copy does not follow training.
+
+    Local: no other rank needs to call this function. Do not call it between a forward pass and its backward
+    pass.
     """
     with at_consensus(model.parameters()):
         bare = copy.deepcopy(model)
@@ -36,6 +40,6 @@ def bare_model(model: M) -> M:
 
 
 def _is_ours(value: object) -> bool:
-    """Whether it is a hook of ours, as torch keeps it: a method as it is, or with something around it."""
+    """Returns True if `value` is a hook of the library: a method of ModelHooks, or torch's wrapper of one."""
     hook = getattr(value, "hook", value)
     return isinstance(getattr(hook, "__self__", None), ModelHooks)

@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm at x, averaged over workers. Collective."""
+"""Computes BatchNorm's running statistics at x, averaged over ranks. Collective."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from hvd_saef.transport.together import together
 
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: Any = None) -> None:
-    """Collect the running means and variances of all BatchNorm layers anew, at x, over all workers.
+    """Recomputes the running means and variances of all BatchNorm layers, in place, at x, over all ranks.
 
-    While training, a worker's statistics come from its own data at its own b, so at x, the point one
-    evaluates and saves, they are a little off, and different on each worker. Afterwards they are x's,
-    and the same on all workers: the mean of the workers' means, and the mean of their variances plus
-    the variance of their means. Batches count equally, within a worker and between workers.
+    In training, a rank's statistics come from its own data at its worker's b. At x, where models are
+    evaluated and saved, these statistics are slightly wrong, and they differ between ranks. After this call
+    they are those at x and the same on all ranks: the mean is the mean of the ranks' means, and the variance
+    is the mean of the ranks' variances plus the variance of their means. All batches of a rank have the same
+    weight, and all ranks have the same weight.
 
-    All optimizers that have parameters of `model` hold theirs at x meanwhile. `loader` gives this worker's
-    batches: inputs, or tuples and lists that begin with inputs, on the model's device; each rank may have its
-    own number. Collective over `process_set` (None: all ranks).
+    During the call all optimizers with parameters of `model` keep their parameters at x. `loader` gives this
+    rank's batches, on the model's device: inputs, or tuples and lists that begin with inputs. The number of
+    batches may differ between ranks. Collective over `process_set` (None: all ranks).
 
-    What a loader or the model raises on one rank, all raise (the others WorkerError), with the statistics as
-    they were; ConfigurationMismatchError if the ranks' models have different layers.
+    If the loader or the model raises on one rank, all ranks raise (that rank its own exception, the others
+    WorkerError), and the statistics are as before. Raises ConfigurationMismatchError if the ranks' models
+    have different layers.
     """
     communicator, included = find_communicator(process_set)
     layers: list[Any] = [layer for layer in model.modules() if _has_statistics(layer)]
@@ -57,7 +59,10 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: 
 
 
 def _collect(model: nn.Module, layers: list[Any], loader: Iterable[Any]) -> None:
-    """This rank's means over its batches, at x; all modes and momenta are as before afterwards."""
+    """Writes this rank's means over its batches, at x, into the layers' running statistics.
+
+    Restores all modes and momenta afterwards. Local.
+    """
     modes_of_modules = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     try:
@@ -66,7 +71,7 @@ def _collect(model: nn.Module, layers: list[Any], loader: Iterable[Any]) -> None
             for layer in layers:
                 layer.reset_running_stats()
                 layer.train()
-                layer.momentum = None  # a plain mean over batches
+                layer.momentum = None  # None makes torch compute the plain mean over batches
             for batch in loader:
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     finally:

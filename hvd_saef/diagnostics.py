@@ -1,8 +1,9 @@
-"""What compression does to training, measured while it goes on: gradient mismatch, errors, C's quality.
+"""Measures what compression does during training: gradient mismatch, errors, and the quality of C.
 
     monitor = hvd_saef.diagnostics.Monitor(optimizer, every=50, csv="mismatch.csv")
 
-and train as before. Squared Euclidean norms, without the paper's L² and σ², as in its Figure 3.
+Training goes on as before. All numbers are squared Euclidean norms, as in the paper's Figure 3, without the
+paper's factors L² and σ².
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ class Measurement:
     """One round's numbers, the same on all workers: means over the workers k, sums over all parameters."""
 
     round: float
-    """t, rounds completed before this one."""
+    """The number t of rounds completed before this one."""
     mismatch_exact: float
-    """Mean of ‖x̃ - b_k‖² = ‖(1-β)·s + ē - α·e_k‖²: how far from x̃ the gradients are taken."""
+    """The mean of ‖x̃ - b_k‖² = ‖(1-β)·s + ē - α·e_k‖²: the distance of x̃ from where gradients are taken."""
     mismatch_bound_ef: float
-    """The paper's bound for EF (Eq. 9), ‖s‖² + mean ‖e_k‖², whatever the feedback. Exact <= 2 bounds."""
+    """The paper's bound for EF (Eq. 9), ‖s‖² + mean ‖e_k‖², for any feedback. Exact <= 2 bounds."""
     mismatch_bound_saef: float
-    """For SAEF (Eq. 10), ‖s‖² + mean ‖e_k - ē‖²; right after an averaging it is ‖s‖² (Eq. 11)."""
+    """The bound for SAEF (Eq. 10), ‖s‖² + mean ‖e_k - ē‖²; right after an averaging it is ‖s‖² (Eq. 11)."""
     server_error: float
-    """‖s‖²."""
+    """The server's error, ‖s‖²."""
     error: float
-    """Mean of ‖e_k‖²."""
+    """The mean of ‖e_k‖²."""
     mean_error: float
-    """‖ē‖²; with `error_variance` below it, Proposition 1 says that stepping ahead pays."""
+    """The mean error, ‖ē‖²; if `error_variance` is below it, stepping ahead pays (Proposition 1)."""
     error_variance: float
-    """Mean of ‖e_k - ē‖²."""
+    """The mean of ‖e_k - ē‖²."""
     update: float
-    """Mean of ‖b_k - y_k‖², the local updates, to compare errors with."""
+    """The mean of ‖b_k - y_k‖², the size of the local updates, with which errors can be compared."""
     delta: float
-    """C's δ (Eq. 14) on what workers send, the mean of 1 - ‖Δ_k - C(Δ_k)‖² / ‖Δ_k‖²."""
+    """The δ of C (Eq. 14) on the workers' updates, the mean of 1 - ‖Δ_k - C(Δ_k)‖² / ‖Δ_k‖²."""
 
     @property
     def step_ahead_pays(self) -> bool:
-        """Proposition 1's condition: Var(e_k) <= ‖E e_k‖²."""
+        """True if the condition of Proposition 1 holds: Var(e_k) <= ‖E e_k‖²."""
         return self.error_variance <= self.mean_error
 
 
@@ -64,17 +65,18 @@ NUMBERS = [field.name for field in fields(Measurement)]
 class Monitor:
     """Measures every `every`-th round of a `hvd_saef.DistributedOptimizer`, within its step().
 
-    Collective: every worker makes one, with the same `every`. A measurement costs one allreduce of the
-    errors (4 bytes a float32 parameter by ring, as an error averaging), an allgather of s where the
-    server is sharded, an encoding and a few passes over memory; stats() does not count its bytes.
-    Nothing that it reads is changed: training gives the same bits with and without it.
+    Collective: every worker makes a Monitor, with the same `every`. A measurement costs one allreduce of the
+    errors (4 bytes a float32 parameter by ring, like an error averaging), an allgather of s if the server is
+    sharded, one encoding and a few passes over memory. stats() does not count these bytes. A measurement only
+    reads: training gives the same bits with and without a Monitor.
 
-    `csv` is a file that rank 0 writes anew, a row a measurement; `tensorboard` a
-    `torch.utils.tensorboard.SummaryWriter` (or anything with its add_scalar), used on rank 0.
-    Raises ValueError with overlap=True, whose steps have no moment between local step and exchange,
-    and where gradients are averaged uncompressed, so that there is nothing to measure; what is wrong on one
-    rank, a file that cannot be written say, is raised on all. So is what goes wrong in a measurement, after
-    the exchange that it precedes: the round is complete then.
+    `csv` names a file, which rank 0 overwrites with a row for each measurement. `tensorboard` is a
+    `torch.utils.tensorboard.SummaryWriter` (or anything with its add_scalar), which rank 0 uses.
+
+    Raises ValueError with overlap=True, whose steps have no moment between local step and exchange, and where
+    gradients are averaged uncompressed, so that there is nothing to measure. An error on one rank, for
+    example a file that cannot be written, is raised on all ranks. If a measurement in step() fails, the
+    exchange after it takes place first, so the round is complete when all ranks raise.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Monitor:
         self._session.before_exchange.append(self._look)
 
     def _begin(self) -> int:
-        """Raise what is wrong with the arguments here; else the number that all must have alike."""
+        """Raises for wrong arguments on this rank; returns `every`, which must be the same on all ranks."""
         every = self._every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: a whole number of rounds >= 1 is allowed.")
@@ -115,13 +117,13 @@ class Monitor:
         return every
 
     def close(self) -> None:
-        """Measure no more. Collective, as making one is; a second time it does nothing."""
+        """Ends the measurements. Collective, like making a Monitor; a second call does nothing."""
         here = self._look in self._session.before_exchange
         if all(together(self._session.communicator, lambda: here)):
             self._session.before_exchange.remove(self._look)
 
     def means(self) -> dict[str, float]:
-        """The means of what was measured since the last call, by name; {} if nothing was. Local."""
+        """Returns the means of the measurements since the last call, by name; {} without any. Local."""
         taken, self._since = self._since, []
         columns = zip(*map(astuple, taken), strict=True)
         return {name: sum(column) / len(taken) for name, column in zip(NUMBERS, columns, strict=False)}
@@ -144,7 +146,7 @@ class Monitor:
 
 @torch.no_grad()
 def measure(session: Session) -> Measurement:
-    """The numbers of the round under way, between its last local step and its exchange. Collective."""
+    """Returns the numbers of the current round, between its last local step and its exchange. Collective."""
     state, settings, communicator = session.modes.state, session.settings, session.communicator
     if state is None:
         raise RuntimeError("nothing to measure before the first step.")
@@ -154,7 +156,7 @@ def measure(session: Session) -> Measurement:
         e, s, mean = _errors(session, bucket_state)
         try:
             change, residual = _compressed(session, bucket_state, state.rounds < settings.warmup_steps)
-        except Exception as error:  # the others wait for the next buckets, and are told after the last
+        except Exception as error:  # other ranks need the next buckets' collectives, and learn of it later
             failure = error
             continue
         off = mean - e
@@ -182,7 +184,10 @@ def measure(session: Session) -> Measurement:
 
 
 def _errors(session: Session, bucket_state: BucketState) -> tuple[Tensor, Tensor, Tensor]:
-    """This worker's e, the whole of s (0 with single-way compression), and ē, the mean of all e."""
+    """Returns this worker's e, the whole s (0 with single-way compression), and ē, the mean of all e.
+
+    Each has shape [numel] of the bucket. Collective.
+    """
     mean = bucket_state.e.clone()
     session.communicator.allreduce_mean(mean, f"diagnostics.{bucket_state.bucket.index}")
     s = whole_server_error(session.communicator, bucket_state)
@@ -190,7 +195,7 @@ def _errors(session: Session, bucket_state: BucketState) -> tuple[Tensor, Tensor
 
 
 def _compressed(session: Session, bucket_state: BucketState, rounds: int) -> tuple[Tensor, Tensor]:
-    """B - y, and Δ - C(Δ) as row 4 will have it."""
+    """Returns b - y, and Δ - C(Δ) as row 4 will compute it; each has shape [numel] of the bucket. Local."""
     bucket = bucket_state.bucket
     y, change = bucket.new_flat(), session.exchange.start_point(bucket_state)
     if bucket.parameters:
@@ -208,10 +213,11 @@ def _compressed(session: Session, bucket_state: BucketState, rounds: int) -> tup
 
 @contextmanager
 def auxiliary_point(optimizer: Any) -> Iterator[None]:
-    """Within `with`, the parameters are the paper's auxiliary point x̃ = x - (s + ē), to evaluate there.
+    """Returns a context in which the parameters are at the paper's auxiliary point x̃ = x - (s + ē).
 
-    Afterwards they are where they were. Collective at its beginning: one allreduce of the errors, and
-    an allgather of s where the server is sharded. Before the first step x̃ is x.
+    Use it to evaluate there. After the context the parameters are where they were before. Entering is
+    collective: it takes one allreduce of the errors, and an allgather of s if the server is sharded. Before
+    the first step x̃ is x.
 
     Raises RuntimeError on all ranks between backward and step() with overlap=True.
     """

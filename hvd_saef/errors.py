@@ -1,8 +1,9 @@
-"""What can go wrong while workers train together.
+"""The errors that can happen while workers train together.
 
-Every error here but StalledExchangeError is raised on all workers in the same step, with x, the errors and
-the optimizer's state as they were before it, unless it says otherwise. Wrong arguments are ValueError and
-TypeError, raised where they are given; in a collective call, the other ranks raise WorkerError.
+Every error here except StalledExchangeError is raised on all workers in the same step. x, the errors e and s,
+and the optimizer's state are then as before that step, unless the error's description says otherwise. Wrong
+arguments raise ValueError or TypeError on the ranks that pass them; if the call is collective, the other
+ranks raise WorkerError.
 """
 
 from __future__ import annotations
@@ -16,46 +17,51 @@ class SaefError(RuntimeError):
 
 
 class ConfigurationMismatchError(SaefError):
-    """Workers were set up differently; names the first difference and which ranks have what."""
+    """Workers were set up differently. The message names the first difference and the ranks' values."""
 
 
 class NonFiniteUpdateError(SaefError):
-    """A gradient holds a NaN or an infinity, or the local step made one; names the parameter and the rank.
+    """A gradient holds a NaN or an infinity, or the local step made one.
 
-    After the latter the parameters are where the round began, and the optimizer's own state has taken the
-    step, unless a gradient's square was infinite: then that is as before, too.
+    The message names the parameter and the rank. If the local step made the NaN or infinity, the parameters
+    are back at the start of the round, and the optimizer's own state keeps the step. Only if the square of a
+    gradient was infinite, the optimizer's own state is as before the step, too.
     """
 
 
 class ConsensusError(SaefError):
-    """x differs between workers; names the parameter and the ranks."""
+    """x differs between workers. The message names the parameter and the ranks."""
 
 
 class WorkerError(SaefError):
-    """Another worker raised an exception; names its rank and repeats its message."""
+    """Another rank raised an exception. The message names that rank and repeats the exception's message."""
 
 
 class ExchangeError(SaefError):
-    """A compressor raised an exception within an exchange, or memory was lacking; names rank and reason.
+    """A compressor raised an exception within an exchange, or memory was lacking.
 
-    x and the errors may differ between the workers afterwards: no step is taken before all ranks have
-    loaded a checkpoint, or called reanchor().
+    The message names the rank and the reason. Afterwards x and the errors may differ between workers, so no
+    step is taken before all ranks have loaded a checkpoint or called reanchor().
     """
 
 
 class StalledExchangeError(SaefError):
-    """A rank did not arrive where others wait; names it, and what for. Raised on those who wait alone.
+    """A rank did not arrive where others wait. Only the waiting ranks raise this error.
 
-    The communicator cannot be used after it. If nobody catches it, MPI ends the job.
+    The message names the missing rank and the call that waits for it. The communicator cannot be used
+    afterwards. If nothing catches the error, MPI ends the job.
     """
 
 
 class CheckpointError(SaefError):
-    """A checkpoint could not be written or read; names the file and the reason."""
+    """A checkpoint could not be written or read. The message names the file and the reason."""
 
 
 def who_has_what(values: Sequence[Any], whose: Sequence[int] | None = None) -> str:
-    """Which ranks have which value, in words; values[i] is rank whose[i]'s, or rank i's."""
+    """Returns a text that says which ranks have which value.
+
+    values[i] belongs to rank whose[i], or to rank i without `whose`.
+    """
     ranks: dict[str, list[int]] = {}
     for rank, value in zip(range(len(values)) if whose is None else whose, values, strict=True):
         ranks.setdefault(repr(value), []).append(rank)

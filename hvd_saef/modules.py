@@ -1,4 +1,4 @@
-"""Modules of `model=` that need something else than others: refused, or with advice. Local."""
+"""Finds modules of `model=` that need special settings, and refuses them or warns of them. Local."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvd_saef.memory.layout import Layout
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 MOST = 4096
-"""Elements of a block that is compressed to try a compressor."""
+"""The most elements of a block that is compressed to try a compressor."""
 
 
 def refuse_writing_modules(models: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError for a module that changes any of `parameters` in its forward pass."""
+    """Raises ValueError for a module that changes any of `parameters` in its forward pass."""
     for name, module in _embeddings(models):
         if module.max_norm is not None and any(module.weight is parameter for parameter in parameters):
             raise ValueError(
@@ -30,7 +30,7 @@ def refuse_writing_modules(models: Sequence[nn.Module], parameters: Sequence[Ten
 
 
 def advise_on_unused_rows(models: Sequence[nn.Module], layout: Layout, block_size: int | None) -> None:
-    """Warn of embeddings with rows that get no update of their own and would be moved by the others'."""
+    """Warns of embeddings with rows that get no update, but that the updates of other rows would move."""
     compressors = {slot.parameter: bucket.compressor for bucket in layout.buckets for slot in bucket.slots}
     names = {slot.parameter: slot.name for slot in layout.slots}
     holders: Counter[Tensor] = Counter(
@@ -46,7 +46,7 @@ def advise_on_unused_rows(models: Sequence[nn.Module], layout: Layout, block_siz
         if (
             (module.sparse or module.padding_idx is not None)
             and weight in compressors
-            and holders[weight] == 1  # one that is an output layer, too, has updates in all rows
+            and holders[weight] == 1  # a weight that is an output layer, too, has updates in all rows
             and module.embedding_dim % size
             and _moves_zeros(compressors[weight], size, weight)
         ):
@@ -61,7 +61,7 @@ def advise_on_unused_rows(models: Sequence[nn.Module], layout: Layout, block_siz
 
 
 def _embeddings(models: Sequence[nn.Module]) -> Iterator[tuple[str, Embedding]]:
-    """Each once, with the name that its model has for it."""
+    """Yields each embedding of the models once, with the name that its model has for it."""
     seen: set[int] = set()
     for model in models:
         for name, module in model.named_modules():
@@ -71,7 +71,7 @@ def _embeddings(models: Sequence[nn.Module]) -> Iterator[tuple[str, Embedding]]:
 
 
 def _moves_zeros(compressor: Compressor, size: int, weight: Tensor) -> bool:
-    """Whether C makes something else of the zeros in a block that has another element."""
+    """Returns True if C changes zeros in a block of `size` elements of which one is not zero."""
     block = torch.zeros(min(size, MOST), dtype=state_dtype(weight.dtype), device=weight.device)
     block[0] = 1
     return bool(compressor.apply(block)[1:].any())

@@ -1,4 +1,4 @@
-"""Ranks with different numbers of batches: how many steps all of them can take. Collective."""
+"""Finds the number of steps that ranks with different numbers of batches can all take. Collective."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from hvd_saef.transport.together import together
 
 
 def common_steps(steps: int, process_set: Any = None) -> int:
-    """The number of steps that every worker has data for: the least of all workers' `steps`. Collective.
+    """Returns the least of all ranks' `steps`: the number of steps for which every rank has data.
 
-    For ranks with different numbers of batches: step() is collective, so all must call it equally often.
+    Use it for ranks with different numbers of batches: step() is collective, so all ranks must call it
+    equally often.
 
     >>> steps = hvd_saef.common_steps(len(loader))
     >>> for batch in itertools.islice(loader, steps): ...
 
-    Raises ValueError for `steps` below 0, TypeError for what is no whole number; WorkerError on the others.
-    `process_set`: None is all ranks.
+    Collective over `process_set` (None: all ranks). Raises ValueError for `steps` below 0, TypeError for
+    anything but a whole number; the other ranks then raise WorkerError.
     """
     communicator, _ = find_communicator(process_set)
     return min(together(communicator, lambda: _whole(steps)))
