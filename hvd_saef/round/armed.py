@@ -40,9 +40,9 @@ class Armed:
     overflowed: bool = False
     """True if a local step left NaN, infinity or a value near overflow in a parameter."""
     waits: bool | None = None
-    """True if nothing leaves early, as step() must first lay out unfrozen parameters; None until decided.
+    """True if no bucket leaves early, as step() must first lay out unfrozen parameters.
 
-    The first gradient of the round decides.
+    None until the first gradient of the round, which decides.
     """
 
     def look(self, gradients: Iterable[Tensor]) -> None:

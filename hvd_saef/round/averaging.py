@@ -33,7 +33,7 @@ def average_errors(
 ) -> None:
     """Row 1: replaces e by the mean of all workers' e, in place, by Horovod's ring allreduce. Collective.
 
-    With a narrower `wire_dtype`, the part of e that rounding removes stays in this worker's e.
+    With a narrower `wire_dtype`, the part of e that clamping and rounding remove stays in this worker's e.
     """
     with statistics.phase("averaging"):
         for bucket_state in buckets:

@@ -44,7 +44,7 @@ def _refuse_where_encoded_twice(bucket: Bucket, settings: Settings, communicator
 
 
 def _try_twice(bucket: Bucket) -> None:
-    """Encodes the same input twice, into payloads with different old content; raises if results differ.
+    """Encodes one input twice, into payloads with different old content; ValueError if results differ.
 
     A copy of the compressor is used, so that the trial leaves no trace in the user's object.
     """

@@ -102,7 +102,7 @@ class Exchange:
 
     @torch.no_grad()
     def complete_round(self, state: State) -> None:
-        """Rows 4 to 6 of this round, with y in the parameters, then rows 1 and 2 of the next. Collective."""
+        """Does rows 4 to 6, with the parameters as y, then rows 1 and 2 of the next round. Collective."""
         early = list(self._under_way)
         for bucket_state in self._waiting(state):
             if not self._idle and not early:
@@ -313,7 +313,7 @@ class Exchange:
         if trip.wire:
             statistics.dense_bytes_sent += ring_bytes(self.communicator.workers, total)
             statistics.node_bytes_sent += self.communicator.passed_on_of_mean(trip.sent[0].view(trip.wire))
-        elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
+        elif len(sizes) > 1:  # sends a part to each other worker, and its answer to all
             statistics.payload_bytes_sent += total - own + others * own
             statistics.payload_bytes_received += others * own + total - own
             answers = [size for k, size in enumerate(sizes) if k != trip.state.mine]

@@ -20,7 +20,7 @@ def prepare_sparse(parameter: Tensor, optimizer: torch.optim.Optimizer, as_dense
         return
     if as_dense and not takes_sparse_only(optimizer):
         parameter.grad = gradient.to_dense()
-    else:  # the sum of several values of one index may overflow, so the sum is what is checked
+    else:  # the sum of one index's values may overflow, so later checks must see the sum
         parameter.grad = gradient.coalesce()
 
 

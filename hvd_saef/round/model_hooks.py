@@ -42,11 +42,11 @@ class ModelHooks:
             self._modes.visit_x()
             with torch.no_grad():
                 for slot in self._modes.state.layout.slots:
-                    if id(slot.parameter) in memo:  # the copy was made before this, stepped ahead
+                    if id(slot.parameter) in memo:  # copied earlier, at the training point
                         memo[id(slot.parameter)].copy_(slot.parameter)
         return ModelHooks(None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # or the graph breaks at every copy
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # otherwise every copy breaks the graph
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Moves the parameters to x for evaluation, or to the training point for training."""
         if self._modes is None:

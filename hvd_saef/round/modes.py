@@ -1,4 +1,4 @@
-"""Moves the parameters between the training point (b and on, different on each worker) and x. Local."""
+"""Moves the parameters between x and the training point: first b, different on each worker. Local."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Modes:
         """The version counters of the parameters when they were last known to be in the right place."""
         self._told: set[str] = set()
         self.taken: str | None = None
-        """The name of a parameter that a later optimizer owns: this one then moves nothing any more."""
+        """The name of a parameter that a later optimizer owns: this optimizer then moves no parameter."""
 
     @property
     def at_x(self) -> bool:
@@ -165,7 +165,7 @@ class Modes:
         self.to_start(points)
 
     def claim(self, layout: Layout) -> None:
-        """Makes this optimizer the owner; an earlier owner of any parameter moves to its x, and is done."""
+        """Makes this optimizer the owner. An earlier owner leaves its parameters at its x and is done."""
         for slot in layout.slots:
             earlier = _of_parameters.get(id(slot.parameter))
             if earlier is not None and earlier is not self and earlier.taken is None:
@@ -213,7 +213,7 @@ class Modes:
 
     @torch.no_grad()
     def let_go(self) -> None:
-        """Writes x into the parameters that training left, since the parameters will be taken as the new x.
+        """Writes x into the parameters at the training point, as the parameters will become the new x.
 
         A parameter that other code has written since then keeps its value.
         """

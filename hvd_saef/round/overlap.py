@@ -208,7 +208,7 @@ class Overlap:
             self._leave(armed, armed.expected.popleft()[0])
 
     def _may_leave(self, armed: Armed, bucket_state: BucketState) -> bool:
-        """Returns True if a bucket with all expected gradients needs no later gradient and not step()."""
+        """Returns True if a bucket with all expected gradients waits for no more gradient, nor for step()."""
         trained = {parameter for parameter in bucket_state.bucket.parameters if parameter.requires_grad}
         return trained <= armed.watched and not self._exchange.held(armed.state, bucket_state)
 

@@ -47,7 +47,7 @@ class GradientWatch:
         weakref.finalize(self, remove_hooks, self._handles)
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Starts watching, or starts anew."""
         self.stop()
         reference = self._method
 
@@ -85,7 +85,7 @@ class Unstepped:
         self._versions[parameter] = parameter._version
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Starts watching, or starts anew."""
         self._watch.start()
 
     def stop(self) -> None:
