@@ -35,17 +35,17 @@ class Measurement:
     round: float
     """The number t of rounds completed before this one."""
     mismatch_exact: float
-    """The mean of ‖x̃ - b_k‖² = ‖(1-β)·s + ē - α·e_k‖²: the distance of x̃ from where gradients are taken."""
+    """The mean of ‖x̃ - b_k‖² = ‖(1-β)·s + ē - α·e_k‖²: how far from x̃ the workers take gradients."""
     mismatch_bound_ef: float
     """The paper's bound for EF (Eq. 9), ‖s‖² + mean ‖e_k‖², for any feedback. Exact <= 2 bounds."""
     mismatch_bound_saef: float
     """The bound for SAEF (Eq. 10), ‖s‖² + mean ‖e_k - ē‖²; right after an averaging it is ‖s‖² (Eq. 11)."""
     server_error: float
-    """The server's error, ‖s‖²."""
+    """The squared norm of the server's error, ‖s‖²."""
     error: float
     """The mean of ‖e_k‖²."""
     mean_error: float
-    """The mean error, ‖ē‖²; if `error_variance` is below it, stepping ahead pays (Proposition 1)."""
+    """The squared norm of the mean error, ‖ē‖²; if `error_variance` is at most this, stepping ahead pays."""
     error_variance: float
     """The mean of ‖e_k - ē‖²."""
     update: float

@@ -166,7 +166,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
             if ours is not None:
                 self._saef.origin.check(ours, self._saef.parameters.with_state)
             super().load_state_dict(state_dict)
-            inner = self._saef.inner  # torch has replaced these two here
+            inner = self._saef.inner  # torch has replaced both in `self` only
             inner.state, inner.param_groups = self.state, self.param_groups
             self._saef.origin.restore(ours, self._saef.parameters.with_state, bool(state_dict.get("state")))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LANES = 16  # the numbers in a line, which :func:`l1_norms` adds last
+LANES = 16  # the numbers in a line of the summation tree, see :func:`l1_norms`
 
 
 def l1_norms(rows: Tensor) -> Tensor:

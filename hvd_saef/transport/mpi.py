@@ -108,7 +108,7 @@ class MpiCommunicator(Communicator):
     ) -> None:
         """Moves payloads. The longest piece on any worker sets the number of MPI calls, the same on all."""
         operation = "payloads to the server" if channel is Channel.UP else "the server's answers"
-        # One of the lists has a piece of each worker's size, and the sizes in the other are among these.
+        # `out` (allgather) or `pieces` (alltoall) has all workers' sizes, so all find the same longest.
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         staging = self._staging[channel]

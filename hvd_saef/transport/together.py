@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def together(communicator: Communicator, prepare: Callable[[], T]) -> list[T]:
-    """Returns the results of `prepare` on all ranks, in rank order. Every collective call begins with it.
+    """Returns the results of `prepare` on all ranks, in rank order, as the beginning of a collective call.
 
     If `prepare` raises on any rank, all ranks raise: that rank its own exception, the others WorkerError.
     Collective.
