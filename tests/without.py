@@ -218,7 +218,7 @@ PROTECTIONS: dict[str, Protection] = {
         "an exception in a compressor",
         "it is not looked for after the round",
         ["tests/round/test_exchange_failures.py::test_the_rank_that_failed_has_the_reason"],
-        {"round.session:Session._end_round": nothing},
+        {"round.round_end:RoundEnd._end_round": nothing},
     ),
     "options are compared": Protection(
         "a learning rate that is set between backward and step(), with overlap=True",
