@@ -90,7 +90,7 @@ def step_anyhow(modes: Any, *_: Any) -> None:
     modes.leave_x()
 
 
-def send_all(exchange: Any, sent: Any, e: Any) -> Any:
+def send_all(trip: Any, sent: Any) -> Any:
     """Send what there is, whether or not the sum fits."""
     return sent
 
@@ -293,7 +293,7 @@ PROTECTIONS: dict[str, Protection] = {
             f"{NONFINITE}::test_sums_in_float16_do_not_overflow_and_nothing_is_lost[0-{case}]"
             for case in ("2-60000.0", "4-60000.0", "2-65504.0", "4-1000000.0")  # warm-up sends float32
         ],
-        {"round.exchange:Exchange._with_room": send_all},
+        {"round.trip:Trip._with_room": send_all},
     ),
     "sums are looked at": Protection(
         "averaged gradients that overflow in float16",

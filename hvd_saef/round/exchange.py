@@ -1,17 +1,12 @@
-"""A round: each bucket's trip from the workers to the server and back. Collective.
+"""The rounds of one optimizer: which bucket leaves when, and what is done once all have landed. Collective.
 
-A trip: encode → gather (or alltoall to the sharded server) → serve → gather the answers → decode. The
-steps between encoding and decoding run in the background: one thread takes payloads up to the server,
-another serves and takes the answers down; each handles one bucket after the other. With overlap, a third
-thread encodes.
+The way of one bucket is in :mod:`hvd_saef.round.trip`. Several buckets are under way at a time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -22,9 +17,9 @@ from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState, State
 from hvd_saef.round.agreement import agree_on_sizes
 from hvd_saef.round.averaging import average_errors, averages_next
-from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.round.statistics import Statistics
 from hvd_saef.round.team_means import TeamMeans
-from hvd_saef.round.trip import HERE, Trip
+from hvd_saef.round.trip import HERE, FirstFailure, Trip
 from hvd_saef.settings import Settings
 from hvd_saef.transport.background import Background
 from hvd_saef.transport.communicator import Channel, Communicator
@@ -46,9 +41,7 @@ class Exchange:
         self.settings = settings
         self.statistics = statistics
         self.means = TeamMeans(communicator, statistics)
-        self.failure: Exception | None = None
-        """The first exception of this rank in the round under way, from the compressor or for lack of memory.
-        The other ranks wait for the bucket, so the bucket is sent nevertheless, with a payload of zeros."""
+        self._failure = FirstFailure()
         self._payload_sizes: dict[int, list[int]] = {}
         self._idle = [Buffers() for _ in range(AT_A_TIME)]
         self._under_way: deque[Trip] = deque()
@@ -93,10 +86,14 @@ class Exchange:
             },
         )
 
+    @property
+    def failure(self) -> Exception | None:
+        """This rank's first exception in the round under way, or None. Local."""
+        return self._failure.seen
+
     def take_failure(self) -> Exception | None:
-        """Returns this rank's `failure` in the round that is over, or None, and clears it. Local."""
-        failure, self.failure = self.failure, None
-        return failure
+        """Returns this rank's first exception in the round that is over, or None, and clears it. Local."""
+        return self._failure.take()
 
     # -- a round ----------------------------------------------------------------------------------
 
@@ -111,14 +108,14 @@ class Exchange:
         # The buckets sent during backward have arrived: a background thread is free to land half of them.
         down = self.communicator.background(Channel.DOWN) if early else HERE
         for trip in early[1::2]:
-            trip.landed = down.submit(self._land, state, trip)
+            trip.landed = down.submit(trip.land, self._shows(state, trip))
         while self._under_way:
             self._take_down(state)
         due = [one for one in state.buckets if averages_next(self.settings, state, one)]
         state.progress.completed_round()
         wire_dtype = torch.float16 if self.settings.averaging_fp16 else None
         average_errors(self.communicator, self.statistics, due, wire_dtype)
-        with self._noting():
+        with self._failure.noting():
             self.show_start_points(due)
 
     def order(self, state: State) -> list[BucketState]:
@@ -158,9 +155,9 @@ class Exchange:
         trip = self._prepare(bucket_state, state.rounds)
         overlap, alone = self.settings.overlap, len(state.buckets) == 1
         up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
-        trip.encoded = (self._aside if overlap else HERE).submit(self._encode, trip, before)
-        trip.gathered = up.submit(self._gather, trip)
-        trip.arrived = down.submit(self._answer, trip)
+        trip.encoded = (self._aside if overlap else HERE).submit(trip.encode, before)
+        trip.gathered = up.submit(trip.gather)
+        trip.arrived = down.submit(trip.serve)
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:
@@ -176,7 +173,7 @@ class Exchange:
             trip = self._under_way.popleft()
             trip.arrived.result()
             self._idle.append(trip.buffers)
-        self.failure = None
+        self._failure.take()
 
     def _prepare(self, state: BucketState, rounds: int) -> Trip:
         bucket, settings = state.bucket, self.settings
@@ -205,121 +202,22 @@ class Exchange:
             buffers=buffers,
             what=f"bucket {bucket.index}, round {rounds + 1}",
             sent=buffers.pieces("sent", sizes, bucket.device),
+            communicator=self.communicator,
+            settings=settings,
+            statistics=self.statistics,
+            failure=self._failure,
         )
 
     def _take_down(self, state: State) -> None:
         """Lands the earliest trip, or waits until the background has landed it, and counts its bytes."""
         trip = self._under_way.popleft()
         if trip.landed is None:
-            self._land(state, trip)
+            trip.land(self._shows(state, trip))
         else:
             trip.landed.result()
         self._idle.append(trip.buffers)
-        self._count(trip)
+        trip.count()
 
-    @torch.no_grad()
-    def _land(self, all_of_it: State, trip: Trip) -> None:
-        """Waits until the trip has arrived, and does its rows 6 and 2."""
-        state = trip.state
-        # If row 1 comes next, it changes e and so b: the parameters are written after it.
-        shows = not averages_next(self.settings, all_of_it, state)
-        with self.statistics.phase("exchange"):
-            arrived = trip.arrived.result()
-        weights = [1.0] if trip.served or trip.wire else self.communicator.weights
-        with self.statistics.phase("decode"), self._noting():
-            for memory, sent, payloads in zip(trip.memories, trip.sent, arrived, strict=True):
-                shown = memory if shows else replace(memory, points=())
-                trip.rows.receive(shown, sent, payloads, weights)
-            if self.settings.feedback == "none":
-                state.e.zero_()
-                if state.s is not None:
-                    state.s.zero_()
-            if shows and not trip.plain:
-                state.show(self.start_point(state))
-
-    @torch.no_grad()
-    def _encode(self, trip: Trip, before: Callable[[], None]) -> None:
-        """Calls `before`, then does row 4."""
-        before()
-        state = trip.state
-        with self.statistics.phase("encode"), self._noting(trip.sent):
-            if not trip.plain:
-                y = state.bucket.new_flat()
-                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
-                algorithm.add_update(state.e, self.start_point(state), y)
-            for memory, piece in zip(trip.memories, trip.sent, strict=True):
-                trip.rows.send(memory, piece)
-            if trip.wire is not None and trip.wire != state.bucket.dtype:
-                sent = trip.sent[0].view(trip.wire)
-                sent.copy_(self._with_room(sent, state.e))
-
-    def _with_room(self, sent: Tensor, e: Tensor) -> Tensor:
-        """Returns `sent`, clamped so that the workers' sum fits its dtype; adds the rest to `e`, in place."""
-        most = torch.finfo(sent.dtype).max / self.communicator.size
-        fits = sent.clamp(-most, most)
-        e.add_(sent.to(e.dtype) - fits.to(e.dtype))
-        return fits
-
-    @torch.no_grad()
-    def _gather(self, trip: Trip) -> list[Tensor]:
-        """Returns the payloads that this worker's server needs, or (dense) their mean as the only payload."""
-        trip.encoded.result()  # raises the exception of the encoding, if any
-        state, communicator = trip.state, self.communicator
-        communicator.doing[Channel.UP] = trip.what
-        if trip.wire is not None:
-            name = f"dense.{state.bucket.index}"
-            communicator.allreduce_mean(trip.sent[0].view(trip.wire), name)
-            return trip.sent
-        size = trip.sent[state.mine].numel()
-        payloads = trip.buffers.pieces("incoming", communicator.workers * [size], state.bucket.device)
-        if state.sharded:
-            communicator.alltoall(trip.sent, payloads)
-        else:
-            communicator.allgather(trip.sent[0], payloads, Channel.UP)
-        return payloads
-
-    @torch.no_grad()
-    def _answer(self, trip: Trip) -> list[list[Tensor]]:
-        """Does row 5' and returns the answers, part by part; or, single-way, the gathered payloads."""
-        payloads = trip.gathered.result()
-        if trip.served is None:
-            return [payloads]
-        state, device = trip.state, trip.state.bucket.device
-        (answer,) = trip.buffers.pieces("answer", [trip.sent[state.mine].numel()], device)
-        weights = [1.0] if trip.wire else self.communicator.weights  # a mean is one payload
-        with self._noting([answer]):
-            trip.rows.serve(payloads, weights, trip.served, answer)
-        if len(trip.sent) == 1:
-            return [[answer]]
-        self.communicator.doing[Channel.DOWN] = trip.what
-        answers = trip.buffers.pieces("answers", [piece.numel() for piece in trip.sent], device)
-        self.communicator.allgather(answer, answers, Channel.DOWN)
-        return [[answer] for answer in answers]
-
-    @contextmanager
-    def _noting(self, payload: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Notes in `failure` an exception raised inside, and zeroes `payload`, for which the others wait."""
-        try:
-            yield
-        except Exception as failure:
-            self.failure = self.failure or failure
-            for piece in payload:
-                piece.zero_()
-
-    def _count(self, trip: Trip) -> None:
-        statistics, others = self.statistics, self.communicator.workers - 1
-        sizes = [piece.numel() for piece in trip.sent]
-        total, own = sum(sizes), sizes[trip.state.mine if len(sizes) > 1 else 0]
-        if trip.wire:
-            statistics.dense_bytes_sent += ring_bytes(self.communicator.workers, total)
-            statistics.node_bytes_sent += self.communicator.passed_on_of_mean(trip.sent[0].view(trip.wire))
-        elif len(sizes) > 1:  # sends a part to each other worker, and its answer to all
-            statistics.payload_bytes_sent += total - own + others * own
-            statistics.payload_bytes_received += others * own + total - own
-            answers = [size for k, size in enumerate(sizes) if k != trip.state.mine]
-            statistics.node_bytes_sent += self.communicator.passed_on(others * [own] + answers)
-        else:
-            statistics.payload_bytes_sent += others * total
-            statistics.payload_bytes_received += others * total
-            statistics.node_bytes_sent += self.communicator.passed_on(others * [total])
-        statistics.ring_allreduce_bytes += ring_bytes(self.communicator.workers, 4 * trip.state.bucket.numel)
+    def _shows(self, state: State, trip: Trip) -> bool:
+        """Returns False if row 1 comes next: it changes e and b, so the parameters are written after it."""
+        return not averages_next(self.settings, state, trip.state)

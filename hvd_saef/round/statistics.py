@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hvd_saef.transport.communicator import Communicator
 
 PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging", "node")
 _adding = threading.Lock()  # buckets land in two threads, which both add seconds
@@ -41,6 +45,35 @@ class Statistics:
         finally:
             with _adding:
                 self.seconds[name] += time.perf_counter() - start
+
+    def count_payloads(
+        self,
+        communicator: Communicator,
+        sizes: Sequence[int],
+        *,
+        mine: int,
+        mean: Tensor | None,
+        elements: int,
+    ) -> None:
+        """Adds one bucket's exchange. Its payload has parts of `sizes` bytes; this worker serves part `mine`.
+
+        `mean` is what Horovod averaged, if that was so; `elements` is the number of the bucket's elements.
+        """
+        others, total = communicator.workers - 1, sum(sizes)
+        own = sizes[mine if len(sizes) > 1 else 0]
+        if mean is not None:
+            self.dense_bytes_sent += ring_bytes(communicator.workers, total)
+            self.node_bytes_sent += communicator.passed_on_of_mean(mean)
+        elif len(sizes) > 1:  # a part to each of the others, and this one's answer to all of them
+            self.payload_bytes_sent += total - own + others * own
+            self.payload_bytes_received += others * own + total - own
+            answers = [size for k, size in enumerate(sizes) if k != mine]
+            self.node_bytes_sent += communicator.passed_on(others * [own] + answers)
+        else:
+            self.payload_bytes_sent += others * total
+            self.payload_bytes_received += others * total
+            self.node_bytes_sent += communicator.passed_on(others * [total])
+        self.ring_allreduce_bytes += ring_bytes(communicator.workers, 4 * elements)
 
     @property
     def compression_ratio(self) -> float:

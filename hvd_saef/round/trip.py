@@ -1,18 +1,28 @@
-"""The state of one bucket's trip: its payloads, and the work that threads do on them. Local."""
+"""One bucket's trip from the workers to the server and back, told in order. Collective.
+
+encode → gather (or alltoall to the sharded server) → serve → gather the answers → land. The steps between
+encoding and landing run in the background: one thread takes payloads up to the server, another serves and
+takes the answers down; each handles one bucket after the other. With overlap, a third thread encodes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef.compression import BlockedTensor, Fused, Memory
+from hvd_saef.memory import algorithm
 from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState
+from hvd_saef.round.statistics import Statistics
+from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Channel, Communicator
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,9 +40,40 @@ class Here(Executor):
 HERE = Here()
 
 
+class FirstFailure:
+    """The first exception of this rank within the exchange of a round. Local.
+
+    It comes from the compressor, or for lack of memory. The other ranks wait for the bucket, so the bucket is
+    sent nevertheless, with a payload of zeros, and all ranks are told at the end of the round.
+    """
+
+    def __init__(self) -> None:
+        self._failure: Exception | None = None
+
+    @property
+    def seen(self) -> Exception | None:
+        """The exception, or None."""
+        return self._failure
+
+    def take(self) -> Exception | None:
+        """Returns the exception, or None, and forgets it."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    @contextmanager
+    def noting(self, payload: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Notes an exception that is raised inside, and zeroes `payload`, for which the others wait."""
+        try:
+            yield
+        except Exception as failure:
+            self._failure = self._failure or failure
+            for piece in payload:
+                piece.zero_()
+
+
 @dataclass
 class Trip:
-    """Holds one bucket's payloads while they are exchanged."""
+    """One bucket in one round. Its methods are the trip's steps, in their order."""
 
     state: BucketState
     plain: bool
@@ -46,13 +87,107 @@ class Trip:
     buffers: Buffers
     what: str
     """The bucket and the round in words, for messages."""
-    sent: list[Tensor] = field(default_factory=list)
+    sent: list[Tensor]
     """This worker's payload for each part, all in one buffer."""
+    communicator: Communicator
+    settings: Settings
+    statistics: Statistics
+    failure: FirstFailure
     encoded: Future[None] = field(default_factory=Future)
-    """Done when row 4 is done."""
+    """Done when :meth:`encode` is done."""
     gathered: Future[list[Tensor]] = field(default_factory=Future)
-    """The payloads that this worker's server needs, once they have been gathered."""
+    """What :meth:`gather` returns."""
     arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
-    """For each part the payloads of row 6, once the background has received them."""
+    """What :meth:`serve` returns: for each part the payloads of row 6."""
     landed: Future[None] | None = None
-    """Done when rows 6 and 2 are done, if the background does them; else None."""
+    """Done when :meth:`land` is done, if the background does that; else None."""
+
+    @torch.no_grad()
+    def encode(self, before: Callable[[], None]) -> None:
+        """Calls `before`, then does row 4. Local."""
+        before()
+        state = self.state
+        with self.statistics.phase("encode"), self.failure.noting(self.sent):
+            if not self.plain:
+                y = state.bucket.new_flat()
+                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
+                algorithm.add_update(state.e, self._start_point(), y)
+            for memory, piece in zip(self.memories, self.sent, strict=True):
+                self.rows.send(memory, piece)
+            if self.wire is not None and self.wire != state.bucket.dtype:
+                sent = self.sent[0].view(self.wire)
+                sent.copy_(self._with_room(sent))
+
+    @torch.no_grad()
+    def gather(self) -> list[Tensor]:
+        """Returns the payloads that this worker's server needs, or (dense) their mean as the only payload."""
+        self.encoded.result()  # raises the exception of the encoding, if any
+        state, communicator = self.state, self.communicator
+        communicator.doing[Channel.UP] = self.what
+        if self.wire is not None:
+            name = f"dense.{state.bucket.index}"
+            communicator.allreduce_mean(self.sent[0].view(self.wire), name)
+            return self.sent
+        size = self.sent[state.mine].numel()
+        payloads = self.buffers.pieces("incoming", communicator.workers * [size], state.bucket.device)
+        if state.sharded:
+            communicator.alltoall(self.sent, payloads)
+        else:
+            communicator.allgather(self.sent[0], payloads, Channel.UP)
+        return payloads
+
+    @torch.no_grad()
+    def serve(self) -> list[list[Tensor]]:
+        """Does row 5' and returns the answers, part by part; or, single-way, the gathered payloads."""
+        payloads = self.gathered.result()
+        if self.served is None:
+            return [payloads]
+        state, device = self.state, self.state.bucket.device
+        (answer,) = self.buffers.pieces("answer", [self.sent[state.mine].numel()], device)
+        weights = [1.0] if self.wire else self.communicator.weights  # a mean is one payload
+        with self.failure.noting([answer]):
+            self.rows.serve(payloads, weights, self.served, answer)
+        if len(self.sent) == 1:
+            return [[answer]]
+        self.communicator.doing[Channel.DOWN] = self.what
+        answers = self.buffers.pieces("answers", [piece.numel() for piece in self.sent], device)
+        self.communicator.allgather(answer, answers, Channel.DOWN)
+        return [[answer] for answer in answers]
+
+    @torch.no_grad()
+    def land(self, shows: bool) -> None:
+        """Waits for the answers, does row 6, and also row 2 if it `shows` b in the parameters. Local."""
+        state = self.state
+        with self.statistics.phase("exchange"):
+            arrived = self.arrived.result()
+        weights = [1.0] if self.served or self.wire else self.communicator.weights
+        with self.statistics.phase("decode"), self.failure.noting():
+            for memory, sent, payloads in zip(self.memories, self.sent, arrived, strict=True):
+                shown = memory if shows else replace(memory, points=())
+                self.rows.receive(shown, sent, payloads, weights)
+            if self.settings.feedback == "none":
+                state.e.zero_()
+                if state.s is not None:
+                    state.s.zero_()
+            if shows and not self.plain:
+                state.show(self._start_point())
+
+    def count(self) -> None:
+        """Adds the bytes of the trip to the statistics. Local."""
+        self.statistics.count_payloads(
+            self.communicator,
+            [piece.numel() for piece in self.sent],
+            mine=self.state.mine,
+            mean=self.sent[0].view(self.wire) if self.wire else None,
+            elements=self.state.bucket.numel,
+        )
+
+    def _start_point(self) -> Tensor:
+        return self.state.start_point(self.settings.alpha, self.settings.beta, self.state.s)
+
+    def _with_room(self, sent: Tensor) -> Tensor:
+        """Returns `sent`, clamped so that the workers' sum fits its dtype; adds the rest to e, in place."""
+        most, e = torch.finfo(sent.dtype).max / self.communicator.size, self.state.e
+        fits = sent.clamp(-most, most)
+        e.add_(sent.to(e.dtype) - fits.to(e.dtype))
+        return fits
