@@ -1,4 +1,4 @@
-"""What users call: `hvd_saef.DistributedOptimizer`, with Horovod's arguments."""
+"""The function that users call, `hvd_saef.DistributedOptimizer`, which takes Horovod's arguments."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hvd_saef.arguments import (
 from hvd_saef.compression import Compression
 from hvd_saef.memory.layout import ChooseCompressor, averages_gradients, build_layout
 from hvd_saef.modules import advise_on_unused_rows, refuse_writing_modules
+from hvd_saef.other_steps import refuse_steps_past_ours, undo_horovods_initial_step
 from hvd_saef.round.determinism import check_compressors
 from hvd_saef.round.model_hooks import ModelHooks
 from hvd_saef.round.parameters import Parameters
@@ -33,7 +34,7 @@ from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.teams import find_workers
 from hvd_saef.transport.together import together
-from hvd_saef.wrapped import SaefMethods, refuse_steps_past_ours, share, undo_horovods_initial_step
+from hvd_saef.wrapped import SaefMethods, share
 
 
 def DistributedOptimizer(
@@ -205,7 +206,7 @@ def DistributedOptimizer(
 
 @dataclass
 class Plan:
-    """What the arguments ask for, on this rank."""
+    """Holds what the arguments ask for on this rank, once they are checked."""
 
     settings: Settings
     choose: ChooseCompressor
@@ -213,7 +214,7 @@ class Plan:
     models: Sequence[nn.Module]
 
     def lay_out(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lay out the optimizer's parameters. Raises TypeError or ValueError for what cannot be."""
+        """Lays out the optimizer's parameters. Raises TypeError or ValueError for one that does not fit."""
         self.layout = build_layout(optimizer.param_groups, self.names, self.choose, self.settings)
         if self.settings.overlap and averages_gradients(self.settings, self.layout):
             raise ValueError(
@@ -222,7 +223,7 @@ class Plan:
             )
 
     def alone(self) -> Plan:
-        """The same without anyone to exchange with."""
+        """Returns the plan of a rank outside the process set, which exchanges with nobody."""
         settings = Settings(feedback="none", sparse_as_dense=self.settings.sparse_as_dense)
         return Plan(settings, compressor_chooser(Compression.none), self.names, self.models)
 
@@ -230,9 +231,9 @@ class Plan:
 def _plan_together(
     optimizer: torch.optim.Optimizer, look: Callable[[], Plan], process_set: Any
 ) -> tuple[Plan, Communicator, bool]:
-    """The plan, the ranks to talk to, and whether this is one of the process set. Collective over it.
+    """Returns the plan, the communicator, and True if this rank is in the process set. Collective over that.
 
-    What is wrong on one rank, is raised on all.
+    If `look` or the layout raises on one rank, all ranks raise.
     """
     plan: Plan | None = None
     failure: Exception | None = None

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor
 
 from hvd_saef.checkpoints.loadable import python_numbers
+from hvd_saef.other_steps import wrap_the_held
 from hvd_saef.round.session import Session
 from hvd_saef.transport.libraries import horovod
 
@@ -138,7 +138,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
                     raise
                 raise RuntimeError(
                     f"{base.__name__}.step() failed: {error}. It gets no closure: that was called before it. "
-                    f"If it needs one, as SAM does: {_wrap_the_held(self._held, base.__name__)}"
+                    f"If it needs one, as SAM does: {wrap_the_held(self._held, base.__name__)}"
                 ) from error
             finally:
                 self._in_step = False
@@ -192,67 +192,3 @@ def share(inner: torch.optim.Optimizer) -> Any:
     # "step" is left out: a scheduler made before wrapping has put a patch of the inner step() there.
     vars(wrapped).update({name: value for name, value in vars(inner).items() if name != "step"})
     return wrapped
-
-
-def undo_horovods_initial_step(wrapped: Any) -> None:
-    """Registers step hooks that put back parameters which Horovod's initial step moves.
-
-    On ranks without state, hvd.broadcast_optimizer_state takes a step of the wrapped optimizer with zero
-    gradients, without the library's step(), and weight decay moves the parameters there.
-    """
-    before: list[tuple[Tensor, Tensor]] = []
-    session: Session = wrapped._saef
-
-    def remember(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not getattr(optimizer, "_in_step", True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            before[:] = [(p, p.detach().clone()) for p in parameters if p.grad is not None]
-
-    def put_back(optimizer: Any, args: Any, kwargs: Any) -> None:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
-        if before:
-            session.modes.note()
-        before.clear()
-
-    wrapped.register_step_pre_hook(remember)
-    wrapped.register_step_post_hook(put_back)
-
-
-def refuse_steps_past_ours(wrapped: Any) -> None:
-    """Makes a step of an optimizer that the wrapped one holds raise RuntimeError outside the wrapped step().
-
-    For example SAM's second_step() calls step() of SAM's base optimizer, and nothing would be exchanged.
-    """
-    ours = {p for group in wrapped.param_groups for p in group["params"]}
-    name, within = type(wrapped).__name__, [False]
-
-    def begin(*_: object) -> None:
-        within[0] = True
-
-    def end(*_: object) -> None:
-        within[0] = False
-
-    def refuse(held: torch.optim.Optimizer, *_: object) -> None:
-        if not within[0]:
-            raise RuntimeError(
-                f"a step of the {type(held).__name__} that {name} holds, past {name}.step(): it would train "
-                f"this rank alone. {_wrap_the_held(held, name)}"
-            )
-
-    held = [value for value in vars(wrapped).values() if isinstance(value, torch.optim.Optimizer)]
-    sharing = [one for one in held if any(p in ours for group in one.param_groups for p in group["params"])]
-    if sharing:
-        wrapped._held = sharing[0]
-        wrapped.register_step_pre_hook(begin)
-        wrapped.register_step_post_hook(end)
-    for one in sharing:
-        one.register_step_pre_hook(refuse)
-
-
-def _wrap_the_held(held: torch.optim.Optimizer, name: str) -> str:
-    return (
-        f"Give the {type(held).__name__} that {name} holds to hvd_saef.DistributedOptimizer, and what that "
-        f"returns to {name} (docs/horovod.md, SAM)."
-    )
