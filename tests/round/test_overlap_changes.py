@@ -109,7 +109,7 @@ def test_has_the_bits_of_overlap_false(
     change: Change, options: dict[str, Any], ranks: int, tmp_path: Path
 ) -> None:
     """That round goes the ordinary way, and the next ones leave early again."""
-    options |= {"worker": "node"} if ranks > 1 else {}
+    options = options | ({"worker": "node"} if ranks > 1 else {})
     runs = [
         together(2, lambda k: at_three(k, overlap, change, tmp_path / str(overlap), **options), ranks)  # noqa: B023
         for overlap in (False, True)
