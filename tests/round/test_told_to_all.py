@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import hvd_saef
 from hvd_saef.diagnostics import Monitor, auxiliary_point
 from hvd_saef.errors import ConfigurationMismatchError, WorkerError
+from hvd_saef.round import local_steps
 from tests.round.test_overlap import Training
 from tests.workers import NO_MODEL, Run, bits, caught, everything, sgd, together
 
@@ -243,3 +244,34 @@ def test_monitors_that_differ_or_are_closed_twice() -> None:
         run.step(2)
 
     together(3, fn)
+
+
+def test_memory_that_lacks_for_a_copy_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient whose square is infinite makes all copy the optimizer's state; one rank cannot."""
+    copy_state = local_steps.StateCopy
+
+    def copy_or_fail(optimizer: torch.optim.Optimizer) -> Any:
+        if optimizer.param_groups[0]["lr"] == 0.25:
+            raise MemoryError("no room for the copy")
+        return copy_state(optimizer)
+
+    monkeypatch.setattr(local_steps, "StateCopy", copy_or_fail)
+
+    def fn(rank: int) -> None:
+        rate = 0.25 if rank == ODD else 0.5
+
+        def make(held: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(held, lr=rate)
+
+        run = Run(rank, make).step()
+        run.set_gradients()
+        gradient = run.parameters[0].grad
+        assert gradient is not None
+        gradient.fill_(1e30)
+        run.optimizer.step()
+
+    failures = caught(3, fn)
+    assert isinstance(failures[ODD], MemoryError)
+    others = [failure for rank, failure in enumerate(failures) if rank != ODD]
+    assert all(isinstance(failure, WorkerError) for failure in others)
+    assert all("rank 1 raised MemoryError: no room for the copy" in str(failure) for failure in others)
