@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hvd_saef
 from hvd_saef.diagnostics import Monitor, auxiliary_point
 from hvd_saef.errors import ConfigurationMismatchError, WorkerError
-from hvd_saef.round import local_steps
+from hvd_saef.round import local_steps, overflow
 from tests.round.test_overlap import Training
 from tests.workers import NO_MODEL, Run, bits, caught, everything, sgd, together
 
@@ -248,7 +248,7 @@ def test_monitors_that_differ_or_are_closed_twice() -> None:
 
 def test_memory_that_lacks_for_a_copy_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient whose square is infinite makes all copy the optimizer's state; one rank cannot."""
-    copy_state = local_steps.StateCopy
+    copy_state = overflow.StateCopy
 
     def copy_or_fail(optimizer: torch.optim.Optimizer) -> Any:
         if optimizer.param_groups[0]["lr"] == 0.25:
