@@ -109,7 +109,7 @@ class Bench:
             )
             for (row, kernel), (_, twin) in pairs:
                 yield f"{name} {row}", kernel, twin
-        look = partial(kernels.squares_fit, self.memory.points)
+        look = partial(kernels.squares_fit, self.memory.parameter_memory)
         yield "look at numbers", look, look
         magnitudes, kept = self.x.abs(), math.ceil(0.01 * self.blocks.numel)
         yield "torch.topk of 1 %", partial(torch.topk, magnitudes, kept, sorted=False), None

@@ -104,7 +104,7 @@ class Memory:
     """This worker's error, [numel]."""
     s: Tensor | None
     """The server's error, [numel], if this worker steps ahead by it; else None."""
-    points: Sequence[Tensor]
+    parameter_memory: Sequence[Tensor]
     """The parameters' own memory in pieces, end to end [numel]; every run lies within one piece. Empty where
     the parameters are not gapless memory of the blocks' dtype."""
     alpha: float
@@ -113,7 +113,7 @@ class Memory:
     """The element of the bucket with which this memory begins."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "points", Pieces.of(self.points))
+        object.__setattr__(self, "parameter_memory", Pieces.of(self.parameter_memory))
 
 
 @dataclass(frozen=True)

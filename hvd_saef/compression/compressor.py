@@ -31,8 +31,8 @@ def check_dense_below(dense_below: object) -> None:
 class Fused(Protocol):
     """The rows of Algorithm 1 around C, each in one pass over memory, with the bits of PlainRows.
 
-    If a Memory has no points, e holds Δ before `send`, and `receive` writes no points. The weights of one
-    call are all the same number: where workers count differently, PlainRows is used instead.
+    If a Memory has no parameter memory, e holds Δ before `send`, and `receive` writes no b. The weights of
+    one call are all the same number: where workers count differently, PlainRows is used instead.
     """
 
     def send(self, memory: Memory, payload: Tensor) -> None:
@@ -52,7 +52,7 @@ class Fused(Protocol):
     def receive(
         self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
     ) -> None:
-        """Rows 6 and 2, in place: x ← x - Σ weight_k·C(...); points ← x - α·e - β·s.
+        """Rows 6 and 2, in place: x ← x - Σ weight_k·C(...); parameter memory ← x - α·e - β·s.
 
         The sum runs in the order of the workers. `sent` is the payload that :meth:`send` wrote.
         """

@@ -138,8 +138,8 @@ class _FusedSign:
     def send(self, memory: Memory, payload: Tensor) -> None:
         """See :meth:`Fused.send`."""
         m, runs = memory, self.compressor._table(memory.blocks)
-        if m.points:
-            kernels.native.sign_encode(m.e, runs, payload, m.x, m.s, m.alpha, m.beta, m.points)
+        if m.parameter_memory:
+            kernels.native.sign_encode(m.e, runs, payload, m.x, m.s, m.alpha, m.beta, m.parameter_memory)
         else:
             kernels.native.sign_encode(m.e, runs, payload)
 
@@ -157,7 +157,7 @@ class _FusedSign:
         """See :meth:`Fused.receive`."""
         m, runs = memory, self.compressor._table(memory.blocks)
         kernels.native.sign_decode(
-            m.x, runs, payloads, -weights[0], m.e, sent, m.s, m.alpha, m.beta, m.points
+            m.x, runs, payloads, -weights[0], m.e, sent, m.s, m.alpha, m.beta, m.parameter_memory
         )
 
 

@@ -184,8 +184,8 @@ class _FusedTopK:
     def send(self, memory: Memory, payload: Tensor) -> None:
         """See :meth:`Fused.send`."""
         m, given = memory, self.compressor._given(memory.blocks, payload)
-        if m.points:
-            kernels.native.topk_encode(m.e, *given, m.x, m.s, m.alpha, m.beta, m.points)
+        if m.parameter_memory:
+            kernels.native.topk_encode(m.e, *given, m.x, m.s, m.alpha, m.beta, m.parameter_memory)
         else:
             kernels.native.topk_encode(m.e, *given)
 
@@ -201,7 +201,7 @@ class _FusedTopK:
     ) -> None:
         """See :meth:`Fused.receive`."""
         m, given = memory, self.compressor._given(memory.blocks, payloads)
-        kernels.native.topk_decode(m.x, *given, -weights[0], m.e, m.s, m.alpha, m.beta, m.points)
+        kernels.native.topk_decode(m.x, *given, -weights[0], m.e, m.s, m.alpha, m.beta, m.parameter_memory)
 
 
 def _pages(size: int) -> int:

@@ -66,9 +66,9 @@ class PlainRows:
 
     def send(self, memory: Memory, payload: Tensor) -> None:
         """Row 4: computes Δ = e + b - y, writes C(Δ) into `payload`, and leaves Δ - C(Δ) in e."""
-        if memory.points:
+        if memory.parameter_memory:
             b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
-            add_update(memory.e, b, torch.cat(list(memory.points)))
+            add_update(memory.e, b, torch.cat(list(memory.parameter_memory)))
         self._compressor.encode(self._blocked(memory.e, memory), payload)
 
     def serve(
@@ -88,16 +88,15 @@ class PlainRows:
         """Row 6: subtracts u = Σ weight_k·C(...) from x, in place; then row 2 of the next round.
 
         The sum runs in the order of the workers. The payloads are the server's one answer, with weight 1, or
-        (row 5) those of all workers, with weight 1/K each. Row 2 writes b into `memory.points`, if any.
+        (row 5) those of all workers, with weight 1/K each. Row 2 writes b into the parameter memory, if any.
         """
         x = self._blocked(memory.x, memory)
         for payload, weight in zip(payloads, weights, strict=True):
             self._compressor.decode_add(payload, x, -weight)
-        if memory.points:
+        if memory.parameter_memory:
             b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
-            torch._foreach_copy_(
-                list(memory.points), list(torch.split(b, [p.numel() for p in memory.points]))
-            )
+            pieces = list(memory.parameter_memory)
+            torch._foreach_copy_(pieces, list(torch.split(b, [piece.numel() for piece in pieces])))
 
     def _blocked(self, flat: Tensor, memory: Memory) -> BlockedTensor:
         return BlockedTensor(flat, memory.blocks, replace(self._draws, first=memory.first))

@@ -194,7 +194,7 @@ class Exchange:
             served = BlockedTensor(state.s, part.blocks, Draws.of(rounds, bucket.index, None, part.start))
         return Trip(
             state=state,
-            plain=any(memory.points for memory in memories),
+            plain=any(memory.parameter_memory for memory in memories),
             rows=rows or algorithm.PlainRows(compressor, draws),
             memories=memories,
             wire=wire,

@@ -44,7 +44,7 @@ class Loaded:
     """Holds what this worker loaded. Without arguments, it holds nothing."""
 
     held: Held = Held()
-    points: list[Tensor] | None = None
+    training_point: list[Tensor] | None = None
     """The training point, one tensor per parameter; None if the training point is b."""
     server_errors: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -66,8 +66,8 @@ class Loaded:
             start=(settings["alpha"], settings["beta"]) if settings else None,
             count=None if saved["consolidated"] else saved.get("count"),
         )
-        points = None if reached is None else [reached[slot.name] for slot in with_state.slots]
-        return cls(held, points, pieces, settings, frozenset(saved["x"]))
+        point = None if reached is None else [reached[slot.name] for slot in with_state.slots]
+        return cls(held, point, pieces, settings, frozenset(saved["x"]))
 
     @torch.no_grad()
     def updates(self, state: State) -> list[Tensor]:
@@ -75,15 +75,15 @@ class Loaded:
 
         Local.
         """
-        if self.points is None:
+        if self.training_point is None:
             return []
         alpha, beta = self.held.start or (state.settings.alpha, state.settings.beta)
-        points = dict(zip((slot.name for slot in state.layout.slots), self.points, strict=True))
+        reached = dict(zip((slot.name for slot in state.layout.slots), self.training_point, strict=True))
         updates = []
         for one in state.buckets:
             update = one.start_point(alpha, beta, self.server_error(one))
             for slot in one.bucket.slots:
-                slot.view(update).sub_(points[slot.name].to(update.device))
+                slot.view(update).sub_(reached[slot.name].to(update.device))
             updates.append(update)
         return updates
 

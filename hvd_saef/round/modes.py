@@ -152,17 +152,17 @@ class Modes:
             self._stepping = False
             handle.remove()
 
-    def begin(self, state: State | None, points: list[Tensor] | None = None) -> None:
-        """Starts training on `state`: from the start of a round, or from `points` within a round."""
+    def begin(self, state: State | None, training_point: list[Tensor] | None = None) -> None:
+        """Starts training on `state`: from the start of a round, or from `training_point` within a round."""
         self.state = state
         if self._unstepped is not None:
             if state is None:
                 self._unstepped.start()
             else:
                 self._unstepped.stop()
-        if points is None:
+        if training_point is None:
             self.progress.undid_steps()
-        self.to_start(points)
+        self.to_start(training_point)
 
     def claim(self, layout: Layout) -> None:
         """Makes this optimizer the owner. An earlier owner leaves its parameters at its x and is done."""
@@ -198,12 +198,12 @@ class Modes:
         return added
 
     @torch.no_grad()
-    def to_start(self, points: list[Tensor] | None = None) -> None:
+    def to_start(self, training_point: list[Tensor] | None = None) -> None:
         """Writes the parameters after x, e or s changed: x in evaluation, else the training point.
 
-        `points` is the training point, as :meth:`points` returned it; None stands for b.
+        `training_point` is what :meth:`training_point` returned; None stands for b.
         """
-        self._reached = None if points is None else [point.clone() for point in points]
+        self._reached = None if training_point is None else [point.clone() for point in training_point]
         if self.state is None:
             return
         if self.at_x:
@@ -236,7 +236,7 @@ class Modes:
         self.to_start()
 
     @torch.no_grad()
-    def points(self) -> list[Tensor] | None:
+    def training_point(self) -> list[Tensor] | None:
         """Returns copies of the training point, one tensor per parameter; None for b, or if no x is taken."""
         if self.at_x:
             return None if self._reached is None else [tensor.clone() for tensor in self._reached]
@@ -247,7 +247,7 @@ class Modes:
         return [parameter.clone() for parameter in self._parameters(self.state)]
 
     def _to_x(self) -> None:
-        self._reached = self.points()
+        self._reached = self.training_point()
         if self.state is not None and not self._x_is_shown(self.state):
             self.state.show_x()
             self.journeys += 1

@@ -180,10 +180,11 @@ class Origin:
         if state and state.buckets:
             begins, lost = self._loaded.go_on(self._communicator, state, [one.held for one in everyone])
             if begins:
-                self._loaded.points = None
+                self._loaded.training_point = None
                 self._progress.undid_steps()
             self._warn_of_loss(lost)
-        self._modes.to_start(self._loaded.points)  # the model may have been loaded after the optimizer
+        # The model may have been loaded after the optimizer.
+        self._modes.to_start(self._loaded.training_point)
 
     @torch.no_grad()
     def _take_all_from(self, root: int, standing: Standing, with_state: Layout) -> None:
@@ -250,8 +251,8 @@ class Origin:
         """Adds the new parameters of `layout`, at their present values and without errors. Local."""
         self._settled, self._whole_server_errors = False, None
         added = self._modes.grow(layout)
-        if self._loaded.points is not None:
-            self._loaded.points += added
+        if self._loaded.training_point is not None:
+            self._loaded.training_point += added
 
     def parameters_replaced(self) -> None:
         """Takes x from the parameters after a state was loaded into the model, unless they hold x already."""
@@ -309,7 +310,7 @@ class Origin:
         own = self.consolidated or saved["rank"] == self._communicator.worker
         self._loaded = Loaded.of(saved, with_state, own, serves)
         self._progress.restored(int(saved["rounds"]), int(saved["local_steps_done"]))
-        self._modes.begin(state, self._loaded.points)
+        self._modes.begin(state, self._loaded.training_point)
 
     def _take_plain_state(self, with_state: Layout, resumed: bool) -> None:
         """Warns of what is lost with a state without the part "hvd_saef", and moves the parameters to x."""

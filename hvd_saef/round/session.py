@@ -295,12 +295,12 @@ class Session:
         Gathers all of s on every worker, too.
         """
         self.flush()
-        points = self.modes.points()
+        training_point = self.modes.training_point()
         if self.modes.state is not None:
             buckets = [bucket for bucket in self.modes.state.buckets if bucket.bucket.numel]
             average_errors(self.communicator, self.statistics, buckets)
             self.origin.consolidated_with(whole_server_errors(self.communicator, self.modes.state))
-            self.modes.to_start(points)
+            self.modes.to_start(training_point)
         average_moments(self.communicator, self.inner, self.parameters.layout)
 
     @in_use

@@ -81,7 +81,7 @@ def export_state(
         "local_steps_done": modes.progress.local_steps_done,
         "reached": None,
     }
-    point = modes.points()
+    point = modes.training_point()
     if modes.state and point is not None:
         names = [slot.name for slot in modes.state.layout.slots]
         exported["reached"] = dict(zip(names, point, strict=True))

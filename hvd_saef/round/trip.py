@@ -163,7 +163,7 @@ class Trip:
         weights = [1.0] if self.served or self.wire else self.communicator.weights
         with self.statistics.phase("decode"), self.failure.noting():
             for memory, sent, payloads in zip(self.memories, self.sent, arrived, strict=True):
-                shown = memory if shows else replace(memory, points=())
+                shown = memory if shows else replace(memory, parameter_memory=())
                 self.rows.receive(shown, sent, payloads, weights)
             if self.settings.feedback == "none":
                 state.e.zero_()

@@ -187,7 +187,7 @@ def a_round(rows: Any, compressor: TopKCompressor, m: Memory, shown: bool) -> li
     rows.serve([sent, other, sent], 3 * [1 / 3], server, answer)
     left = [m.e.clone()]
     rows.receive(m, sent, [answer, other], [0.7, 0.7])
-    return [sent, answer, *left, server.flat, m.x, m.e, *m.points]
+    return [sent, answer, *left, server.flat, m.x, m.e, *m.parameter_memory]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
