@@ -214,7 +214,10 @@ class Mode(Action):
                 move(seat, "eval" if self.to == "consensus" else self.to)
             reference.stale(rank)
             if self.to == "consensus":
-                reference.seen[rank].append(reference.shown(rank))
+                # What a background steps of the other optimizers is somewhere on its way.
+                on_its_way = reference.moving(rank) - {name for seat in seats for name in seat.names}
+                shown = reference.shown(rank)
+                reference.seen[rank].append({name: shown[name] for name in shown if name not in on_its_way})
                 for seat, mode in zip(seats, before, strict=True):
                     move(seat, "eval" if mode == "eval" else "train")
 
