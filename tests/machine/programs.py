@@ -51,6 +51,8 @@ def options(draw: Any, /, **fixed: Any) -> Options:
     compressor = draw(st.sampled_from(["sign", "sign", "topk", "none", "fp16"]))
     alpha = draw(st.sampled_from([1.0, 1.0, 0.5])) if feedback == "saef" else 1.0
     beta = draw(st.sampled_from([0.0, 0.0, 1.0])) if feedback == "saef" and double else 0.0
+    # Adam's updates are of few sizes: their sums are ties of float16, decided by a float64's last bit.
+    optimizers = ["sgd", "sgdm", *(["adamw"] if compressor != "fp16" else [])]
     servers = ["auto", "replicated", *(["sharded"] if double and not beta else [])]
     chosen: dict[str, Any] = {
         "workers": 2,
@@ -66,7 +68,7 @@ def options(draw: Any, /, **fixed: Any) -> Options:
         "block_size": draw(st.sampled_from([None, None, 2])),
         "server": draw(st.sampled_from(servers)),
         "small_buckets": draw(st.booleans()),
-        "optimizer": draw(st.sampled_from(["sgd", "sgdm", "adamw"])),
+        "optimizer": draw(st.sampled_from(optimizers)),
         "overlap": draw(st.sampled_from(OVERLAPS)),
         "hooked": draw(st.sampled_from([True, True, False])),
         "on_nonfinite": draw(st.sampled_from(["raise", "skip"])),
