@@ -214,10 +214,11 @@ class Mode(Action):
                 move(seat, "eval" if self.to == "consensus" else self.to)
             reference.stale(rank)
             if self.to == "consensus":
-                # What a background steps of the other optimizers is somewhere on its way.
-                on_its_way = reference.moving(rank) - {name for seat in seats for name in seat.names}
+                # Others' parameters may be stepped in the background, or have been left at x by a hook.
+                unknown = reference.moving(rank) | reference.open(rank)
+                unknown -= {name for seat in seats for name in seat.names}
                 shown = reference.shown(rank)
-                reference.seen[rank].append({name: shown[name] for name in shown if name not in on_its_way})
+                reference.seen[rank].append({name: shown[name] for name in shown if name not in unknown})
                 for seat, mode in zip(seats, before, strict=True):
                     move(seat, "eval" if mode == "eval" else "train")
 

@@ -101,6 +101,11 @@ class Reference:
             places = [place | choice for place in places for choice in choices]
         return places
 
+    def open(self, rank: int) -> set[str]:
+        """The parameters that are at x or at the training point: a hook may have left them at either."""
+        places = self.possible(rank)
+        return {name for name in places[0] if any(p[name] is not places[0][name] for p in places[1:])}
+
     def shown(self, rank: int) -> Vec:
         """What the parameters are."""
         return self.possible(rank)[0]
