@@ -55,7 +55,7 @@ LOOKS = Program(Options(local_steps=2), (*TRAINS, Look(), *TRAINS))
 def test_a_look_that_forgets_the_point_reached_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counter-check: with that fault, the same program fails, and says how to run it."""
     check(LOOKS)
-    monkeypatch.setattr(Modes, "points", lambda modes: None)
+    monkeypatch.setattr(Modes, "training_point", lambda modes: None)
     with pytest.raises(AssertionError, match=r"(?s)off, in mode.*Program\("):
         check(LOOKS)
 
