@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi.launch import ROOT, run_job
+from tests.pictures import coloured_pixels
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -37,5 +38,5 @@ def test_launchers(launcher: str, tmp_path: Path) -> None:
     assert all(0 < float(row["training_loss"]) < 2.3 for row in rows)  # log 10: has learned something
     assert (float(rows[2]["bytes_sent"]) > 0) is (ranks > 1)
     assert float(rows[2]["bytes_sent"]) * 10 * ranks <= float(rows[0]["bytes_sent"])
-    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert coloured_pixels(tmp_path / "quickstart.png") > 50  # one epoch: dots
     assert "Training loss at x" in (tmp_path / "summary.txt").read_text()
