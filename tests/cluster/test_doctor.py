@@ -29,7 +29,8 @@ def test_the_slowest_link(tmp_path: Path) -> None:
     assert code == 0, report
     rates = {tuple(sorted(link["hosts"])): link["bits_per_second"] for link in report["links"]}
     assert set(rates) == {(f"h{a}", f"h{b}") for a in range(4) for b in range(a + 1, 4)}
-    assert all((rate < 1e8) is ("h2" in pair) for pair, rate in rates.items()), rates
+    # A burst goes through faster than the rate: slow links measure up to twice their 60 Mbit/s.
+    assert all((rate < 2e8) is ("h2" in pair) for pair, rate in rates.items()), rates
     assert all(link["seconds"] > 0 for link in report["links"])
     (links,) = [finding for finding in report["findings"] if finding["check"] == "links"]
     slowest = min(rates, key=lambda pair: rates[pair])
