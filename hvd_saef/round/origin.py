@@ -116,10 +116,6 @@ class Origin:
         self._agreed_now()
         self._broken = False
 
-    def is_agreed(self) -> bool:
-        """Returns :attr:`agreed`, as a method that can be handed to other objects. Local."""
-        return self.agreed
-
     def forget_agreement(self) -> None:
         """Lets all workers agree again at their next collective call. Local."""
         self._settled = False
@@ -145,8 +141,7 @@ class Origin:
         self._settled, self._source, self._loaded = True, Source.KEPT, Loaded()
         self._flushed = flushes_denormals()
 
-    @property
-    def agreed(self) -> bool:
+    def is_agreed(self) -> bool:
         """True if all workers have agreed, and this thread treats denormal numbers as it did then. Local."""
         return self._settled and self._flushed == flushes_denormals()
 

@@ -158,7 +158,7 @@ class Session:
         This rank's word is `word` and the facts that every word reports (new, under way, asked to stop).
         """
         self.check_process()
-        if not self.origin.agreed:
+        if not self.origin.is_agreed():
             word |= Word.ANCHOR
         if self.overlap.under_way:
             word |= Word.UNDER_WAY
