@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from benchmarks.hosts import ENVIRONMENT, INTERFACE, Hosts, bits_per_second, stopping_cleanly, why_not
+from benchmarks.hosts import ENVIRONMENT, INTERFACE, MPIRUN, Hosts, bits_per_second, stopping_cleanly, why_not
 from benchmarks.models import SHAPES
 from benchmarks.timings import Timing, plot, read, summarize, table, write
 
@@ -44,7 +44,7 @@ def run_piece(args: argparse.Namespace, rate: str, number: int, out: Path) -> bo
     with open(out.with_suffix(".log"), "w") as log:
         try:
             if rate == "memory":
-                start = ["mpirun", "--bind-to", "none", "-np", str(number)]
+                start = [MPIRUN, "-np", str(number)]
                 done = subprocess.run(
                     [*start, *command],
                     env={**os.environ, **ENVIRONMENT},

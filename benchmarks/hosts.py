@@ -42,17 +42,14 @@ LATENCY = "50ms"
 ETC = Path("/etc/netns")
 """Files in a folder of the namespace's name stand for those in /etc, inside."""
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+MPIRUN = str(Path(__file__).resolve().parents[1] / "launch" / "mpirun.sh")
+"""mpirun with what the MPI at hand needs: everything here and in the tests starts its ranks by it."""
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "VENV": sys.prefix,
     "OMP_NUM_THREADS": "1",
-    # Open MPI 4 and 5: root may run, ranks may outnumber cores, and give way while they wait.
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
 }
-"""What ranks need that share one machine."""
+"""What launchers need to start ranks on one machine, with the MPI and the packages of this Python."""
 
 
 class HostsError(RuntimeError):
@@ -199,6 +196,7 @@ class Hosts:
             (ETC / inside).mkdir(parents=True)
             (ETC / inside / "hosts").write_text(self._known_hosts())
             (self.folder / host).mkdir()
+        self.agent.parent.mkdir()
         self.agent.write_text(self._agent_script())
         self.agent.chmod(0o755)
 
@@ -216,7 +214,7 @@ class Hosts:
     @property
     def agent(self) -> Path:
         """A script called as ssh is: options, an address, options, and a command to run there."""
-        return self.folder / "agent.sh"
+        return self.folder / "bin" / "ssh"
 
     def _agent_script(self) -> str:
         cases = "\n".join(
@@ -243,27 +241,14 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
     def mpirun(self, command: Sequence[str], ranks: int = 1) -> list[str]:
         """How mpirun starts `command` with `ranks` ranks on each host; to be given to :meth:`run`.
 
-        Open MPI 4 and 5, whichever is beside this Python or on the PATH. Raises HostsError if there is none.
+        It is the mpirun beside this Python or on the PATH. Raises HostsError if there is none.
         """
-        launcher = shutil.which("mpirun", path=ENVIRONMENT["PATH"])
-        if launcher is None:
+        path = ENVIRONMENT["PATH"]
+        if shutil.which("mpirun", path=path) is None:
             raise HostsError("no mpirun beside this Python or on the PATH: load its module.")
-        version = _do(launcher, "--version")
-        major = re.search(r"\(Open MPI\) (\d+)\.", version)
-        if not major:
-            raise HostsError(f"only Open MPI 4 and 5 are known here, not {version.splitlines()[0]!r}.")
-        agent = str(self.agent)
-        if int(major[1]) >= 5:
-            start = ["--prtemca", "plm_ssh_agent", agent, "--prtemca", "plm_ssh_no_tree_spawn", "1"]
-            start += ["--prtemca", "oob_tcp_if_include", INTERFACE]
-        else:
-            start = ["--mca", "plm_rsh_agent", agent, "--mca", "plm_rsh_no_tree_spawn", "1"]
-            start += ["--mca", "oob_tcp_if_include", INTERFACE]
-        network = ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self" + (",sm" if ranks > 1 else "")]
-        network += ["--mca", "btl_tcp_if_include", INTERFACE]
         slots = ",".join(f"{address}:{ranks}" for address in self.addresses)
-        start += ["--allow-run-as-root", "--bind-to", "none", "-H", slots, "-np", str(ranks * self.number)]
-        return [launcher, *start, *network, *command]
+        settings = [f"PATH={self.agent.parent}:{path}", f"HOSTS={slots}", f"INTERFACE={INTERFACE}"]
+        return ["env", *settings, MPIRUN, "-np", str(ranks * self.number), *command]
 
     def run(
         self,

@@ -184,9 +184,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run all methods and seeds, and report on rank 0."""
     args = arguments()
-    if args.np and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    if args.np:
         launcher = str(ROOT / "launch" / "horovodrun.sh")
-        os.execv(launcher, [launcher, "-np", str(args.np), sys.executable, *sys.argv])
+        started = [sys.executable, *sys.argv, "--np", "0"]  # the last one counts
+        os.execv(launcher, [launcher, "-np", str(args.np), *started])
     torch.set_num_threads(1)
     hvd.init()
     if args.device == "cuda":

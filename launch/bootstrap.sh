@@ -111,8 +111,12 @@ check_cuda() {
   [ "$toolkit" = "$ours" ] || die "nvcc is of CUDA $toolkit, torch's CUDA is $ours: use a toolkit and a torch of the same major version (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu...)"
 }
 
-mpi_version() {
-  "$(dirname "$(command -v mpicxx)")/mpirun" --version 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9.\n' '-'
+# What built wheels depend on: whose MPI, of which version (MPICH says it in the second line), and where, unless it
+# is in the environment itself.
+mpi_key() {
+  local folder; folder=$(dirname "$(command -v mpicxx)")
+  "$folder/mpirun" --version 2>/dev/null | sed -n '1p;2s/^ *Version: *//p' | tr -cs 'A-Za-z0-9.' '-' | sed 's/-*$//'
+  if [ "$folder" != "$venv/bin" ]; then printf -- '-%s' "$(realpath "$folder" | sha256sum | cut -c -8)"; fi
 }
 
 # cached_wheel NAME KEY BUILD: installs NAME's wheel from the cache, after BUILD DIR made it there.
@@ -177,7 +181,7 @@ pip install -q 'setuptools>=77,<81' wheel packaging cloudpickle psutil pyyaml cf
 install_torch
 if [ "$cuda" = yes ]; then check_cuda; fi
 install_mpi
-key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_version)-$(uname -m)
+key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_key)-$(uname -m)
 torch_version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
 cached_wheel mpi4py "$MPI4PY-$key" build_mpi4py
 cached_wheel horovod "$HOROVOD-torch$torch_version-cuda_$cuda-$key" build_horovod

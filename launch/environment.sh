@@ -16,6 +16,36 @@ fi
 # Threads a rank: the cores that SLURM gave it, else one. More in all than cores makes everything slow.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Ranks that wait give way to those that compute: hvd_saef and Horovod have threads beside the main one.
-export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+# Each MPI has a variable of its own for that, and takes no notice of the others'.
+export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}   # Open MPI
 # In a container, say, everyone is root, which Open MPI refuses unless it is told twice.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+
+# Prints whose mpirun is first on the PATH: "openmpi4", "openmpi" (5 or newer), "mpich", "intel"; for any
+# other, what it says of itself. MPICH's and Intel MPI's have the same launcher, Hydra.
+mpi_on_path() {
+  local said
+  said=$(mpirun --version 2>&1 </dev/null) || true
+  case $said in
+    *"(Open MPI) 4."*) echo openmpi4 ;;
+    *"(Open MPI)"*) echo openmpi ;;
+    *"Intel(R) MPI"*) echo intel ;;
+    *HYDRA*) echo mpich ;;
+    *) head -n 1 <<<"$said" ;;
+  esac
+}
+
+# For MPICH and Intel MPI, which have no options of mpirun for it: TCP over this network interface, in libfabric
+# and in UCX; an empty name changes nothing. Ranks of one host talk through memory all the same.
+use_interface() {
+  if [ -z "$1" ]; then return; fi
+  export FI_PROVIDER=tcp FI_TCP_IFACE=$1 UCX_TLS=tcp,self UCX_NET_DEVICES=$1
+}
+
+# Intel MPI binds each rank to a core of its own unless it is told: none, core or socket.
+bind_intel() {
+  case $1 in
+    none) export I_MPI_PIN=0 ;;
+    *) export I_MPI_PIN=1 I_MPI_PIN_DOMAIN=$1 ;;
+  esac
+}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# mpirun with what Open MPI 4 and 5 need: hosts and slots, root, more ranks than cores, the environment.
+# mpirun with what Open MPI 4 and 5, MPICH and Intel MPI need: hosts and slots, root, more ranks than cores,
+# binding, the environment. Everything that starts MPI jobs here, tests too, asks this script.
 #
 #   launch/mpirun.sh -np 4 python -m mpi4py train.py
 #   HOSTS=node1:4,node2:4 INTERFACE=ib0 launch/mpirun.sh python -m mpi4py train.py
@@ -13,7 +14,7 @@ set -euo pipefail
 HOSTS=${HOSTS:-}           # name:slots,name:slots (a slot is a rank); empty: this machine, or the scheduler's
 INTERFACE=${INTERFACE:-}   # network interface for MPI over TCP; empty: MPI chooses (and finds InfiniBand)
 BINDING=${BINDING:-none}   # core, socket, none: none is right when ranks share cores
-OVERSUBSCRIBE=${OVERSUBSCRIBE:-auto}   # more ranks than slots: yes, no; auto: on this machine alone
+OVERSUBSCRIBE=${OVERSUBSCRIBE:-auto}   # more ranks than slots: yes, no; auto: on this machine alone (Open MPI's)
 # ---------------------------------------------------------------------------------------------------------
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,31 +22,44 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/environment.sh"
 command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun: load an MPI module, or run launch/bootstrap.sh" >&2; exit 1; }
 
-version=$(mpirun --version | head -n 1)
-case $version in
-  *"Open MPI"*) ;;
-  *) echo "mpirun.sh: $version: its options are Open MPI's; call your mpirun by itself" >&2; exit 1 ;;
+mpi=$(mpi_on_path)
+options=()
+
+open_mpi() {
+  if [ "$OVERSUBSCRIBE" = auto ]; then
+    OVERSUBSCRIBE=no
+    if [ -z "$HOSTS" ] && [ -z "${SLURM_JOB_ID:-}" ]; then OVERSUBSCRIBE=yes; fi
+  fi
+  local mapping=slot name
+  if [ "$OVERSUBSCRIBE" = yes ]; then mapping=slot:OVERSUBSCRIBE; fi   # 4 and 5 both know it in this form
+  options=(--bind-to "$BINDING" --map-by "$mapping")
+  if [ -n "$HOSTS" ]; then options+=(-H "$HOSTS"); fi
+  if [ -n "$INTERFACE" ]; then
+    options+=(--mca pml ob1 --mca btl_tcp_if_include "$INTERFACE")
+    case $mpi in
+      openmpi4) options+=(--mca oob_tcp_if_include "$INTERFACE") ;;
+      *) options+=(--prtemca oob_tcp_if_include "$INTERFACE") ;;
+    esac
+  fi
+  # Ranks on other hosts get only what is named; what is set for some ranks alone can make a job hang.
+  while IFS= read -r name; do
+    options+=(-x "$name")
+  done < <(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|PYTHON.*|OMP_.*|MKL_.*|OMPI_MCA_mpi_yield_when_idle|(HVD_SAEF|HOROVOD|NCCL|UCX)_.*)$')
+}
+
+# MPICH and Intel MPI pass the whole environment on, take as many ranks as they are asked for, and do not mind root.
+hydra() {
+  if [ -n "$HOSTS" ]; then options+=(-hosts "$HOSTS"); fi
+  if [ -n "$INTERFACE" ]; then options+=(-iface "$INTERFACE"); fi
+  use_interface "$INTERFACE"
+}
+
+case $mpi in
+  openmpi*) open_mpi ;;
+  mpich) options=(-bind-to "$BINDING"); hydra ;;
+  intel) bind_intel "$BINDING"; hydra ;;
+  *) echo "mpirun.sh: $mpi: only Open MPI's, MPICH's and Intel MPI's options are known; call your mpirun by itself" >&2; exit 1 ;;
 esac
 
-if [ "$OVERSUBSCRIBE" = auto ]; then
-  OVERSUBSCRIBE=no
-  if [ -z "$HOSTS" ] && [ -z "${SLURM_JOB_ID:-}" ]; then OVERSUBSCRIBE=yes; fi
-fi
-mapping=slot
-if [ "$OVERSUBSCRIBE" = yes ]; then mapping=slot:OVERSUBSCRIBE; fi   # 4 and 5 both know it in this form
-
-options=(--bind-to "$BINDING" --map-by "$mapping")
-if [ -n "$HOSTS" ]; then options+=(-H "$HOSTS"); fi
-if [ -n "$INTERFACE" ]; then
-  options+=(--mca pml ob1 --mca btl_tcp_if_include "$INTERFACE")
-  case $version in
-    *") 4."*) options+=(--mca oob_tcp_if_include "$INTERFACE") ;;
-    *) options+=(--prtemca oob_tcp_if_include "$INTERFACE") ;;
-  esac
-fi
-for name in PATH LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS OMPI_MCA_mpi_yield_when_idle; do
-  if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi
-done
-
-# By its whole path: so Open MPI finds its own daemons on the other hosts, whatever their PATH is.
+# By its whole path: so it finds its own daemons on the other hosts, whatever their PATH is.
 exec "$(command -v mpirun)" "${options[@]}" "$@"

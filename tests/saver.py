@@ -25,7 +25,7 @@ from torch import nn
 import hvd_saef
 from hvd_saef.checkpoints.manifest import MANIFEST
 from tests import without
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 from tests.workers import draw
 
 
@@ -121,7 +121,7 @@ def kill_threads(kills: int) -> dict[str, int]:
 
 def kill_jobs(kills: int, ranks: int, folder: Path) -> int:
     """Kill one rank of a job that saves, so many times; how often the next job could load what was there."""
-    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "tests.saver", "--job", str(folder)]
+    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", "tests.saver", "--job", str(folder)]
     loaded = 0
     for number in range(kills + 1):
         before = rounds_in(folder)

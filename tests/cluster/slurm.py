@@ -171,11 +171,7 @@ class Slurm:
 
     def _variables(self) -> dict[str, str]:
         return {
-            **{
-                name: value
-                for name, value in ENVIRONMENT.items()
-                if not name.startswith(("SLURM_", "PRTE_", "OMPI_MCA_rmaps"))
-            },
+            **{name: value for name, value in ENVIRONMENT.items() if not name.startswith("SLURM_")},
             "SLURM_CONF": f"{self.folder}/h0/slurm.conf",
             "TMPDIR": f"{self.hosts.folder}/h0",
         }

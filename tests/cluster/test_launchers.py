@@ -31,20 +31,16 @@ def hosts() -> Iterator[Hosts]:
     if reason:
         pytest.skip(f"cannot make hosts: {reason}")
     with Hosts(2) as made:
-        (made.folder / "bin").mkdir()
-        (made.folder / "bin" / "ssh").symlink_to(made.agent)
         yield made
 
 
 def run(hosts: Hosts, launcher: str, log: Path, *command: str) -> int:
     """Under a launcher with two ranks a host; its exit code."""
     settings = {"HOSTS": "h0:2,h1:2", "INTERFACE": "eth0", "PYTHONPATH": str(ROOT)}
-    settings["PATH"] = f"{hosts.folder}/bin:{ENVIRONMENT['PATH']}"
-    as_many_as_slots = [word for name in ENVIRONMENT if "rmaps" in name for word in ("-u", name)]
+    settings["PATH"] = f"{hosts.agent.parent}:{ENVIRONMENT['PATH']}"
     with open(log, "a") as output:
-        inside = ["env", *as_many_as_slots, str(ROOT / "launch" / launcher)]
         return hosts.run(
-            [*inside, sys.executable, "-m", "mpi4py", *command],
+            [str(ROOT / "launch" / launcher), sys.executable, "-m", "mpi4py", *command],
             LIMIT,
             output=output,
             environment=settings,

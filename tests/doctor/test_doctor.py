@@ -20,7 +20,7 @@ from hvd_saef.doctor.findings import failure, ok
 from hvd_saef.doctor.links import Link, pairings
 from hvd_saef.doctor.nodes import judge_spread
 from hvd_saef.kernels.sources import LIBRARY
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -146,7 +146,7 @@ def ask(command: list[str], cwd: Path = ROOT, **variables: str) -> tuple[int, di
 
 def test_a_good_environment() -> None:
     for ranks in (1, 2):
-        command = DOCTOR if ranks == 1 else ["mpirun", "-np", str(ranks), *DOCTOR]
+        command = DOCTOR if ranks == 1 else [MPIRUN, "-np", str(ranks), *DOCTOR]
         code, report = ask(command)
         assert code == 0
         bad = [finding for finding in report["findings"] if finding["status"] != "ok"]
@@ -184,7 +184,7 @@ def test_a_broken_environment(how: str, tmp_path: Path) -> None:
 
 def test_more_threads_than_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    code, report = ask(["mpirun", "-np", "2", *DOCTOR], OMP_NUM_THREADS=str(cores))
+    code, report = ask([MPIRUN, "-np", "2", *DOCTOR], OMP_NUM_THREADS=str(cores))
     assert code == 0
     (bad,) = [finding for finding in report["findings"] if finding["status"] == "warning"]
     assert bad["found"] == f"2 ranks of {cores} threads on {cores} cores"
@@ -199,7 +199,7 @@ def test_ranks_that_differ(tmp_path: Path) -> None:
     (library,) = (copy / "torch").glob("mpi_lib_v2.*.so")
     find_as_before(library, folder_of("horovod") / "torch" / library.name)
     other = ["env", f"PYTHONPATH={tmp_path}:{ROOT}", *DOCTOR, "--json"]
-    code, report = ask(["mpirun", "-np", "1", *other, ":", "-np", "1", *DOCTOR])
+    code, report = ask([MPIRUN, "-np", "1", *other, ":", "-np", "1", *DOCTOR])
     assert code == 1
     (bad,) = [finding for finding in report["findings"] if finding["status"] == "failure"]
     assert "1.13.1" in bad["found"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ROOT, run_job
+from tests.mpi.launch import MPIRUN, ROOT, run_job
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -18,7 +18,7 @@ pytest.importorskip("mlxtend", reason="needs the extra [examples]")
 
 def run(script: str, ranks: int, *arguments: str) -> str:
     """What the example prints on so many ranks."""
-    command = ["mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-np", str(ranks)]
+    command = [MPIRUN, "-np", str(ranks)]
     command += [sys.executable, "-W", "ignore", "-m", "mpi4py", f"examples/{script}", *arguments]
     job = run_job(command)
     assert job.returncode == 0, job.stdout + job.stderr

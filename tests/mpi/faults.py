@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.hosts import Hosts, why_not
-from tests.mpi.launch import LIMIT, ROOT, run_job
+from tests.mpi.launch import LIMIT, MPIRUN, ROOT, run_job
 from tests.saver import kill_jobs
 
 PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
@@ -76,7 +76,7 @@ def happen(fault: str, ranks: int, repeat: int) -> Row:
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            job = run_job(["mpirun", "-np", str(ranks), *victim(fault, folder)], environment=environment)
+            job = run_job([MPIRUN, "-np", str(ranks), *victim(fault, folder)], environment=environment)
             seconds.append(time.time() - float((folder / "fault").read_text()))
             ends = {path.read_bytes() for path in folder.glob("end-*")}
             kept += (job.returncode == 0) == survives and words in job.stdout + job.stderr

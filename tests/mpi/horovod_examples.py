@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tests.mpi.horovod_suite import OURS, clone, put_ours
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 
 CHANGES = [
     *OURS,
@@ -116,7 +116,7 @@ def watch(script: str) -> None:
 
 def run(script: Path, options: Sequence[str], ranks: int, folder: Path) -> bool:
     """Run one script on `ranks` ranks, and say how it went; whether it went well."""
-    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "mpi4py", "-m", __spec__.name, "--watch"]
+    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", "mpi4py", "-m", __spec__.name, "--watch"]
     job = subprocess.run(
         [*command, str(script), *options],
         cwd=folder,

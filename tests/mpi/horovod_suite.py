@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 
 TAG = "v0.28.1"
 FILE = Path("test", "parallel", "test_torch.py")
@@ -80,7 +80,7 @@ def run(file: Path, test: str, ranks: int) -> tuple[str, str]:
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     try:
         job = subprocess.run(
-            ["mpirun", "-np", str(ranks), sys.executable, *pytest],
+            [MPIRUN, "-np", str(ranks), sys.executable, *pytest],
             cwd=file.parent,  # not where Horovod's unbuilt package lies
             env=environment,
             capture_output=True,

@@ -14,6 +14,8 @@ from benchmarks import hosts
 from tests import without
 
 ROOT = Path(__file__).resolve().parents[2]
+MPIRUN, HOROVODRUN = hosts.MPIRUN, str(ROOT / "launch" / "horovodrun.sh")
+"""They know the options of the MPI at hand; no test asks mpirun itself."""
 
 ENVIRONMENT = os.environ | hosts.ENVIRONMENT
 LIMIT = without.LIMIT

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT, run_job
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT, run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 
 
 def start(ranks: int, module: str, argument: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", module, argument]
+    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", module, argument]
     return run_job(command, environment=environment)
 
 

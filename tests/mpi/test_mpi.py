@@ -13,7 +13,7 @@ from tempfile import mkdtemp
 import pytest
 
 from tests import without
-from tests.mpi.launch import ENVIRONMENT, ROOT, run_job
+from tests.mpi.launch import ENVIRONMENT, HOROVODRUN, MPIRUN, ROOT, run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -35,7 +35,7 @@ def report(
     """What failed in a job of `ranks` ranks, check by check (or in one of them); run once a process."""
     output = Path(mkdtemp()) / "report.json"
     command = [
-        "mpirun",
+        MPIRUN,
         "-np",
         str(ranks),
         sys.executable,
@@ -73,7 +73,7 @@ def test_nodes_whose_process_sets_are_added(name: str) -> None:
     assert report(6, module="tests.mpi.nodes", HOROVOD_DYNAMIC_PROCESS_SETS="1")[name] == []
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", str(ROOT / "launch" / "horovodrun.sh")])
+@pytest.mark.parametrize("launcher", [MPIRUN, HOROVODRUN])
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     command = [launcher, "-np", "3", sys.executable, "-m", "tests.mpi.crash"]
     job = run_job(command)

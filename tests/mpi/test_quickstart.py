@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ROOT, run_job
+from tests.mpi.launch import HOROVODRUN, MPIRUN, ROOT, run_job
 from tests.pictures import coloured_pixels
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -16,8 +16,8 @@ pytest.importorskip("mlxtend", reason="needs the extra [examples]")
 
 LAUNCHERS = {
     "python": (1, []),
-    "mpirun": (2, ["mpirun", "-np", "2"]),
-    "horovodrun": (3, [str(ROOT / "launch" / "horovodrun.sh"), "-np", "3"]),
+    "mpirun": (2, [MPIRUN, "-np", "2"]),
+    "horovodrun": (3, [HOROVODRUN, "-np", "3"]),
 }
 
 

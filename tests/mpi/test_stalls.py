@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import run_job
+from tests.mpi.launch import MPIRUN, run_job
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -20,7 +20,7 @@ PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
 
 def job(fault: str, ranks: int, folder: Path, **environment: str) -> tuple[int, str, float]:
     """Exit code, all that was said, and the seconds from the fault to the end."""
-    command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
+    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
     done = run_job(command, environment=environment)
     return done.returncode, done.stdout + done.stderr, time.time() - float((folder / "fault").read_text())
 
@@ -94,7 +94,7 @@ def test_a_rank_that_fails_takes_the_job_along(ranks: int, tmp_path: Path) -> No
 
 def test_a_short_soak() -> None:
     """`python -m tests.mpi.soak` does it for 20,000 steps."""
-    command = ["mpirun", "-np", "2", sys.executable, "-m", "tests.mpi.soak", "600", "4"]
+    command = [MPIRUN, "-np", "2", sys.executable, "-m", "tests.mpi.soak", "600", "4"]
     done = run_job(command)
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["same"], done.stderr[-2000:]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.hosts import why_not
 from benchmarks.timings import Timing, read
-from tests.mpi.launch import ROOT, run_job
+from tests.mpi.launch import HOROVODRUN, ROOT, run_job
 from tests.pictures import coloured_pixels
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -48,7 +48,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "a.csv"),
     ]
-    run([str(ROOT / "launch" / "horovodrun.sh"), "-np", "2", *script], tmp_path)
+    run([HOROVODRUN, "-np", "2", *script], tmp_path)
     check(read(tmp_path / "a.csv"), 2)
     assert "x faster than float32" in (tmp_path / "a.txt").read_text()
     assert coloured_pixels(tmp_path / "a.png") > 100
