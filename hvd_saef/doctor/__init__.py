@@ -27,7 +27,7 @@ CHECKS: Sequence[Callable[[], Any]] = (
     mpi.check_mpi,
     mpi.check_same_library,
     mpi.check_launcher,
-    mpi.check_pmix,
+    mpi.check_srun,
     mpi.check_cuda_aware,
     software.check_gpu,
     machine.check_cores,

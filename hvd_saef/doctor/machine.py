@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from hvd_saef.doctor import vendors
 from hvd_saef.doctor.findings import Finding, failure, ok, warning
 from hvd_saef.transport.mpi import MPI
 
@@ -56,11 +57,10 @@ def check_interfaces() -> Finding:
     names = [name for _, name in socket.if_nameindex() if name != "lo"]
     up = [name for name in names if _reads(f"/sys/class/net/{name}/operstate") in ("up", "unknown")]
     bridges = [name for name in up if re.match(r"docker|virbr|br-|cni|flannel|podman", name)]
-    limited = any(
-        name in os.environ for name in ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude")
-    )
-    if bridges and not limited:
-        fix = f"OMPI_MCA_btl_tcp_if_exclude=lo,{','.join(bridges)}"
+    vendor = vendors.vendor()
+    if bridges and not any(name in os.environ for name in vendor.interfaces):
+        good = next((name for name in up if name not in bridges), "the right one")
+        fix = vendor.avoid.format(bad=",".join(bridges), good=good)
         return warning("interfaces", f"{', '.join(up)}: MPI over TCP may take {bridges[0]}", fix)
     return ok("interfaces", ", ".join(up) or "none but lo")
 

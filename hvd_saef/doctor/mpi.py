@@ -13,9 +13,13 @@ from pathlib import Path
 
 import torch
 
+from hvd_saef.doctor import vendors
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, output, warning
 from hvd_saef.doctor.software import import_error
 from hvd_saef.transport.mpi import MPI
+
+STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where launchers say how many processes they started: Open MPI's, Hydra of MPICH and Intel MPI, srun."""
 
 
 def check_mpi() -> Iterator[Finding]:
@@ -25,10 +29,7 @@ def check_mpi() -> Iterator[Finding]:
         yield failure("mpi4py", f"cannot be imported: {why}", BOOTSTRAP)
         return
     yield ok("mpi4py", importlib.metadata.version("mpi4py"))
-    vendor, version = MPI.get_vendor()
-    yield ok(
-        "MPI library", f"{vendor} {'.'.join(map(str, version))}, {_library('mpi4py.MPI') or 'not found'}"
-    )
+    yield ok("MPI library", f"{vendors.name()}, {_library('mpi4py.MPI') or 'not found'}")
     levels = {
         MPI.THREAD_SINGLE: "SINGLE",
         MPI.THREAD_FUNNELED: "FUNNELED",
@@ -84,27 +85,28 @@ def check_launcher() -> Iterator[Finding]:
     """Checks that mpirun on the PATH belongs to the library, and that the ranks found each other."""
     if MPI is None:
         return
-    vendor, version = MPI.get_vendor()
-    ours = f"{vendor} {'.'.join(map(str, version))}"
-    said = output("mpirun", "--version").strip()
-    match = re.search(r"\(Open MPI\) (\d+\.\d+\.\d+)", said)
-    theirs = f"Open MPI {match[1]}" if match else said.splitlines()[0] if said else ""
+    said, ours = output("mpirun", "--version").strip(), vendors.library()
+    theirs = vendors.find(said, "launcher")
+    named = theirs or (said.splitlines() or [""])[0]
     if not said:
         yield ok("mpirun", "none on the PATH: srun starts the ranks")
-    elif (vendor == "Open MPI") != bool(match) or (match and theirs != ours):
+    elif ours is None or (theirs is None and not ours.vendor.launcher):
+        yield ok("mpirun", f"{named}, {shutil.which('mpirun')}; whether it fits is not known")
+    elif theirs is None or not theirs.fits(ours):
         found = (
-            f"{shutil.which('mpirun')} is of {theirs}, the library is {ours}: ranks would not find each other"
+            f"{shutil.which('mpirun')} is of {named}, the library is {ours}: ranks would not find each other"
         )
         yield failure(
             "mpirun", found, "put the mpirun of the library first on the PATH: load that module alone"
         )
     else:
-        yield ok("mpirun", f"{theirs}, {shutil.which('mpirun')}")
-    started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+        yield ok("mpirun", f"{named}, {shutil.which('mpirun')}")
+    started = int(next((os.environ[name] for name in STARTED if name in os.environ), "1"))
     size = MPI.COMM_WORLD.Get_size()
     if size == 1 and started > 1:
         found = f"{started} processes were started, and MPI sees 1: each would train alone"
-        fix = "srun --mpi=pmix (srun --mpi=list says what there is), or the mpirun of the library"
+        srun = f"srun --mpi={vendors.vendor().srun}"
+        fix = f"{srun} (srun --mpi=list says what there is), or the mpirun of the library"
         yield failure("ranks", found, fix)
     else:
         yield ok("ranks", f"{size}")
@@ -121,24 +123,22 @@ def check_cuda_aware() -> Finding | None:
     except (OSError, AttributeError):
         return ok("CUDA-aware MPI", "unknown: this MPI does not say" + "; asked for" * asked)
     if asked and not aware:
-        found = "HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not"
-        return failure(
-            "CUDA-aware MPI", found, "unset HVD_SAEF_CUDA_AWARE_MPI, or use an MPI built --with-cuda"
-        )
+        fix = f"unset HVD_SAEF_CUDA_AWARE_MPI, or {vendors.vendor().cuda}"
+        return failure("CUDA-aware MPI", "HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not", fix)
     if aware and torch.cuda.is_available() and not asked:
         fix = "set HVD_SAEF_CUDA_AWARE_MPI=1 to try it (untried on hardware)"
         return warning("CUDA-aware MPI", "yes, but payloads go through host memory", fix)
     return ok("CUDA-aware MPI", ("yes" if aware else "no") + (", asked for" if asked else ", not asked for"))
 
 
-def check_pmix() -> Finding:
-    """Checks that SLURM's srun has PMIx, by which it connects ranks."""
+def check_srun() -> Finding:
+    """Checks that SLURM's srun has the protocol by which it connects the ranks of this MPI."""
     listed = output("srun", "--mpi=list", both=True)
     if "plugin types" not in listed:
-        return ok("PMIx", "no SLURM here")
-    types = re.findall(r"pmix\w*", listed)
+        return ok("srun", "no SLURM here")
+    wanted = vendors.vendor().srun
+    types = sorted(set(re.findall(rf"\b{wanted}\w*", listed)))
     if types:
-        return ok("PMIx", f"srun has {', '.join(sorted(set(types)))}")
-    return warning(
-        "PMIx", "srun has no pmix", "start by launch/slurm/mpirun.sbatch, or ask for SLURM with PMIx"
-    )
+        return ok("srun", f"has {', '.join(types)}")
+    fix = f"start by launch/slurm/mpirun.sbatch, or ask for SLURM with {wanted}"
+    return warning("srun", f"has no {wanted}, by which it connects ranks of {vendors.name()}", fix)

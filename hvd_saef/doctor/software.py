@@ -16,8 +16,9 @@ import torch
 
 import hvd_saef
 from hvd_saef import kernels
+from hvd_saef.doctor import vendors
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, warning
-from hvd_saef.transport.mpi import MPI, hvd
+from hvd_saef.transport.mpi import hvd
 
 OLDEST_TORCH = (2, 13)
 
@@ -111,6 +112,6 @@ def versions() -> dict[str, str]:
     }
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     found |= {name: installed.get(name, "not installed") for name in ("horovod", "mpi4py", "numpy")}
-    found["MPI library"] = MPI.Get_library_version().split(",")[0].strip() if MPI else "not found"
+    found["MPI library"] = vendors.name()
     found["byte order"] = sys.byteorder
     return found

@@ -182,7 +182,7 @@ def test_the_doctor(slurm: Slurm) -> None:
     report = json.loads(slurm.ask("srun", "--mpi=pmix", "-N2", f"-n{RANKS}", *doctor))
     found = {finding["check"]: finding["found"] for finding in report["findings"]}
     assert found["ranks"] == str(RANKS)
-    assert "pmix" in found["PMIx"]
+    assert "pmix" in found["srun"]
     assert [sorted(link["hosts"]) for link in report["links"]] == [["h0", "h1"]]
     assert not [finding for finding in report["findings"] if finding["status"] == "failure"], report
     alone = slurm.ask("srun", "--mpi=none", "-N1", "-n2", *doctor[:-1])

