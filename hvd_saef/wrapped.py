@@ -12,7 +12,7 @@ import torch
 from hvd_saef.checkpoints.loadable import python_numbers
 from hvd_saef.other_steps import wrap_the_held
 from hvd_saef.round.session import Session
-from hvd_saef.transport.libraries import horovod
+from hvd_saef.transport.libraries import loaded_horovod
 
 
 class SaefMethods:
@@ -181,7 +181,7 @@ def _wrapped_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
     Wrapped.__name__, Wrapped.__qualname__ = base.__name__, base.__qualname__
     # Horovod's broadcast_optimizer_state decides by the class's module whether step() is collective.
-    hvd = horovod()
+    hvd = loaded_horovod()
     Wrapped.__module__ = hvd.DistributedOptimizer.__module__ if hvd else __name__
     return Wrapped
 

@@ -20,5 +20,5 @@ def test_what_is_replaced_is_there(name: str) -> None:
         function = function.partition("[")[0]
         check = test.partition("test_check[")[2].partition("-")[0]
         names = [f"def {function}("] + ([f"def {check}("] if check.startswith(("every", "a_")) else [])
-        sources = (ROOT / file).read_text() + Path(ROOT, "tests/mpi/checks.py").read_text()
+        sources = (ROOT / file).read_text() + Path(ROOT, "tests/transport/checks.py").read_text()
         assert all(name in sources for name in names)

@@ -122,7 +122,7 @@ def decode_anything(compressor: Any, payload: Any, out: Any, weight: float) -> N
 
 
 def check(name: str, *ranks: int) -> list[str]:
-    """A check of tests/mpi/checks.py, in jobs of so many ranks."""
+    """A check of tests/transport/checks.py on MPI, in jobs of so many ranks."""
     return [f"tests/mpi/test_mpi.py::test_check[{name}-{number}-kernels]" for number in ranks]
 
 

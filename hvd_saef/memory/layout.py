@@ -176,7 +176,8 @@ def build_layout(
     """Lays out the parameters of `param_groups` that take part, in their order.
 
     The buckets of an `earlier` layout stay, and the parameters that it lacks get new buckets after them.
-    Raises TypeError for a parameter of a dtype that is not real floating, ValueError for an expanded one.
+    Raises TypeError for a parameter of a dtype that is not real floating or a DTensor, ValueError for an
+    expanded one.
     """
     laid_out = {slot.parameter for slot in earlier.slots} if earlier else set()
     open_buckets: dict[tuple[torch.dtype, torch.device, str], list[Entry]] = {}
@@ -225,6 +226,11 @@ def build_layout(
 
 def _check_form(name: str, parameter: Tensor) -> None:
     """Raises TypeError or ValueError for a parameter that cannot be laid out; see :func:`build_layout`."""
+    if "DTensor" in {base.__name__ for base in type(parameter).__mro__}:
+        raise TypeError(
+            f"parameter {name!r} is a DTensor, of which each rank holds a part (FSDP, tensor parallelism): "
+            "workers must hold whole parameters, as plain tensors."
+        )
     if parameter.dtype not in DTYPES:
         raise TypeError(
             f"parameter {name!r} is of dtype {parameter.dtype}: float16, bfloat16, float32 and "

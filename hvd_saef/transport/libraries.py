@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,11 @@ _missing: dict[str, str] = {}
 def horovod() -> Any:
     """Returns the module horovod.torch, or None if it cannot be imported. MPI starts in hvd.init() only."""
     return _import("horovod.torch")
+
+
+def loaded_horovod() -> Any:
+    """Returns the module horovod.torch if anything has imported it, else None: nobody uses it then."""
+    return sys.modules.get("horovod.torch")
 
 
 @cache

@@ -5,24 +5,20 @@ Importing this module starts MPI.
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_saef.errors import WorkerError
 from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of, in_use
 from hvd_saef.transport.ending import SHUT_DOWN, Ending
 from hvd_saef.transport.libraries import horovod, mpi4py
+from hvd_saef.transport.objects import Bytes, exchange_objects
+from hvd_saef.transport.posts import MpiPost
 from hvd_saef.transport.staging import Staging, reaches_mpi
 from hvd_saef.transport.watch import Patience, Watch, start
 
@@ -51,8 +47,8 @@ class MpiCommunicator(Communicator):
         _arrivals(patience).wait(created.done, f"creation {ranks}", "hvd_saef.DistributedOptimizer", ranks)
         own, self._mpi = created.result()
         self.rank, self.size = own.Get_rank(), own.Get_size()
-        self._watch = Watch(own, patience, names)
-        self._staging = {channel: Staging() for channel in Channel}
+        self._watch = Watch(MpiPost(own), self.rank, self.size, patience, names)
+        self._staging = {channel: Staging(reaches_mpi) for channel in Channel}
         self._line = 0
         _ending().then(self._watch.say_goodbye)
 
@@ -112,7 +108,7 @@ class MpiCommunicator(Communicator):
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         staging = self._staging[channel]
-        if longest <= most and reaches_mpi(out[0].device):
+        if longest <= most and staging.direct(out[0].device):
             staging.ready(out[0].device)
             self._wait(channel, start(pieces, out), operation)
             return
@@ -156,8 +152,11 @@ class MpiCommunicator(Communicator):
 
     @in_use
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
+        return exchange_objects(value, self._gather)
+
+    def _gather(self, mine: Bytes) -> list[Bytes]:
+        """Returns the bytes of all ranks, [n] uint8 each. Collective."""
         words, what = self._mpi[Channel.WORDS], "a gather of objects"
-        mine, failure = _pickled(value)
         sizes = np.empty(self.size, np.int64)
         self._wait(Channel.WORDS, words.Iallgather(np.array([mine.size], np.int64), sizes), what)
         pieces = [np.empty(size, np.uint8) for size in sizes]
@@ -171,13 +170,7 @@ class MpiCommunicator(Communicator):
             self._wait(Channel.WORDS, words.Iallgatherv(leaving, [together, places, MPI.BYTE]), what)
             for piece, part in zip(pieces, np.split(together, stops[:-1]), strict=True):
                 piece[first : first + most] = part
-        everyone = [pickle.loads(piece.data) for piece in pieces]
-        if failure is not None:
-            raise failure
-        unpickled = {rank: one.reason for rank, one in enumerate(everyone) if isinstance(one, _Unpickled)}
-        if unpickled:
-            raise WorkerError("; ".join(f"rank {rank} raised {why}" for rank, why in unpickled.items()))
-        return everyone
+        return pieces
 
     @in_use
     def combine(self, word: int) -> int:  # noqa: D102
@@ -212,7 +205,7 @@ class _Line(MpiCommunicator):
     def __init__(self, base: MpiCommunicator, number: int) -> None:
         self.rank, self.size, self.ranks = base.rank, base.size, base.ranks
         self._base, self._line, self._watch = base, number, base._watch
-        self._staging = {channel: Staging() for channel in Channel}
+        self._staging = {channel: Staging(reaches_mpi) for channel in Channel}
         words = base._mpi[Channel.WORDS]
         created = start(lambda: {channel: words.Dup() for channel in (Channel.UP, Channel.DOWN)})
         base._watch.wait(created.done, Channel.WORDS.name, "hvd_saef.DistributedOptimizer")
@@ -223,27 +216,11 @@ class _Line(MpiCommunicator):
         return self._base.process_set
 
 
-@dataclass(frozen=True)
-class _Unpickled:
-    """The reason that a rank sends in place of an object that cannot be pickled."""
-
-    reason: str
-
-
-def _pickled(value: Any) -> tuple[Any, Exception | None]:
-    """Returns the pickled value and None; or, if pickling fails, the pickled reason and the exception."""
-    failure: Exception | None = None
-    try:
-        sent = pickle.dumps(value)
-    except Exception as error:
-        failure, sent = error, pickle.dumps(_Unpickled(f"{type(error).__name__}: {error}"))
-    return np.frombuffer(sent, np.uint8), failure
-
-
 @cache
 def _arrivals(patience: Patience) -> Watch:
     """Returns the watch over the creation of communicators, when only MPI.COMM_WORLD exists."""
-    return Watch(MPI.COMM_WORLD, patience)
+    world = MPI.COMM_WORLD
+    return Watch(MpiPost(world), world.Get_rank(), world.Get_size(), patience)
 
 
 def _message(views: Sequence[Tensor]) -> Any:
@@ -256,25 +233,3 @@ def _message(views: Sequence[Tensor]) -> Any:
 def _memory(buffer: Tensor) -> Any:
     """Returns the buffer as mpi4py needs it; a GPU tensor is passed as it is (__cuda_array_interface__)."""
     return buffer.numpy() if buffer.is_cpu else buffer
-
-
-def abort_on_exceptions() -> None:
-    """Makes an exception that ends this rank end the whole job, since the others would wait for ever.
-
-    Changes sys.excepthook. With HVD_SAEF_NO_ABORT=1 nothing is changed, and the launcher must end the job.
-    Local.
-    """
-    if os.environ.get("HVD_SAEF_NO_ABORT") == "1":
-        return
-    earlier, pid = sys.excepthook, os.getpid()
-
-    def abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        earlier(kind, error, traceback)
-        if os.getpid() != pid:  # this process was forked from the rank
-            return
-        print(f"hvd_saef: rank {MPI.COMM_WORLD.Get_rank()} failed and ends the job.", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
-
-    sys.excepthook = abort

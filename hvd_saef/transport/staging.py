@@ -1,9 +1,9 @@
-"""The memory that MPI reads and writes: the payloads' own if possible, else copies in host memory. Local.
+"""The memory that a transport reads and writes: the payloads' own, or else copies on the host. Local.
 
-MPI reads and writes host memory. Payloads on a GPU are copied to page-locked host memory and back, on a
-separate stream, so that copies and computation overlap. With HVD_SAEF_CUDA_AWARE_MPI=1 the user says that MPI
-is CUDA-aware; MPI then uses the GPU's memory directly. Payloads must be computed on the device's default
-stream, which is the same stream in all threads. UNTRIED on hardware.
+MPI and gloo read and write host memory. Payloads on a GPU are copied to page-locked host memory and back, on
+a separate stream, so that copies and computation overlap. With HVD_SAEF_CUDA_AWARE_MPI=1 the user says that
+MPI is CUDA-aware; MPI then uses the GPU's memory directly, as NCCL does. Payloads must be computed on the
+device's default stream, which is the same stream in all threads. UNTRIED on hardware.
 """
 
 from __future__ import annotations
@@ -46,26 +46,34 @@ def so_far(device: torch.device) -> Callable[[], None]:
 
 
 class Staging:
-    """The copies of one channel: they wait for each other, and not for those of other channels."""
+    """The copies of one channel: they wait for each other, and not for those of other channels.
 
-    def __init__(self) -> None:
+    `reaches` says whether the transport reads and writes the memory of a device directly.
+    """
+
+    def __init__(self, reaches: Callable[[torch.device], bool]) -> None:
+        self._reaches = reaches
         self._streams: dict[torch.device, Any] = {}
 
+    def direct(self, device: torch.device) -> bool:
+        """Returns True if the transport reads and writes the memory of `device` without copies."""
+        return self._reaches(device)
+
     def ready(self, device: torch.device) -> None:
-        """Waits until payloads on the device are computed, since MPI does not know of streams."""
+        """Waits until payloads on the device are computed, for a transport that does not know of streams."""
         if device.type == "cuda":
             cuda.current_stream(device).synchronize()
 
     def leaving(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns copies of the pieces (1-D uint8), end to end in one buffer that MPI can read."""
+        """Returns copies of the pieces (1-D uint8), end to end in one buffer that the transport can read."""
         copies = self.room(pieces)
         self._copy(pieces, copies, pieces[0].device)
         return copies
 
     def room(self, places: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns uninitialized memory for each place, of its size, end to end in one buffer for MPI."""
+        """Returns uninitialized memory for each place, of its size, end to end in one buffer."""
         sizes, device = [place.numel() for place in places], places[0].device
-        if reaches_mpi(device):
+        if self.direct(device):
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         else:
             buffer = host_memory(sum(sizes))
@@ -83,7 +91,7 @@ class Staging:
     @contextmanager
     def _own_stream(self, device: torch.device) -> Iterator[None]:
         """Returns a context for copies: they start when the payload is computed and are done at its end."""
-        if reaches_mpi(device):
+        if self.direct(device):
             yield
             self.ready(device)
             return

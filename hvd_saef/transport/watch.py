@@ -13,12 +13,13 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hvd_saef.errors import StalledExchangeError
+from hvd_saef.transport.posts import Call, Message, Post
 
 T = TypeVar("T")
 CALM = 0.5
@@ -29,7 +30,6 @@ PAUSE, PAUSE_STEP = 100e-6, 2e-6
 """The longest pause between two checks whether a wait is over, and its growth each time, in seconds."""
 LONG_PAUSE = 1e-3
 """The pause between two checks in longer waits, in seconds: ranks that compute get the core."""
-TAG = 23279
 
 
 def _seconds(name: str, default: float) -> float:
@@ -73,12 +73,13 @@ class Stall:
         self._spoke = False
 
     def look(
-        self, waited: float, missing: Sequence[int], others: Sequence[str] = (), speaks: bool = True
+        self, waited: float, missing: Sequence[int] | None, others: Sequence[str] = (), speaks: bool = True
     ) -> None:
         """Warns or raises if it is time, after `waited` seconds in which the ranks `missing` did not arrive.
 
-        `others` are sentences about ranks that wait in another call. Raises StalledExchangeError after
-        `patience.abort` seconds. Warns only on the rank that `speaks`. Local.
+        `missing` is None if that is not known. `others` are sentences about ranks that wait in another call.
+        Raises StalledExchangeError after `patience.abort` seconds. Warns only on the rank that `speaks`.
+        Local.
         """
         if waited >= self._patience.abort:
             raise StalledExchangeError(
@@ -108,8 +109,16 @@ class Stall:
             "take the same number of steps: see hvd_saef.common_steps."
         )
 
-    def _describe(self, waited: float, missing: Sequence[int], others: Sequence[str]) -> str:
-        if missing:
+    def cut_off(self, silent: Sequence[int] | None, why: Sequence[str]) -> StalledExchangeError:
+        """Returns the error for a lost connection, when the ranks `silent` do not wait. None: unknown."""
+        who = f": {_ranks(silent)} ended, failed or cannot be reached" if silent else ""
+        text = f"rank {self._rank} lost a connection in {self._what}{who}."
+        return StalledExchangeError(" ".join([text, *why]))
+
+    def _describe(self, waited: float, missing: Sequence[int] | None, others: Sequence[str]) -> str:
+        if missing is None:
+            why = "which ranks did not arrive is not known."
+        elif missing:
             why = f"{_ranks(missing)} did not arrive: stopped, busy with something else, or cut off."
         else:
             why = "all ranks arrived, so the network is slow or cut."
@@ -118,14 +127,6 @@ class Stall:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-@dataclass
-class Call:
-    """The call that a rank has reached on one channel: its number there, from 1, and its description."""
-
-    number: int
-    what: str
 
 
 @dataclass
@@ -140,22 +141,23 @@ class Roll:
 
 
 class Watch:
-    """The waits of one rank for the others of an mpi4py communicator, on which only the watch sends.
+    """The waits of one rank for the other ranks of a communicator, which tell each other by a post.
 
     Threads may wait at the same time, each on a different channel. Local: no method is collective.
     """
 
-    def __init__(self, mpi: Any, patience: Patience, names: Sequence[int] | None = None) -> None:
-        """Keep `names`, the ranks' numbers for messages; without them their numbers in `mpi` are used."""
-        self._mpi = mpi
-        self.rank, self.size = int(mpi.Get_rank()), int(mpi.Get_size())
-        self._names = range(self.size) if names is None else names
+    def __init__(
+        self, post: Post, rank: int, size: int, patience: Patience, names: Sequence[int] | None = None
+    ) -> None:
+        """Keep `names`, the ranks' numbers for messages; without them 0 to `size` - 1 are used."""
+        self._post = post
+        self.rank, self.size = rank, size
+        self._names = range(size) if names is None else names
         self._patience = patience
         self._lock = threading.Lock()
         self._calls: dict[str, Call] = {}
         self._heard: dict[int, dict[str, Call]] = {}
-        self._ended: dict[int, dict[str, int]] = {}
-        self._under_way: list[Any] = []
+        self._ended: dict[int, Mapping[str, int]] = {}
         self._broken: StalledExchangeError | None = None
 
     def wait(
@@ -181,18 +183,40 @@ class Watch:
 
     def tidy(self) -> None:
         """Receives waiting messages. Call this now and then: a rank that always arrives last never waits."""
-        if self._mpi.Iprobe(tag=TAG):
+        if self._post.tidy():
             self._listen()
 
     def say_goodbye(self) -> None:
         """Tells the other ranks that this rank ends."""
         numbers = {channel: call.number for channel, call in self._calls.items()}
-        self._tell((self.rank, None, numbers), range(self.size))
+        self._tell(Message(self.rank, {}, numbers), range(self.size))
+
+    def cut_off(self, channel: str, why: Exception) -> StalledExchangeError:
+        """Returns the error for a call in which this rank lost the connection to another rank, as `why` says.
+
+        Waits a moment for messages, so that the error can say which ranks are still there.
+        """
+        call, everyone = self._calls[channel], range(self.size)
+        self._tell(Message(self.rank, {channel: call}), everyone)
+        start = time.monotonic()
+        while True:
+            self._listen()
+            roll = self._roll(channel, call)
+            silent = self._missing(everyone, roll)
+            if roll.ended or not silent or time.monotonic() - start > self._patience.calm:
+                break
+            time.sleep(LOOK)
+        stall = Stall(self._patience, self._names[self.rank], call.what)
+        if roll.ended:
+            self._broken = stall.ended([self._names[rank] for rank in roll.ended])
+        else:
+            self._broken = stall.cut_off(silent, [str(why).rstrip(".") + ".", *self._sorry()])
+        return self._broken
 
     def _wait_long(self, done: Callable[[], bool], channel: str, start: float, ranks: Sequence[int]) -> None:
         call = self._calls[channel]
         stall = Stall(self._patience, self._names[self.rank], call.what)
-        self._tell((self.rank, channel, call), ranks)
+        self._tell(Message(self.rank, {channel: call}), ranks)
         look = 0.0
         while not done():
             time.sleep(LONG_PAUSE)
@@ -205,12 +229,20 @@ class Watch:
                 roll = self._roll(channel, call)
                 if roll.ended:
                     raise stall.ended([self._names[rank] for rank in roll.ended])
-                missing = [self._names[rank] for rank in ranks if rank not in roll.arrived]
-                stall.look(waited, missing, roll.others, speaks=self.rank == min(roll.arrived))
+                missing = self._missing(ranks, roll)
+                others = [*roll.others, *self._sorry()]
+                stall.look(waited, missing, others, speaks=self.rank == min(roll.arrived))
             except StalledExchangeError as error:
                 self._broken = error
                 raise
         stall.over(time.monotonic() - start)
+
+    def _missing(self, ranks: Sequence[int], roll: Roll) -> list[int] | None:
+        """Returns the names of the `ranks` that have not arrived; None if no messages can be read."""
+        return None if self._post.lost else [self._names[rank] for rank in ranks if rank not in roll.arrived]
+
+    def _sorry(self) -> list[str]:
+        return [self._post.lost] if self._post.lost else []
 
     def _roll(self, channel: str, call: Call) -> Roll:
         roll = Roll({self.rank})
@@ -226,21 +258,16 @@ class Watch:
                     roll.ended.append(rank)
         return roll
 
-    def _tell(self, message: Any, ranks: Sequence[int]) -> None:
+    def _tell(self, message: Message, ranks: Sequence[int]) -> None:
         with self._lock:
-            self._under_way = [request for request in self._under_way if not request.Test()]
-            for rank in ranks:
-                if rank != self.rank:
-                    self._under_way.append(self._mpi.isend(message, dest=rank, tag=TAG))
+            self._post.tell(message, [rank for rank in ranks if rank != self.rank])
 
     def _listen(self) -> None:
         with self._lock:
-            while (message := self._mpi.improbe(tag=TAG)) is not None:
-                rank, channel, told = message.recv()
-                if channel is None:
-                    self._ended[rank] = told
-                else:
-                    self._heard.setdefault(rank, {})[channel] = told
+            for message in self._post.hear():
+                self._heard.setdefault(message.rank, {}).update(message.waits)
+                if message.ended is not None:
+                    self._ended[message.rank] = message.ended
 
 
 def start(do: Callable[[], T]) -> Future[T]:

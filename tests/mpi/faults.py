@@ -66,7 +66,7 @@ PROMISES = {
 
 def victim(fault: str, folder: Path) -> list[str]:
     """The job in which it happens."""
-    return [sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
+    return [sys.executable, "-m", "tests.transport.victim", fault, str(folder)]
 
 
 def happen(fault: str, ranks: int, repeat: int) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from tests import without
 from tests.mpi.launch import ENVIRONMENT, HOROVODRUN, MPIRUN, ROOT, run_job
+from tests.transport.checks import reports
 
 pytest.importorskip("mpi4py", reason="needs mpi4py")
 pytest.importorskip("horovod.torch", reason="needs Horovod")
@@ -33,7 +33,7 @@ def report(
     **more: str,
 ) -> dict[str, list[str]]:
     """What failed in a job of `ranks` ranks, check by check (or in one of them); run once a process."""
-    output = Path(mkdtemp()) / "report.json"
+    output = Path(mkdtemp()) / "report"
     command = [
         MPIRUN,
         "-np",
@@ -49,14 +49,13 @@ def report(
     environment = more | ({"HVD_SAEF_KERNELS": "twins"} if arithmetic == "twins" else {})
     job = run_job(command, environment=environment)
     assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-5000:]
-    found: dict[str, list[str]] = json.loads(output.read_text())
-    return found
+    return reports(output, ranks)
 
 
 @pytest.mark.parametrize(
     ("ranks", "arithmetic"), [*((ranks, "kernels") for ranks in (1, 2, 3, 4)), (2, "twins")]
 )
-@pytest.mark.parametrize("name", [*CHECKS, "after_shutdown_a_step_says_so"])
+@pytest.mark.parametrize("name", [*CHECKS, "after_the_end_a_step_says_so"])
 def test_check(name: str, ranks: int, arithmetic: str) -> None:
     alone = without.NAME in os.environ  # what is broken may hang in another check
     assert report(ranks, arithmetic, only=name if alone else "")[name] == []
@@ -75,7 +74,7 @@ def test_nodes_whose_process_sets_are_added(name: str) -> None:
 
 @pytest.mark.parametrize("launcher", [MPIRUN, HOROVODRUN])
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
-    command = [launcher, "-np", "3", sys.executable, "-m", "tests.mpi.crash"]
+    command = [launcher, "-np", "3", sys.executable, "-m", "tests.transport.crash"]
     job = run_job(command)
     assert job.returncode != 0
     said = job.stdout + job.stderr

@@ -20,7 +20,7 @@ PATIENCE = {"HVD_SAEF_STALL_WARNING_S": "1", "HVD_SAEF_STALL_ABORT_S": "3"}
 
 def job(fault: str, ranks: int, folder: Path, **environment: str) -> tuple[int, str, float]:
     """Exit code, all that was said, and the seconds from the fault to the end."""
-    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", "tests.mpi.victim", fault, str(folder)]
+    command = [MPIRUN, "-np", str(ranks), sys.executable, "-m", "tests.transport.victim", fault, str(folder)]
     done = run_job(command, environment=environment)
     return done.returncode, done.stdout + done.stderr, time.time() - float((folder / "fault").read_text())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_saef.transport import mpi, staging
+from hvd_saef.transport import staging
 from hvd_saef.transport.staging import Staging, reaches_mpi, so_far
 
 
@@ -64,12 +64,11 @@ class Cuda:
 
 @contextmanager
 def device_of_its_own() -> Iterator[list[str]]:
-    """Within, MPI does not reach the CPU's tensors; yields what is asked of torch.cuda."""
+    """Within, no transport reaches the CPU's tensors; yields what is asked of torch.cuda."""
     with pytest.MonkeyPatch.context() as patch:
         cuda = Cuda()
         patch.setattr(staging, "cuda", cuda)
-        for module in (staging, mpi):
-            patch.setattr(module, "reaches_mpi", lambda device: False)
+        patch.setattr(Staging, "direct", lambda self, device: False)
         yield cuda.calls
 
 
@@ -79,7 +78,7 @@ def pieces() -> list[torch.Tensor]:
 
 def test_copies_are_between_computation_and_mpi() -> None:
     with device_of_its_own() as calls:
-        channel = Staging()
+        channel = Staging(staging.reaches_mpi)
         copies = channel.leaving(pieces())
         once = ["copies 1 waits for computation", "copies 1 begin", "copies 1 end", "copies 1 is waited for"]
         assert calls == once
@@ -97,7 +96,7 @@ def test_copies_are_between_computation_and_mpi() -> None:
 def test_host_memory_needs_no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     monkeypatch.setattr(staging, "cuda", cuda)
-    channel = Staging()
+    channel = Staging(staging.reaches_mpi)
     channel.ready(torch.device("cpu"))
     channel.landed(channel.leaving(pieces()), pieces())
     assert not cuda.calls

@@ -1,15 +1,15 @@
 """A job in which one rank fails between two steps."""
 
-import horovod.torch as hvd
 import torch
 
 import hvd_saef
+from benchmarks.job import job
 
-hvd.init()
+job.begin()
 parameter = torch.nn.Parameter(torch.zeros(5))
 optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
 for step in range(5):
-    if (hvd.rank(), step) == (1, 3):
+    if (job.rank(), step) == (1, 3):
         raise OSError("this rank's disk is gone")
     parameter.grad = torch.ones(5)
     optimizer.step()

@@ -1,6 +1,6 @@
 """A job that trains while a fault happens to one of its ranks.
 
-mpirun -np 4 python -m tests.mpi.victim FAULT FOLDER [STEPS]
+mpirun -np 4 python -m tests.transport.victim FAULT FOLDER [STEPS]
 
 The last rank has the fault at step FAULT_STEP, and writes the time into FOLDER/fault just before. Until then
 ranks wait for each other without a limit, so that a slow machine makes none of them late; from then on
@@ -19,13 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hvd_saef
-
-# isort: split
-import horovod.torch as hvd
 import torch
 from torch import nn
 
+import hvd_saef
+from benchmarks.job import job
 from hvd_saef.transport.watch import Patience
 from tests.without import LIMIT
 
@@ -88,23 +86,23 @@ def main(fault: str, folder: Path, steps: int = STEPS) -> None:
     """Train, with the fault on the last rank."""
     limits = patient() if fault != "never-wraps" else {}
     tell_of_warnings(folder)
-    hvd.init()
+    job.begin()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    victim = hvd.rank() == hvd.size() - 1
-    hvd.barrier()
+    victim = job.rank() == job.size() - 1
+    job.barrier()
     if fault == "never-wraps" and victim:
         (folder / "fault").write_text(str(time.time()))
         time.sleep(2 * LIMIT)
     optimizer = hvd_saef.DistributedOptimizer(
         inner, model.named_parameters(), model=model, averaging_period=2, bucket_bytes=2000
     )
-    generator = torch.Generator().manual_seed(hvd.rank())
+    generator = torch.Generator().manual_seed(job.rank())
     for step in range(steps):
         if step == FAULT_STEP and fault != "never-wraps":
-            hvd.barrier()
+            job.barrier()
             if victim:
                 (folder / "fault").write_text(str(time.time()))
             while fault == "cut" and not (folder / "cut").exists():
@@ -116,7 +114,7 @@ def main(fault: str, folder: Path, steps: int = STEPS) -> None:
         model(torch.randn(8, 20, generator=generator)).square().sum().backward()
         optimizer.step()
     x = torch.cat([value.reshape(-1) for value in model.state_dict().values()])
-    (folder / f"end-{hvd.rank()}").write_bytes(x.numpy().tobytes())
+    (folder / f"end-{job.rank()}").write_bytes(x.numpy().tobytes())
 
 
 if __name__ == "__main__":

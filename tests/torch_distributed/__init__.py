@@ -1,0 +1,1 @@
+"""Tests of the transport over torch.distributed, in real jobs of several processes."""
