@@ -249,6 +249,7 @@ def test_signature_is_horovods_then_keyword_only() -> None:
         "check_consensus_every": 0,
         "worker": "rank",
         "weights": "equal",
+        "process_group": None,
     }
 
 

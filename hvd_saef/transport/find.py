@@ -41,8 +41,8 @@ def find_communicator(process_set: Any = None, process_group: Any = None) -> tup
     if own is not None:
         if process_group is not None or process_set not in (None, hvd and hvd.global_process_set):
             raise ValueError(
-                f"process_set={process_set}, process_group={process_group}: a simulation has all its ranks "
-                "only, which None stands for."
+                f"process_set={process_set}, process_group={process_group}: a simulation has the global "
+                "process set only, which None stands for."
             )
         return own, True
     if process_group is not None and process_set is not None:

@@ -36,8 +36,12 @@ class StorePost:
         self._store: Any = None
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(host, port, timeout=PATIENCE, wait_for_workers=False)
-            self._store = dist.PrefixStore(f"hvd_saef/{attempt}/{name}/{_made[name]}", store)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                host, port, timeout=PATIENCE, wait_for_workers=False
+            )
+            self._store = dist.PrefixStore(  # type: ignore[attr-defined]
+                f"hvd_saef/{attempt}/{name}/{_made[name]}", store
+            )
         except (KeyError, ValueError):
             self.lost = "MASTER_ADDR and MASTER_PORT are not set, so nobody knows who is there."
         except RuntimeError as error:

@@ -238,8 +238,10 @@ class Watch:
         stall.over(time.monotonic() - start)
 
     def _missing(self, ranks: Sequence[int], roll: Roll) -> list[int] | None:
-        """Returns the names of the `ranks` that have not arrived; None if no messages can be read."""
-        return None if self._post.lost else [self._names[rank] for rank in ranks if rank not in roll.arrived]
+        """Returns the names of the `ranks` that have not arrived; None if nothing is known of any rank."""
+        if self._post.lost and roll.arrived == {self.rank}:
+            return None
+        return [self._names[rank] for rank in ranks if rank not in roll.arrived]
 
     def _sorry(self) -> list[str]:
         return [self._post.lost] if self._post.lost else []

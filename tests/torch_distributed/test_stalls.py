@@ -29,7 +29,7 @@ def test_those_who_wait_name_the_missing_rank_and_end(fault: str, tmp_path: Path
     for rank in ended[:LAST]:
         assert rank.code == 1
         assert "ends the job" in rank.said
-        # Whoever gives up first takes its connections along.
+        # Whoever gives up first takes its connections along, and rank 0 the store.
         assert re.search(rf"rank {LAST} did not arrive|lost a connection", rank.said)
     said = "".join(rank.said for rank in ended[:LAST])
     what = "the agreement of all ranks, round 4" if fault == "sigstop" else "hvd_saef.DistributedOptimizer"

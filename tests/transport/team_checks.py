@@ -47,9 +47,8 @@ def setup(**settings: Any) -> Setup:
 
 def train(settings: Setup, **options: Any) -> Outcome:
     """This rank's run of the library."""
-    return run_library(
-        settings, job.rank(), start_point(), **({"worker": groups(job.size()), "steps": STEPS} | options)
-    )
+    of_twos: dict[str, Any] = {"worker": groups(job.size())}
+    return run_library(settings, job.rank(), start_point(), steps=STEPS, **(of_twos | options))
 
 
 @check
