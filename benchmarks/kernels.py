@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,17 @@ from hvd_saef.compression import BUILT_IN, BlockedTensor, Blocks, Fused, Memory
 from hvd_saef.memory.algorithm import PlainRows
 
 WORKERS = 4
+
+
+def fused(compressor: Compressor) -> Fused | None:
+    """The compressor's kernels for float32 on the CPU."""
+    return compressor.fused(torch.device("cpu"), torch.float32, True)
+
+
 COMPRESSORS: dict[str, Compressor] = {
     found[0].title: found[0].compressor
     for found in (
-        [one for one in compressor.considered() if one.double_compression and one.compressor.fused]
+        [one for one in compressor.considered() if one.double_compression and fused(one.compressor)]
         for compressor in BUILT_IN
     )
     if found
@@ -70,16 +76,6 @@ class Row:
 HEADER = f"{'':<20}{'ms':>9}{'copies':>9}{'twin ms':>11}{'faster':>9}"
 
 
-@contextmanager
-def twins() -> Iterator[None]:
-    """The kernels set aside."""
-    native, kernels.native = kernels.native, None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        kernels.native = native
-
-
 class Bench:
     """The memory of one bucket, and what is timed on it."""
 
@@ -102,10 +98,10 @@ class Bench:
     def works(self) -> Iterator[tuple[str, Work, Work | None]]:
         """What is timed: its name, with kernels, and on the twins."""
         for name, compressor in COMPRESSORS.items():
-            fused = compressor.fused
-            assert fused is not None
+            rows = fused(compressor)
+            assert rows is not None
             pairs = zip(
-                self._rows(compressor, fused), self._rows(compressor, PlainRows(compressor)), strict=True
+                self._rows(compressor, rows), self._rows(compressor, PlainRows(compressor)), strict=True
             )
             for (row, kernel), (_, twin) in pairs:
                 yield f"{name} {row}", kernel, twin
@@ -122,9 +118,9 @@ class Bench:
             compressor.encode(delta, payload)
         weights = WORKERS * [1 / WORKERS]
         sent, served = torch.empty_like(payloads[0]), BlockedTensor(self.s, self.blocks)
-        yield "send", partial(rows.send, self.memory, sent)
+        yield "send", partial(rows.send, [self.memory], [sent])
         yield "serve", partial(rows.serve, payloads, weights, served, torch.empty_like(sent))
-        yield "receive", partial(rows.receive, self.memory, sent, payloads, weights)
+        yield "receive", partial(rows.receive, [self.memory], [sent], [payloads], weights)
 
 
 def seconds(work: Work) -> float:
@@ -145,7 +141,7 @@ def measure(layout: str, sizes: Sequence[int], threads: int, turns: int, twin_tu
         pairs = [(seconds(kernel), seconds(bench.copy)) for _ in range(turns)]
         slow = math.nan
         if twin is not None:
-            with twins():
+            with kernels.only("twins"):
                 slow = seconds(twin)
                 slow = statistics.median(seconds(twin) for _ in range(turns if slow < 0.01 else twin_turns))
         ratio = statistics.median(mine / copied for mine, copied in pairs)
@@ -206,10 +202,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
-    if kernels.native is None:
-        sys.exit("The kernels are not built: make setup")
+    compiled = kernels.load("compiled")
+    if isinstance(compiled, str):
+        sys.exit(f"The kernels do not load ({compiled}): make setup")
     rows: list[Row] = []
-    lines = [f"instruction set: {kernels.native.instruction_sets()[-1]}"]
+    lines = [f"kernels: {compiled.describe()}"]
     print(lines[0])
     for layout, sizes in options.layouts:
         for threads in options.threads:

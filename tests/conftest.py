@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hvd_saef import kernels
+from tests.kernels.versions import compiled
 from tests.spreading import pytest_xdist_make_scheduler
 
 __all__ = ["pytest_xdist_make_scheduler"]  # a hook of pytest's
@@ -19,10 +20,7 @@ BOTH = "both_arithmetics"
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
     """With the kernels, as they are here; or on the twins: "kernels" or "twins"."""
     chosen: str = getattr(request, "param", "kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        if chosen == "twins":
-            patch.setattr(kernels, "native", None)
-            patch.setattr(kernels, "_reason", "")  # no accident: no warning
+    with kernels.only("twins" if chosen == "twins" else kernels.requested()):
         yield chosen
 
 
@@ -40,13 +38,14 @@ def one_core(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Both kinds of arithmetic for what is marked so, where the kernels are built."""
-    if metafunc.definition.get_closest_marker(BOTH) is not None and kernels.native is not None:
+    if metafunc.definition.get_closest_marker(BOTH) is not None and compiled is not None:
         metafunc.parametrize("arithmetic", ["kernels", "twins"], indirect=True, scope="module")
 
 
-@pytest.fixture(params=kernels.native.instruction_sets() if kernels.native else [])
+@pytest.fixture(params=compiled.instruction_sets() if compiled else [])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each that this CPU has; skipped where the kernels are not built."""
-    before = kernels.native.set_instruction_set(request.param)
+    assert compiled is not None
+    before = compiled.set_instruction_set(request.param)
     yield request.param
-    kernels.native.set_instruction_set(before)
+    compiled.set_instruction_set(before)

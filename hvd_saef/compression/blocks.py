@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_saef.compression.draws import Draws
-from hvd_saef.kernels import Pieces
+from hvd_saef.kernels import Pieces, Stretch
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ class Memory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameter_memory", Pieces.of(self.parameter_memory))
+
+    def updated(self, runs: Tensor, payload: Tensor) -> Stretch:
+        """Returns what kernels are given for row 4: e becomes Δ, and C(Δ) is written into `payload`."""
+        if not self.parameter_memory:
+            return Stretch(self.e, runs, payload)
+        return Stretch(self.e, runs, payload, self.x, self.s, self.parameter_memory)
+
+    def landed(self, runs: Tensor, sent: Tensor | None, payloads: Sequence[Tensor]) -> Stretch:
+        """Returns what kernels are given for rows 6 and 2: `payloads` are added to x, `sent` settles e."""
+        return Stretch(self.x, runs, sent, self.e, self.s, self.parameter_memory, payloads)
 
 
 @dataclass(frozen=True)

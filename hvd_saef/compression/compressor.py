@@ -31,14 +31,14 @@ def check_dense_below(dense_below: object) -> None:
 class Fused(Protocol):
     """The rows of Algorithm 1 around C, each in one pass over memory, with the bits of PlainRows.
 
-    If a Memory has no parameter memory, e holds Δ before `send`, and `receive` writes no b. The weights of
-    one call are all the same number: where workers count differently, PlainRows is used instead.
+    The memories of one call are parts of one bucket, with the same coefficients. If they have no parameter
+    memory, e holds Δ before `send`, and `receive` writes no b.
     """
 
-    def send(self, memory: Memory, payload: Tensor) -> None:
-        """Row 4: computes Δ = e + (x - α·e - β·s) - point, writes C(Δ) into `payload`, and e ← Δ - C(Δ).
+    def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
+        """Row 4: computes Δ = e + (x - α·e - β·s) - point, writes C(Δ) into `payloads`, and e ← Δ - C(Δ).
 
-        The change of e may be left to :meth:`receive`, which always follows.
+        Each memory has its own payload. The change of e may be left to :meth:`receive`, which always follows.
         """
 
     def serve(
@@ -50,11 +50,16 @@ class Fused(Protocol):
         """
 
     def receive(
-        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+        self,
+        memories: Sequence[Memory],
+        sent: Sequence[Tensor],
+        payloads: Sequence[Sequence[Tensor]],
+        weights: Sequence[float],
     ) -> None:
         """Rows 6 and 2, in place: x ← x - Σ weight_k·C(...); parameter memory ← x - α·e - β·s.
 
-        The sum runs in the order of the workers. `sent` is the payload that :meth:`send` wrote.
+        The sum runs in the order of the workers. `sent` are the payloads that :meth:`send` wrote, and
+        `payloads` those that arrived, both for each of the memories.
         """
 
 
@@ -109,9 +114,11 @@ class Compressor(abc.ABC):
         `out.uniform(run)` returns the numbers that `delta.uniform(run)` returned, so they need not travel.
         """
 
-    @property
-    def fused(self) -> Fused | None:
-        """The one-pass kernels for memory on the CPU, or None if there are none for this compressor here."""
+    def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
+        """Returns the one-pass kernels for memory of this device and dtype, or None if there are none.
+
+        `alike` is True if the weights of one call are always the same number.
+        """
         return None
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype | None:

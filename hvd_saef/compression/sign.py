@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory, Run
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
+from hvd_saef.kernels import Stretch
 
 
 @dataclass(frozen=True)
@@ -54,62 +55,24 @@ class SignCompressor(Compressor):
         """Returns the bytes: a number of x's dtype a block, and a bit an element, in whole bytes a block."""
         return sum(self._sections(layout))
 
-    @property
-    def fused(self) -> Fused | None:
-        """See :attr:`Compressor.fused`."""
+    def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
+        """See :meth:`Compressor.fused`."""
+        version = kernels.fusing(device, dtype, alike)
         own = type(self) is SignCompressor  # a subclass may encode otherwise
-        return _FusedSign(self) if own and kernels.available() else None
+        return _FusedSign(self, version) if own and version else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
-        native = kernels.native_for(delta.flat)
-        if native is None:
-            self._encode(delta, payload)
-        else:
-            native.sign_encode(delta.flat, self._table(delta.blocks), payload)
-            native.sign_settle(delta.flat, self._table(delta.blocks), payload)
+        version = kernels.version_for(delta.flat.device, delta.flat.dtype)
+        stretches = [Stretch(delta.flat, self._table(delta.blocks), payload)]
+        version.sign_encode(stretches)
+        version.sign_settle(stretches)
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """See :meth:`Compressor.decode_add`."""
-        native = kernels.native_for(out.flat)
-        if native is None:
-            self._decode_add(payload, out, weight)
-        else:
-            native.sign_decode(out.flat, self._table(out.blocks), [payload], weight)
-
-    def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
-        """Does what :meth:`encode` does, in plain torch on any device."""
-        heads, bits = [], []
-        for run, rows in delta.rows():
-            if self.uncompressed(run.size):
-                heads.append(rows.clone().view(-1))
-                rows.zero_()
-                continue
-            scales = (kernels.l1_norms(rows) / run.size).to(rows.dtype)
-            bits.append(kernels.pack_signs(rows).view(-1))
-            column = scales.unsqueeze(1)
-            rows.sub_(torch.where(torch.signbit(rows), -column, column))
-            heads.append(scales)
-        torch.cat([payload[:0], *(head.view(torch.uint8) for head in heads), *bits], out=payload)
-
-    def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """Does what :meth:`decode_add` does, in plain torch on any device."""
-        start, rest = self._sections(out.blocks)
-        if payload.numel() != start + rest:
-            raise ValueError(f"a sign payload of {payload.numel()} bytes: {start + rest} were expected.")
-        heads = payload[:start].clone().view(out.blocks.dtype) * weight  # the clone is aligned
-        first = 0
-        for run, rows in out.rows():
-            head = heads[first : first + self._head(run)]
-            first += head.numel()
-            if self.uncompressed(run.size):
-                rows.add_(head.view(rows.shape))
-                continue
-            octets = _octets(run.size)
-            bits = payload[start : start + run.count * octets].view(run.count, octets)
-            start += bits.numel()
-            column = head.unsqueeze(1)
-            rows.add_(torch.where(kernels.unpack_signs(bits, run.size), -column, column))
+        """See :meth:`Compressor.decode_add`. Raises ValueError for a payload of another length."""
+        version = kernels.version_for(out.flat.device, out.flat.dtype)
+        stretch = Stretch(out.flat, self._table(out.blocks), payloads=[payload])
+        version.sign_decode([stretch], weights=[weight])
 
     def _head(self, run: Run) -> int:
         """Returns how many numbers the run's blocks have in the payload's first part."""
@@ -134,31 +97,38 @@ class _FusedSign:
     """Computes the rows around C by kernels. `send` leaves Δ in e, and `receive` subtracts C(Δ) from e."""
 
     compressor: SignCompressor
+    version: kernels.Version
 
-    def send(self, memory: Memory, payload: Tensor) -> None:
+    def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
         """See :meth:`Fused.send`."""
-        m, runs = memory, self.compressor._table(memory.blocks)
-        if m.parameter_memory:
-            kernels.native.sign_encode(m.e, runs, payload, m.x, m.s, m.alpha, m.beta, m.parameter_memory)
-        else:
-            kernels.native.sign_encode(m.e, runs, payload)
+        stretches = [
+            memory.updated(self.compressor._table(memory.blocks), sent)
+            for memory, sent in zip(memories, payloads, strict=True)
+        ]
+        self.version.sign_encode(stretches, memories[0].alpha, memories[0].beta)
 
     def serve(
         self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
     ) -> None:
         """See :meth:`Fused.serve`."""
         runs = self.compressor._table(s.blocks)
-        kernels.native.sign_encode(s.flat, runs, answer, payloads=payloads, weight=weights[0])
-        kernels.native.sign_settle(s.flat, runs, answer)
+        self.version.sign_encode([Stretch(s.flat, runs, answer, payloads=payloads)], weights=weights)
+        self.version.sign_settle([Stretch(s.flat, runs, answer)])
 
     def receive(
-        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+        self,
+        memories: Sequence[Memory],
+        sent: Sequence[Tensor],
+        payloads: Sequence[Sequence[Tensor]],
+        weights: Sequence[float],
     ) -> None:
         """See :meth:`Fused.receive`."""
-        m, runs = memory, self.compressor._table(memory.blocks)
-        kernels.native.sign_decode(
-            m.x, runs, payloads, -weights[0], m.e, sent, m.s, m.alpha, m.beta, m.parameter_memory
-        )
+        stretches = [
+            memory.landed(self.compressor._table(memory.blocks), own, arrived)
+            for memory, own, arrived in zip(memories, sent, payloads, strict=True)
+        ]
+        minus = [-weight for weight in weights]
+        self.version.sign_decode(stretches, memories[0].alpha, memories[0].beta, minus)
 
 
 def _octets(bits: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
+from hvd_saef.kernels import Stretch
 
 PAGE = 1 << 16  # the number of elements that a uint16 offset can tell apart
 COUNT, OFFSET = torch.int32, torch.uint16
-Payload = TypeVar("Payload", Tensor, Sequence[Tensor])
 
 
 @dataclass(frozen=True)
@@ -80,88 +80,27 @@ class TopKCompressor(Compressor):
         """Returns the bytes: a value and a two-byte offset for each kept entry, and the pages' counts."""
         return sum(self._sections(layout))
 
-    @property
-    def fused(self) -> Fused | None:
-        """See :attr:`Compressor.fused`."""
+    def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
+        """See :meth:`Compressor.fused`."""
+        version = kernels.fusing(device, dtype, alike)
         own = type(self) is TopKCompressor  # a subclass may encode otherwise
-        return _FusedTopK(self) if own and kernels.available() else None
+        return _FusedTopK(self, version) if own and version else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
         """See :meth:`Compressor.encode`."""
-        native = kernels.native_for(delta.flat)
-        if native is None:
-            self._encode(delta, payload)
-        else:
-            native.topk_encode(delta.flat, *self._given(delta.blocks, payload))
+        version = kernels.version_for(delta.flat.device, delta.flat.dtype)
+        stretch = Stretch(delta.flat, delta.blocks.table(self.kept), payload)
+        version.topk_encode([stretch], self._wire(delta.blocks.dtype))
 
     def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
         """See :meth:`Compressor.decode_add`. Raises ValueError for bytes that no encoder writes."""
-        native = kernels.native_for(out.flat)
-        if native is None:
-            self._decode_add(payload, out, weight)
-        else:
-            native.topk_decode(out.flat, *self._given(out.blocks, [payload]), weight)
-
-    def _encode(self, delta: BlockedTensor, payload: Tensor) -> None:
-        """Does what :meth:`encode` does, in plain torch on any device."""
-        counts, values, offsets = [], [], []
-        for run, rows in delta.rows():
-            kept, pages = self.kept(run.size), _pages(run.size)
-            if kept == run.size:
-                sent, rest = self._rounded(rows)
-                rows.copy_(rest)
-            else:
-                columns = kernels.top_k(rows, kept)
-                sent, rest = self._rounded(rows.gather(1, columns))
-                rows.scatter_(1, columns, rest)
-                offsets.append((columns % PAGE).to(OFFSET))
-                if pages > 1:
-                    page = columns // PAGE + pages * torch.arange(run.count, device=rows.device).unsqueeze(1)
-                    counts.append(torch.bincount(page.view(-1), minlength=run.count * pages).to(COUNT))
-            values.append(sent)
-        pieces = [piece.view(-1).view(torch.uint8) for piece in (*counts, *values, *offsets)]
-        payload.copy_(torch.cat([payload[:0], *pieces]))
-
-    def _decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
-        """Does what :meth:`decode_add` does, in plain torch on any device."""
-        sections = self._sections(out.blocks)
-        if payload.numel() != sum(sections):
-            raise ValueError(f"a Top-K payload of {payload.numel()} bytes: {sum(sections)} were expected.")
-        first, second = sections[0], sections[0] + sections[1]
-        counts = payload[:first].clone().view(COUNT)  # the clones are aligned
-        values = payload[first:second].clone().view(self._wire(out.blocks.dtype)).to(out.flat.dtype) * weight
-        offsets = payload[second:].clone().view(OFFSET).to(torch.int64)
-        for run, rows in out.rows():
-            kept, pages = self.kept(run.size), _pages(run.size)
-            sent, values = values[: run.count * kept].view(run.count, kept), values[run.count * kept :]
-            if kept == run.size:
-                rows.add_(sent)
-                continue
-            columns, offsets = offsets[: sent.numel()].view_as(sent), offsets[sent.numel() :]
-            if pages > 1:
-                per_page, counts = counts[: run.count * pages], counts[run.count * pages :]
-                columns = columns + PAGE * _page_of_each(per_page.view(run.count, pages), kept)
-            if bool((columns[:, -1:] >= run.size).any() | (columns.diff(dim=1) <= 0).any()):
-                raise ValueError(
-                    f"a Top-K payload with offsets out of order in blocks of {run.size} elements."
-                )
-            rows.scatter_add_(1, columns, sent)
-
-    def _given(self, blocks: Blocks, payload: Payload) -> tuple[Tensor, Payload, torch.dtype]:
-        """Returns the arguments that kernels take after the memory that they work on."""
-        return blocks.table(self.kept), payload, self._wire(blocks.dtype)
+        version = kernels.version_for(out.flat.device, out.flat.dtype)
+        stretch = Stretch(out.flat, out.blocks.table(self.kept), payloads=[payload])
+        version.topk_decode([stretch], self._wire(out.blocks.dtype), weights=[weight])
 
     def _wire(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype of the values that travel for x of `dtype`."""
         return self.value_dtype or dtype
-
-    def _rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns `values` in the dtype in which they travel, and the rest, which stays in the error."""
-        if self.value_dtype is None:
-            return values.clone(), torch.zeros_like(values)
-        most = torch.finfo(self.value_dtype).max
-        sent = values.clamp(-most, most).to(self.value_dtype)
-        return sent, values - sent.to(values.dtype)
 
     def _sections(self, blocks: Blocks) -> list[int]:
         """Returns the bytes of the payload's three parts: the pages' counts, the values, the offsets."""
@@ -180,37 +119,39 @@ class _FusedTopK:
     """Computes the rows around C by kernels."""
 
     compressor: TopKCompressor
+    version: kernels.Version
 
-    def send(self, memory: Memory, payload: Tensor) -> None:
+    def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
         """See :meth:`Fused.send`."""
-        m, given = memory, self.compressor._given(memory.blocks, payload)
-        if m.parameter_memory:
-            kernels.native.topk_encode(m.e, *given, m.x, m.s, m.alpha, m.beta, m.parameter_memory)
-        else:
-            kernels.native.topk_encode(m.e, *given)
+        pairs = zip(memories, payloads, strict=True)
+        stretches = [
+            memory.updated(memory.blocks.table(self.compressor.kept), sent) for memory, sent in pairs
+        ]
+        m = memories[0]
+        self.version.topk_encode(stretches, self.compressor._wire(m.blocks.dtype), m.alpha, m.beta)
 
     def serve(
         self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
     ) -> None:
         """See :meth:`Fused.serve`."""
-        given = self.compressor._given(s.blocks, answer)
-        kernels.native.topk_encode(s.flat, *given, payloads=payloads, weight=weights[0])
+        stretch = Stretch(s.flat, s.blocks.table(self.compressor.kept), answer, payloads=payloads)
+        self.version.topk_encode([stretch], self.compressor._wire(s.blocks.dtype), weights=weights)
 
     def receive(
-        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+        self,
+        memories: Sequence[Memory],
+        sent: Sequence[Tensor],
+        payloads: Sequence[Sequence[Tensor]],
+        weights: Sequence[float],
     ) -> None:
         """See :meth:`Fused.receive`."""
-        m, given = memory, self.compressor._given(memory.blocks, payloads)
-        kernels.native.topk_decode(m.x, *given, -weights[0], m.e, m.s, m.alpha, m.beta, m.parameter_memory)
+        stretches = [
+            memory.landed(memory.blocks.table(self.compressor.kept), None, arrived)
+            for memory, arrived in zip(memories, payloads, strict=True)
+        ]
+        m, minus = memories[0], [-weight for weight in weights]
+        self.version.topk_decode(stretches, self.compressor._wire(m.blocks.dtype), m.alpha, m.beta, minus)
 
 
 def _pages(size: int) -> int:
     return -(-size // PAGE)
-
-
-def _page_of_each(counts: Tensor, kept: int) -> Tensor:
-    """Returns the page of each kept element, [blocks, kept], from `counts` of each page, [blocks, pages]."""
-    if bool((counts < 0).any() | (counts.sum(dim=1) != kept).any()):
-        raise ValueError(f"a Top-K payload whose pages' counts do not add up to the {kept} kept in a block.")
-    pages = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
-    return pages.repeat_interleave(counts.reshape(-1)).view(-1, kept)

@@ -42,13 +42,14 @@ def check_torch() -> Finding:
 
 def check_kernels() -> Finding:
     """Reports whether the C++ kernels are used, or their slower twins in plain torch."""
-    if kernels.native is not None:
-        return ok("kernels", f"compiled, for {kernels.native.instruction_sets()[-1]}")
-    if not kernels.why_none():
+    if kernels.requested() == "twins":
         return warning("kernels", "set aside by HVD_SAEF_KERNELS=twins: slower", "unset HVD_SAEF_KERNELS")
+    compiled = kernels.load("compiled")
+    if not isinstance(compiled, str):
+        return ok("kernels", compiled.describe())
     return warning(
         "kernels",
-        f"plain torch is used, slower: the compiled ones do not load ({kernels.why_none()})",
+        f"plain torch is used, slower: the compiled ones do not load ({compiled})",
         "install again where a C++17 compiler is; in a checkout, python setup.py build_ext --inplace",
     )
 

@@ -1,67 +1,96 @@
 """Loops over flat memory. Nothing here knows the algorithm, workers or MPI. Local.
 
-Each loop exists twice: as a kernel in C++ (`csrc`, called by `compiled.py`), which makes one pass over
-memory on all of torch's threads, and as its twin in plain torch (`twins.py`), which gives the same bits on
-any device. `native` is the module of the kernels; if it is None, the twins do everything, slower.
+`operations.py` says which operations there are. Every version of the kernels is a module that has them all:
+`compiled.py` calls kernels in C++ (`csrc`), which make one pass over memory on all of torch's threads, and
+`twins` does the same in plain torch on any device, slower. All give the same bits. :func:`version_for`
+returns the first version that can work on a tensor.
 
-The environment variable HVD_SAEF_KERNELS=twins turns the kernels off. If they were not built or do not load,
-the first use warns once and says how to build them.
+The environment variable HVD_SAEF_KERNELS=twins leaves only the twins. If another version does not load where
+it would be used, the first use warns once and says how to get it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from hvd_saef.kernels import twins
+from hvd_saef.kernels.operations import Stretch, Version
 from hvd_saef.kernels.pieces import Pieces, is_gapless
-from hvd_saef.kernels.twins import l1_norms, pack_signs, top_k, unpack_signs
+from hvd_saef.kernels.twins import magnitudes
 
-_REQUESTED = os.environ.get("HVD_SAEF_KERNELS", "")
-if _REQUESTED not in ("", "twins"):
-    raise ValueError(f"HVD_SAEF_KERNELS={_REQUESTED!r}: 'twins' is allowed, or nothing.")
+TRIED: dict[str, tuple[str, ...]] = {"": ("compiled", "twins"), "twins": ("twins",)}
+"""The versions that are tried, in this order, for each allowed value of HVD_SAEF_KERNELS."""
+ADVICE = {
+    "compiled": "Build them where a C++17 compiler is: install hvd_saef again, or in a checkout `make setup` "
+    "or `python setup.py build_ext --inplace`",
+}
+"""How to get a version that does not load."""
+DEVICES = {"compiled": "cpu"}
+"""The device type for which a version is missed if it does not load."""
 
-_NUMBERS = (torch.float32, torch.float64)
-_reason = ""  # why the kernels cannot be loaded; "" if the user turned them off
-try:
-    if _REQUESTED == "twins":
-        raise ImportError
-    from hvd_saef.kernels import compiled as native
-except ImportError as error:
-    native = None  # type: ignore[assignment]
-    if _REQUESTED != "twins":
-        _reason = str(error)
-
-
-def why_none() -> str:
-    """Returns why the kernels cannot be loaded; "" if they can, or if HVD_SAEF_KERNELS=twins is set."""
-    return _reason
+_requested = os.environ.get("HVD_SAEF_KERNELS", "")
+if _requested not in TRIED:
+    allowed = ", ".join(repr(name) for name in TRIED if name)
+    raise ValueError(f"HVD_SAEF_KERNELS={_requested!r}: {allowed} are allowed, or nothing.")
 
 
-def available() -> bool:
-    """Returns True if the kernels can be used (on CPU tensors).
+@functools.cache
+def load(name: str) -> Version | str:
+    """Returns the version of this name, or a text that says why it does not load."""
+    try:
+        version: Version = importlib.import_module(f"hvd_saef.kernels.{name}")
+    except ImportError as error:
+        return str(error)
+    return version
 
-    Warns once if they cannot, unless HVD_SAEF_KERNELS=twins is set.
+
+def requested() -> str:
+    """Returns what HVD_SAEF_KERNELS asks for, "" if it is not set."""
+    return _requested
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Uses in all threads, while the context is open, what HVD_SAEF_KERNELS=`name` would. For tests."""
+    global _requested
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def version_for(device: torch.device, dtype: torch.dtype) -> Version:
+    """Returns the version of the kernels that works on memory of this device and dtype."""
+    for name in TRIED[_requested]:
+        version = load(name)
+        if isinstance(version, str):
+            if DEVICES[name] == device.type:
+                _warn(name, version)
+        elif version.takes(device, dtype):
+            return version
+    raise TypeError(f"no kernels for memory of {dtype} on {device}.")
+
+
+def fusing(device: torch.device, dtype: torch.dtype, alike: bool) -> Version | None:
+    """Returns the version for such memory if it computes the rows around C too, else None.
+
+    Without `alike`, the workers' weights may differ.
     """
-    if native is None and _reason:
-        _warn()
-    return native is not None
-
-
-def native_for(flat: Tensor) -> ModuleType | None:
-    """Returns the kernels' module if it can process `flat` (float32 or float64 on the CPU), else None."""
-    return native if flat.is_cpu and flat.dtype in _NUMBERS and available() else None
+    version = version_for(device, dtype)
+    return version if version.FUSES and (alike or version.UNEQUAL_WEIGHTS) else None
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Returns True if no element of any tensor is infinite or NaN, for any floating dtypes and devices."""
-    return _magnitudes(tensors, twins.largest, twins.all_finite)
+    return _magnitudes(tensors, magnitudes.largest)
 
 
 def squares_fit(tensors: Sequence[Tensor]) -> bool:
@@ -71,33 +100,22 @@ def squares_fit(tensors: Sequence[Tensor]) -> bool:
     in float64: Adam keeps such squares of gradients. Numbers within this limit are far too small for sums of
     a few of them to overflow.
     """
-    return _magnitudes(tensors, twins.largest_root, twins.squares_fit)
+    return _magnitudes(tensors, magnitudes.largest_root)
 
 
-def _magnitudes(
-    tensors: Sequence[Tensor],
-    limit: Callable[[torch.dtype], float],
-    twin: Callable[[Sequence[Tensor]], bool],
-) -> bool:
-    """Returns True if no magnitude exceeds the limit of its dtype; uses the kernel where it can be used."""
-    kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+def _magnitudes(tensors: Sequence[Tensor], limit: Callable[[torch.dtype], float]) -> bool:
+    """Returns True if no magnitude exceeds the limit of its dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault((tensor.is_cpu, tensor.dtype), []).append(tensor)
-    rest: list[Tensor] = []
-    for (_, dtype), some in kinds.items():
-        if native_for(some[0]) is None:
-            rest += some
-        elif not native.at_most(some, limit(dtype)):
-            return False
-    return twin(rest)
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return all(version_for(*kind).at_most(some, limit(kind[1])) for kind, some in kinds.items())
 
 
 @functools.cache
-def _warn() -> None:
+def _warn(name: str, reason: str) -> None:
     warnings.warn(
-        f"hvd_saef computes with plain torch, slowly: its C++ kernels do not load ({_reason}). Build them "
-        "where a C++17 compiler is: install hvd_saef again, or in a checkout `make setup` or `python "
-        "setup.py build_ext --inplace`; or set HVD_SAEF_KERNELS=twins if this is as you want it.",
+        f"hvd_saef computes with plain torch, slowly: its {name} kernels do not load ({reason}). "
+        f"{ADVICE[name]}; or set HVD_SAEF_KERNELS=twins if this is as you want it.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -105,15 +123,14 @@ def _warn() -> None:
 
 __all__ = [
     "Pieces",
+    "Stretch",
+    "Version",
     "all_finite",
-    "available",
+    "fusing",
     "is_gapless",
-    "l1_norms",
-    "native",
-    "native_for",
-    "pack_signs",
+    "load",
+    "only",
+    "requested",
     "squares_fit",
-    "top_k",
-    "unpack_signs",
-    "why_none",
+    "version_for",
 ]

@@ -1,13 +1,10 @@
 """Calls the kernels in C++ (`csrc`), whose library uses nothing of torch, so that it serves all versions.
 
-All memory is 1-D, contiguous and on the CPU, and has one dtype, float32 or float64. `runs` is int64, [n, 4];
-a row is a run of blocks: its first element, the elements of a block, the number of blocks, and the number of
-elements of each block that are sent (for Sign: all of them if the block is dense, else 0). `points` are
-pieces that lie end to end and have together the length of all runs; each run lies within one piece. Payloads
-(uint8) may begin at any byte. The kernels run on as many threads as torch uses, without the GIL. Local.
+`operations.py` says what each does and what is allowed. All memory is on the CPU. The kernels run on as many
+threads as torch uses, without the GIL. The weights of one call are all the same number. Local.
 
-Wrong arguments raise ValueError. This module checks dtypes and strides before it takes an address; the C++
-code checks lengths and the contents of payloads before it writes to the places that they name.
+This module checks dtypes and strides before it takes an address; the C++ code checks lengths and the
+contents of payloads before it writes to the places that they name.
 
 Importing this module raises ImportError if there is no library, or if the library was not built from the
 sources beside it.
@@ -24,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_saef.kernels.pieces import Pieces, is_gapless
+from hvd_saef.kernels.operations import Stretch, Stretches
+from hvd_saef.kernels.pieces import Pieces, is_gapless, named
 from hvd_saef.kernels.sources import LIBRARY, digest
 
 _FOLDER = Path(__file__).parent
@@ -33,6 +31,7 @@ _VALUES = {
     torch.float16: 1,
     torch.bfloat16: 2,
 }  # the numbers are those of csrc/topk_payload.h, where 0 is the memory's own dtype
+FUSES, UNEQUAL_WEIGHTS, NARROW_POINTS = True, False, False
 _Address = tuple[int, int]  # the address and the number of elements, which is -1 if there is no memory
 
 
@@ -86,17 +85,12 @@ _library = _load()
 # -- the arguments of a call ---------------------------------------------------------------------------
 
 
-def _named(dtype: torch.dtype) -> str:
-    """Returns the dtype's name as in torch's own errors: Float, Double, Half, Int and so on."""
-    return torch.empty(0, dtype=dtype).type().removeprefix("torch.").removesuffix("Tensor")
-
-
 def _flat(tensor: Tensor, name: str, dtype: torch.dtype) -> _Address:
     """Returns the address and size of a tensor; raises ValueError, with its `name`, if it does not fit."""
     if not tensor.is_cpu:
         raise ValueError(f"{name}: a tensor on the CPU is needed")
     if tensor.dtype is not dtype:
-        raise ValueError(f"{name} is {_named(tensor.dtype)}; {_named(dtype)} is needed")
+        raise ValueError(f"{name} is {named(tensor.dtype)}; {named(dtype)} is needed")
     if tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(f"{name}: a contiguous tensor of one dimension is needed")
     address, size = tensor.data_ptr(), tensor.numel()
@@ -111,7 +105,7 @@ def _maybe(tensor: Tensor | None, name: str, dtype: torch.dtype) -> _Address:
 
 def _dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype not in _NUMBERS:
-        raise ValueError(f"float32 or float64 is needed, not {_named(tensor.dtype)}")
+        raise ValueError(f"float32 or float64 is needed, not {named(tensor.dtype)}")
     return tensor.dtype
 
 
@@ -141,8 +135,8 @@ def _value(dtype: torch.dtype, value_dtype: torch.dtype) -> int:
     if value_dtype is dtype:
         return 0
     if value_dtype not in _VALUES:
-        given = _named(value_dtype)
-        raise ValueError(f"value_dtype: {_named(dtype)}, float16 or bfloat16 is needed, not {given}")
+        given = named(value_dtype)
+        raise ValueError(f"value_dtype: {named(dtype)}, float16 or bfloat16 is needed, not {given}")
     return _VALUES[value_dtype]
 
 
@@ -172,11 +166,18 @@ def set_instruction_set(name: str) -> str:
     return str(before.decode())
 
 
-def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
-    """Returns True if every element lies from -`limit` to `limit`; NaN does not.
+def describe() -> str:
+    """See :meth:`Version.describe`."""
+    return f"C++, for {instruction_sets()[-1]}"
 
-    The tensors have one dtype and are on the CPU; they may have any shape and strides.
-    """
+
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """See :meth:`Version.takes`."""
+    return device.type == "cpu" and dtype in _NUMBERS
+
+
+def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
+    """See :meth:`Version.at_most`."""
     if not tensors:
         return True
     dtype = _dtype(tensors[0])
@@ -200,129 +201,81 @@ def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
 
 
 def topk_encode(
-    delta: Tensor,
-    runs: Tensor,
-    payload: Tensor,
+    stretches: Stretches,
     value_dtype: torch.dtype,
-    x: Tensor | None = None,
-    s: Tensor | None = None,
     alpha: float = 0.0,
     beta: float = 0.0,
-    points: Sequence[Tensor] = (),
-    payloads: Sequence[Tensor] = (),
-    weight: float = 0.0,
+    weights: Sequence[float] = (),
 ) -> None:
-    """Writes C(Δ) into `payload` and leaves Δ - C(Δ) in `delta`, in place.
-
-    Δ is the value of `delta`; plus (x - alpha·delta - beta·s) - points, if x is given; plus
-    Σ weight·C(payload) over `payloads`, in their order.
-    """
-    value, names = _value(_dtype(delta), value_dtype), ("delta", "payload", "x")
-    _run("topk_encode", names, value, delta, runs, payload, x, s, alpha, beta, points, payloads, weight)
+    """See :meth:`Version.topk_encode`."""
+    for stretch in stretches:
+        value = _value(_dtype(stretch.memory), value_dtype)
+        _run("topk_encode", ("delta", "payload", "x"), value, stretch, alpha, beta, weights)
 
 
 def topk_decode(
-    out: Tensor,
-    runs: Tensor,
-    payloads: Sequence[Tensor],
+    stretches: Stretches,
     value_dtype: torch.dtype,
-    weight: float,
-    e: Tensor | None = None,
-    s: Tensor | None = None,
     alpha: float = 0.0,
     beta: float = 0.0,
-    points: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
 ) -> None:
-    """Adds Σ weight·C(payload) over `payloads` to `out`, in place and in their order.
-
-    Then writes out - alpha·e - beta·s into `points`.
-    """
-    value, names = _value(_dtype(out), value_dtype), ("out", "", "e")
-    _run("topk_decode", names, value, out, runs, None, e, s, alpha, beta, points, payloads, weight)
+    """See :meth:`Version.topk_decode`."""
+    for stretch in stretches:
+        value = _value(_dtype(stretch.memory), value_dtype)
+        _run("topk_decode", ("out", "sent", "e"), value, stretch, alpha, beta, weights)
 
 
 def sign_encode(
-    delta: Tensor,
-    runs: Tensor,
-    payload: Tensor,
-    x: Tensor | None = None,
-    s: Tensor | None = None,
-    alpha: float = 0.0,
-    beta: float = 0.0,
-    points: Sequence[Tensor] = (),
-    payloads: Sequence[Tensor] = (),
-    weight: float = 0.0,
+    stretches: Stretches, alpha: float = 0.0, beta: float = 0.0, weights: Sequence[float] = ()
 ) -> None:
-    """Writes C(Δ) into `payload` and leaves Δ in `delta`, in place (0 in dense blocks).
-
-    A later :func:`sign_settle` or :func:`sign_decode` subtracts C(Δ) from `delta`. Δ is the value of `delta`;
-    plus (x - alpha·delta - beta·s) - points, if x is given; plus Σ weight·C(payload) over `payloads`, in
-    their order.
-    """
-    names = ("delta", "payload", "x")
-    _run("sign_encode", names, 0, delta, runs, payload, x, s, alpha, beta, points, payloads, weight)
+    """See :meth:`Version.sign_encode`."""
+    for stretch in stretches:
+        _run("sign_encode", ("delta", "payload", "x"), 0, stretch, alpha, beta, weights)
 
 
 def sign_decode(
-    out: Tensor,
-    runs: Tensor,
-    payloads: Sequence[Tensor],
-    weight: float,
-    e: Tensor | None = None,
-    sent: Tensor | None = None,
-    s: Tensor | None = None,
-    alpha: float = 0.0,
-    beta: float = 0.0,
-    points: Sequence[Tensor] = (),
+    stretches: Stretches, alpha: float = 0.0, beta: float = 0.0, weights: Sequence[float] = ()
 ) -> None:
-    """Adds Σ weight·C(payload) over `payloads` to `out`, in place and in their order.
-
-    If e and `sent`, the payload made from e, are given, settles e as :func:`sign_settle` does. Then writes
-    out - alpha·e - beta·s into `points`.
-    """
-    names = ("out", "sent", "e")
-    _run("sign_decode", names, 0, out, runs, sent, e, s, alpha, beta, points, payloads, weight)
+    """See :meth:`Version.sign_decode`."""
+    for stretch in stretches:
+        _run("sign_decode", ("out", "sent", "e"), 0, stretch, alpha, beta, weights)
 
 
-def sign_settle(memory: Tensor, runs: Tensor, payload: Tensor) -> None:
-    """Subtracts the values of `payload`, which was made from `memory`, from `memory`, in place.
-
-    Dense blocks are left alone: :func:`sign_encode` has settled them.
-    """
-    _run("sign_settle", ("memory", "payload", ""), 0, memory, runs, payload)
+def sign_settle(stretches: Stretches) -> None:
+    """See :meth:`Version.sign_settle`."""
+    for stretch in stretches:
+        _run("sign_settle", ("memory", "payload", ""), 0, stretch)
 
 
 def _run(
     kernel: str,
     names: tuple[str, str, str],
     value: int,
-    memory: Tensor,
-    runs: Tensor,
-    payload: Tensor | None,
-    other: Tensor | None = None,
-    server: Tensor | None = None,
+    stretch: Stretch,
     alpha: float = 0.0,
     beta: float = 0.0,
-    points: Sequence[Tensor] = (),
-    payloads: Sequence[Tensor] = (),
-    weight: float = 0.0,
+    weights: Sequence[float] = (),
 ) -> None:
     """Calls a kernel. `names` are the names of memory, payload and other in error messages."""
-    dtype = _dtype(memory)
-    pieces, given = _table(points, "points", dtype), _table(payloads, "payloads", torch.uint8)
+    if len(weights) != len(stretch.payloads) or len(set(weights)) > 1:
+        raise ValueError(f"weights={weights!r}: the same number for each of the payloads is needed")
+    dtype = _dtype(stretch.memory)
+    pieces = _table(stretch.points, "points", dtype)
+    given = _table(stretch.payloads, "payloads", torch.uint8)
     call = _Call(
         dtype.itemsize,
         value,
         torch.get_num_threads(),
-        _flat(memory, names[0], dtype),
-        _runs(runs),
-        _maybe(payload, names[1], torch.uint8),
-        _maybe(other, names[2], dtype),
-        _maybe(server, "s", dtype),
+        _flat(stretch.memory, names[0], dtype),
+        _runs(stretch.runs),
+        _maybe(stretch.payload, names[1], torch.uint8),
+        _maybe(stretch.other, names[2], dtype),
+        _maybe(stretch.s, "s", dtype),
         alpha,
         beta,
         _many(pieces),
         _many(given),
-        weight,
+        weights[0] if weights else 0.0,
     )
     _check(getattr(_library, f"hvd_saef_{kernel}")(ctypes.byref(call)))

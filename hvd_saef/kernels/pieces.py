@@ -1,4 +1,4 @@
-"""Pieces of memory whose addresses are looked up only once, and the test for memory without gaps. Local."""
+"""Pieces of memory whose addresses are looked up once, memory without gaps, names of dtypes. Local."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class Pieces(tuple[Tensor, ...]):
     def of(cls, tensors: Iterable[Tensor]) -> Pieces:
         """Returns `tensors` as pieces; returns them unchanged if they are pieces already."""
         return tensors if isinstance(tensors, cls) else cls(tensors)
+
+
+def named(dtype: torch.dtype) -> str:
+    """Returns the dtype's name as in torch's own errors: Float, Double, Half, Int and so on."""
+    return torch.empty(0, dtype=dtype).type().removeprefix("torch.").removesuffix("Tensor")
 
 
 def is_gapless(tensor: Tensor) -> bool:

@@ -64,12 +64,13 @@ class PlainRows:
         self._compressor = compressor
         self._draws = draws or Draws()
 
-    def send(self, memory: Memory, payload: Tensor) -> None:
-        """Row 4: computes Δ = e + b - y, writes C(Δ) into `payload`, and leaves Δ - C(Δ) in e."""
-        if memory.parameter_memory:
-            b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
-            add_update(memory.e, b, torch.cat(list(memory.parameter_memory)))
-        self._compressor.encode(self._blocked(memory.e, memory), payload)
+    def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
+        """Row 4: computes Δ = e + b - y, writes C(Δ) into `payloads`, and leaves Δ - C(Δ) in e."""
+        for memory, payload in zip(memories, payloads, strict=True):
+            if memory.parameter_memory:
+                b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
+                add_update(memory.e, b, torch.cat(list(memory.parameter_memory)))
+            self._compressor.encode(self._blocked(memory.e, memory), payload)
 
     def serve(
         self, payloads: Sequence[Tensor], weights: Sequence[float], s: BlockedTensor, answer: Tensor
@@ -83,20 +84,25 @@ class PlainRows:
         self._compressor.encode(s, answer)
 
     def receive(
-        self, memory: Memory, sent: Tensor, payloads: Sequence[Tensor], weights: Sequence[float]
+        self,
+        memories: Sequence[Memory],
+        sent: Sequence[Tensor],
+        payloads: Sequence[Sequence[Tensor]],
+        weights: Sequence[float],
     ) -> None:
         """Row 6: subtracts u = Σ weight_k·C(...) from x, in place; then row 2 of the next round.
 
         The sum runs in the order of the workers. The payloads are the server's one answer, with weight 1, or
         (row 5) those of all workers, with weight 1/K each. Row 2 writes b into the parameter memory, if any.
         """
-        x = self._blocked(memory.x, memory)
-        for payload, weight in zip(payloads, weights, strict=True):
-            self._compressor.decode_add(payload, x, -weight)
-        if memory.parameter_memory:
-            b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
-            pieces = list(memory.parameter_memory)
-            torch._foreach_copy_(pieces, list(torch.split(b, [piece.numel() for piece in pieces])))
+        for memory, arrived in zip(memories, payloads, strict=True):
+            x = self._blocked(memory.x, memory)
+            for payload, weight in zip(arrived, weights, strict=True):
+                self._compressor.decode_add(payload, x, -weight)
+            if memory.parameter_memory:
+                b = step_ahead(memory.x, memory.e, memory.s, memory.alpha, memory.beta)
+                pieces = list(memory.parameter_memory)
+                torch._foreach_copy_(pieces, list(torch.split(b, [piece.numel() for piece in pieces])))
 
     def _blocked(self, flat: Tensor, memory: Memory) -> BlockedTensor:
         return BlockedTensor(flat, memory.blocks, replace(self._draws, first=memory.first))

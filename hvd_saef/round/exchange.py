@@ -179,8 +179,7 @@ class Exchange:
         bucket, settings = state.bucket, self.settings
         warmup = rounds < settings.warmup_steps
         compressor = self._compressor(state, rounds)
-        fits = bucket.device.type == "cpu" and self.communicator.alike
-        rows = compressor.fused if fits else None
+        rows = compressor.fused(bucket.device, bucket.dtype, self.communicator.alike)
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = self._payload_sizes[bucket.index]

@@ -112,8 +112,7 @@ class Trip:
                 y = state.bucket.new_flat()
                 torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
                 algorithm.add_update(state.e, self._start_point(), y)
-            for memory, piece in zip(self.memories, self.sent, strict=True):
-                self.rows.send(memory, piece)
+            self.rows.send(self.memories, self.sent)
             if self.wire is not None and self.wire != state.bucket.dtype:
                 sent = self.sent[0].view(self.wire)
                 sent.copy_(self._with_room(sent))
@@ -162,9 +161,8 @@ class Trip:
             arrived = self.arrived.result()
         weights = [1.0] if self.served or self.wire else self.communicator.weights
         with self.statistics.phase("decode"), self.failure.noting():
-            for memory, sent, payloads in zip(self.memories, self.sent, arrived, strict=True):
-                shown = memory if shows else replace(memory, parameter_memory=())
-                self.rows.receive(shown, sent, payloads, weights)
+            memories = self.memories if shows else [replace(m, parameter_memory=()) for m in self.memories]
+            self.rows.receive(memories, self.sent, arrived, weights)
             if self.settings.feedback == "none":
                 state.e.zero_()
                 if state.s is not None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hvd_saef
-from hvd_saef import Compression, Compressor
+from hvd_saef import Compression, Compressor, kernels
 from hvd_saef.compression import BlockedTensor, Blocks, SignCompressor, TopKCompressor
 from hvd_saef.memory.layout import is_gapless
 from tests.oracle import Setup
@@ -92,10 +92,11 @@ def test_decoders_take_or_refuse_any_bytes(
     else:
         payload = torch.cat([payload, payload[:1]])
     outcomes: list[Any] = []
-    for decode in (compressor.decode_add, getattr(compressor, "_decode_add", compressor.decode_add)):
+    for requested in (kernels.requested(), "twins"):
         memory, flat = guarded(blocks.numel, dtype)
         try:
-            decode(payload, BlockedTensor(flat, blocks), 0.5)
+            with kernels.only(requested):
+                compressor.decode_add(payload, BlockedTensor(flat, blocks), 0.5)
             outcomes.append(flat.nan_to_num(12345.0))
         except (ValueError, RuntimeError) as error:
             outcomes.append(error)

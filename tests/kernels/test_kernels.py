@@ -16,23 +16,24 @@ import pytest
 import torch
 
 from hvd_saef import kernels
+from tests.kernels.versions import Direct, compiled
 from tests.mpi.launch import LIMIT, ROOT
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = [float("inf"), -float("inf"), float("nan")]
 
 
-@pytest.fixture(params=[*(kernels.native.instruction_sets() if kernels.native else []), "twins"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=[*(compiled.instruction_sets() if compiled else []), "twins"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each way there is to compute here."""
     if request.param == "twins":
-        monkeypatch.setattr(kernels, "native", None)
-        monkeypatch.setattr(kernels, "_reason", "")  # no accident: no warning
-        yield request.param
+        with kernels.only("twins"):
+            yield request.param
     else:
-        before = kernels.native.set_instruction_set(request.param)
+        assert compiled is not None
+        before = compiled.set_instruction_set(request.param)
         yield request.param
-        kernels.native.set_instruction_set(before)
+        compiled.set_instruction_set(before)
 
 
 def root(dtype: torch.dtype) -> float:
@@ -91,18 +92,18 @@ def test_any_strides_and_dtypes(way: str) -> None:
 
 
 def test_what_no_kernel_takes() -> None:
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("the kernels are not built")
     for tensors in ([torch.ones(2), torch.ones(2, dtype=torch.float64)], [torch.ones(2, dtype=torch.int32)]):
         with pytest.raises(ValueError, match=r"float32|one dtype"):
-            kernels.native.at_most(tensors, 1.0)
+            compiled.at_most(tensors, 1.0)
 
 
 def test_an_unknown_instruction_set() -> None:
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("no kernels here")
     with pytest.raises(ValueError, match="no instruction set mmx"):
-        kernels.native.set_instruction_set("mmx")
+        compiled.set_instruction_set("mmx")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +117,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_variable() -> None:
-    code = "from hvd_saef import kernels; assert kernels.native is None; assert not kernels.available()"
+    code = (
+        "import torch; from hvd_saef import kernels; "
+        "assert kernels.version_for(torch.device('cpu'), torch.float32).describe() == 'plain torch'"
+    )
     job = python("import warnings; warnings.simplefilter('error'); " + code, HVD_SAEF_KERNELS="twins")
     assert job.returncode == 0, job.stderr
     job = python(code, HVD_SAEF_KERNELS="native")
@@ -143,7 +147,7 @@ assert "make setup" in str(warning.message)
     assert job.returncode == 0, job.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kernels.available()  # none where they are
+        kernels.all_finite([torch.ones(1)])  # none where they are
 
 
 def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_benchmark(tmp_path: Path) -> None:
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("no kernels here")
     options = ["--layouts", "1e4", "tiny", "--threads", "1", "--turns", "2", "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *options]
@@ -178,14 +182,14 @@ def test_the_benchmark(tmp_path: Path) -> None:
 
 def test_an_address_is_kept_by_no_copy() -> None:
     """Pieces keep a table of where they are; what is copied is elsewhere."""
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("no kernels here")
     runs, payload = torch.tensor([[0, 4, 1, 0]]), torch.empty(5, dtype=torch.uint8)
     first = kernels.Pieces([torch.zeros(4)])
 
     def show(x: torch.Tensor, pieces: kernels.Pieces) -> list[list[float]]:
         e = torch.zeros(4)
-        kernels.native.sign_decode(x, runs, [], 1.0, e, payload.zero_(), None, 1.0, 0.0, pieces)
+        Direct(compiled).sign_decode(x, runs, [], 1.0, e, payload.zero_(), None, 1.0, 0.0, pieces)
         return [piece.tolist() for piece in pieces]
 
     assert kernels.Pieces.of(first) is first
@@ -199,32 +203,32 @@ def test_an_address_is_kept_by_no_copy() -> None:
 
 def test_tensors_without_memory_are_refused() -> None:
     """A tensor that stands for another says that it is on the CPU, and has no address."""
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("no kernels here")
     runs, payload = torch.tensor([[0, 4, 1, 0]]), torch.empty(5, dtype=torch.uint8)
     hollow = torch.zeros(4)
     hollow.untyped_storage().resize_(0)
     assert hollow.is_cpu
     with pytest.raises((ValueError, RuntimeError), match="delta: a tensor on the CPU"):
-        kernels.native.sign_encode(hollow, runs, payload)
+        Direct(compiled).sign_encode(hollow, runs, payload)
     with pytest.raises((ValueError, RuntimeError), match="on the CPU"):
-        kernels.native.at_most([torch.ones(1), hollow], 1.0)
+        compiled.at_most([torch.ones(1), hollow], 1.0)
 
 
 def test_the_threads_are_torchs() -> None:
     """As many as torch has, also after it has others."""
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("no kernels here")
     code = """
 import os, torch
-from hvd_saef import kernels
+from hvd_saef.kernels import compiled
 big = [torch.ones(1 << 20)]
 for threads in (1, 3, 2):
     torch.set_num_threads(threads)
     torch.ones(1 << 20).add_(1)
     before = len(os.listdir("/proc/self/task"))
     for _ in range(20):
-        assert kernels.native.at_most(big, 1.0)
+        assert compiled.at_most(big, 1.0)
     assert len(os.listdir("/proc/self/task")) == before, threads
 """
     job = python(code, OMP_NUM_THREADS="1")

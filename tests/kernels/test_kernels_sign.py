@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Compression, Fused, Memory, SignCompressor
-from hvd_saef.kernels import twins
+from hvd_saef.kernels.twins import blocks as twins
 from hvd_saef.memory import algorithm
+from tests.kernels.versions import Direct, compiled
 
-native = kernels.native
-pytestmark = pytest.mark.skipif(native is None, reason="the kernels are not built")
+pytestmark = pytest.mark.skipif(compiled is None, reason="the kernels are not built")
+native: Any = Direct(compiled) if compiled else None
 
 PAGE = 65536
 Run = tuple[int, int, bool]  # a block's size, the number of blocks, whether they travel dense
@@ -168,11 +170,11 @@ CHECKS = [check_send, check_serve, check_receive]
 @contextmanager
 def everywhere(*numbers: int) -> Iterator[Iterator[None]]:
     """Every instruction set of this CPU with such numbers of threads; then as it was before."""
-    threads, chosen = torch.get_num_threads(), native.instruction_sets()[-1]
+    threads, chosen = torch.get_num_threads(), compiled.instruction_sets()[-1]
 
     def settings() -> Iterator[None]:
-        for name, number in itertools.product(native.instruction_sets(), numbers):
-            native.set_instruction_set(name)
+        for name, number in itertools.product(compiled.instruction_sets(), numbers):
+            compiled.set_instruction_set(name)
             torch.set_num_threads(number)
             yield
 
@@ -180,7 +182,7 @@ def everywhere(*numbers: int) -> Iterator[Iterator[None]]:
         yield settings()
     finally:
         torch.set_num_threads(threads)
-        native.set_instruction_set(chosen)
+        compiled.set_instruction_set(chosen)
 
 
 def cases() -> st.SearchStrategy[Case]:
@@ -265,23 +267,21 @@ def test_fused_rows_are_the_plain_rows(sizes: list[int], double: bool) -> None:
             y += torch.randn(y.shape, generator=generator)
             memories = [Memory(blocks, x[k], e[k], s, [y[k]], 1.0, 0.3) for k in range(workers)]
             for k, memory in enumerate(memories):
-                rows.send(memory, payloads[k])
+                rows.send([memory], [payloads[k]])
             arrived, weights = list(payloads), workers * [1 / workers]
             if double:
                 rows.serve(arrived, weights, BlockedTensor(s, blocks), answer)
                 arrived, weights = [answer], [1.0]
             for k, memory in enumerate(memories):
-                rows.receive(memory, payloads[k], arrived, weights)
+                rows.receive([memory], [payloads[k]], [arrived], weights)
         return [x, e, s, y, payloads]
 
-    fused = Compression.sign.fused
+    fused = Compression.sign.fused(torch.device("cpu"), torch.float32, True)
     assert fused is not None
     fast = run(fused)
     assert same(fast[0][0], fast[0][1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "native", None)
-        patch.setattr(kernels, "_reason", "")
-        assert SignCompressor().fused is None
+    with kernels.only("twins"):
+        assert SignCompressor().fused(torch.device("cpu"), torch.float32, True) is None
         slow = run(algorithm.PlainRows(Compression.sign))
     assert all(same(a, b) for a, b in zip(fast, slow, strict=True))
 
@@ -291,8 +291,10 @@ def test_a_subclass_has_no_fused_rows() -> None:
         def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
             super().encode(delta, payload)
 
-    assert SignCompressor().fused is not None
-    assert Louder().fused is None
+    here = torch.device("cpu"), torch.float32, True
+    assert SignCompressor().fused(*here) is not None
+    assert Louder().fused(*here) is None
+    assert SignCompressor().fused(torch.device("cpu"), torch.float32, False) is None  # unequal weights
 
 
 def test_the_order_of_additions_and_roundings_shows() -> None:

@@ -15,8 +15,10 @@ from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Memory, TopKCompressor
 from hvd_saef.memory.algorithm import PlainRows
 from tests.codes import RATIOS, Bucket, buckets
+from tests.kernels.versions import Direct, compiled
 
-SETS = kernels.native.instruction_sets() if kernels.native else []
+SETS = compiled.instruction_sets() if compiled else []
+HERE = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
 VALUES = [None, torch.float16, torch.bfloat16]
 PAGE = 65536
@@ -26,14 +28,14 @@ pytestmark = pytest.mark.skipif(not SETS, reason="no kernels here")
 
 def everywhere() -> Iterator[int]:
     """With every instruction set that this CPU has, and 1 thread; the best one also with 2 and 3."""
-    set_before, threads_before = kernels.native.set_instruction_set("baseline"), torch.get_num_threads()
+    set_before, threads_before = compiled.set_instruction_set("baseline"), torch.get_num_threads()
     try:
         for name, threads in (*((name, 1) for name in SETS), (SETS[-1], 2), (SETS[-1], 3)):
-            kernels.native.set_instruction_set(name)
+            compiled.set_instruction_set(name)
             torch.set_num_threads(threads)
             yield threads
     finally:
-        kernels.native.set_instruction_set(set_before)
+        compiled.set_instruction_set(set_before)
         torch.set_num_threads(threads_before)
 
 
@@ -54,8 +56,7 @@ def coded(compressor: TopKCompressor, blocks: Blocks, values: Tensor) -> Coded:
 
 def by_twins(compressor: TopKCompressor, blocks: Blocks, values: Tensor) -> Coded:
     """The same without kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "native", None)
+    with kernels.only("twins"):
         return coded(compressor, blocks, values)
 
 
@@ -182,11 +183,11 @@ def a_round(rows: Any, compressor: TopKCompressor, m: Memory, shown: bool) -> li
     sent, answer, other = (
         torch.empty(compressor.payload_bytes(m.blocks), dtype=torch.uint8) for _ in range(3)
     )
-    rows.send(m, sent)
-    PlainRows(compressor).send(Memory(m.blocks, m.x, m.x.roll(1), None, (), 0.0, 0.0), other)
+    rows.send([m], [sent])
+    PlainRows(compressor).send([Memory(m.blocks, m.x, m.x.roll(1), None, (), 0.0, 0.0)], [other])
     rows.serve([sent, other, sent], 3 * [1 / 3], server, answer)
     left = [m.e.clone()]
-    rows.receive(m, sent, [answer, other], [0.7, 0.7])
+    rows.receive([m], [sent], [[answer, other]], [0.7, 0.7])
     return [sent, answer, *left, server.flat, m.x, m.e, *m.parameter_memory]
 
 
@@ -198,14 +199,20 @@ def test_fused_rows(dtype: torch.dtype, ratio: float, alpha: float, beta: float)
         blocks = Blocks.cut(sizes, block_size, dtype)
         compressor = TopKCompressor(ratio, VALUES[number])
         for shown in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels, "native", None)
-                assert compressor.fused is None
+            with kernels.only("twins"):
+                assert compressor.fused(HERE, dtype, True) is None
                 plain = a_round(PlainRows(compressor), compressor, memory(blocks, sizes, alpha, beta), shown)
             for _ in everywhere():
-                fused = a_round(compressor.fused, compressor, memory(blocks, sizes, alpha, beta), shown)
+                fused = a_round(
+                    compressor.fused(HERE, dtype, True), compressor, memory(blocks, sizes, alpha, beta), shown
+                )
                 assert same(fused, plain)
-            other = a_round(compressor.fused, compressor, memory(blocks, sizes, alpha + 0.1, beta), shown)
+            other = a_round(
+                compressor.fused(HERE, dtype, True),
+                compressor,
+                memory(blocks, sizes, alpha + 0.1, beta),
+                shown,
+            )
             assert same(fused, other) is not shown  # the counter-check
 
 
@@ -221,7 +228,7 @@ def encode(**changed: Any) -> None:
         "payload": torch.empty(60, dtype=torch.uint8),
         "value_dtype": torch.float32,
     }
-    kernels.native.topk_encode(**{**given, **changed})
+    Direct(compiled).topk_encode(**{**given, **changed})
 
 
 @pytest.mark.parametrize(
@@ -265,9 +272,8 @@ def test_malformed_payloads() -> None:
         place = first + int(torch.randint(length, (), generator=generator))
         broken[place] = torch.randint(256, (), generator=generator)
         found = []
-        for native in (kernels.native, None):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels, "native", native)
+        for requested in ("", "twins"):
+            with kernels.only(requested):
                 try:
                     compressor.decode_add(broken, out, 1.0)
                     found.append("")

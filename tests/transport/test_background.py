@@ -15,6 +15,7 @@ from torch import nn
 import hvd_saef
 from hvd_saef import ConfigurationMismatchError, kernels
 from hvd_saef.transport.background import Background, denormals, flushes_denormals
+from tests.kernels.versions import compiled
 from tests.workers import NO_MODEL, bits, caught, together
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL, "ignore:the largest block")
@@ -164,16 +165,13 @@ def test_the_background_computes_as_the_foreground(monkeypatch: pytest.MonkeyPat
     assert together(2, run({"bucket_bytes": 64})) != wanted
 
 
-@pytest.mark.skipif(kernels.native is None, reason="needs the compiled kernels")
+@pytest.mark.skipif(compiled is None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_kernels_and_twins_flush_alike(
-    options: dict[str, Any], flush: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_and_twins_flush_alike(options: dict[str, Any], flush: bool) -> None:
     def fn(rank: int) -> dict[str, bytes]:
         return Tiny(rank, flush, **options).step(5).x()
 
-    compiled = together(2, fn)
-    monkeypatch.setattr(kernels, "native", None)
-    monkeypatch.setattr(kernels, "_reason", "")
-    assert together(2, fn) == compiled
+    fast = together(2, fn)
+    with kernels.only("twins"):
+        assert together(2, fn) == fast

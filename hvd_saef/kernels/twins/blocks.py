@@ -1,12 +1,34 @@
-"""The twins of the kernels in plain torch, for any device. The rows of a matrix `rows` are blocks. Local."""
+"""What the twins do with blocks of equal size, the rows of a matrix `rows`. Local."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of an operation's `runs`, with a view of its memory, [count, size]: one row for each block."""
+
+    rows: Tensor
+    size: int
+    count: int
+    kept: int
+
+    @property
+    def whole(self) -> bool:
+        """True if all elements of the blocks travel."""
+        return self.kept == self.size
+
+
+def runs_of(flat: Tensor, table: Tensor) -> Iterator[Run]:
+    """Yields the runs of `table`, which is an operation's `runs`, with their memory in `flat`."""
+    for start, size, count, kept in table.tolist():
+        yield Run(flat[start : start + size * count].view(count, size), size, count, kept)
+
 
 LANES = 16  # the numbers in a line of the summation tree, see :func:`l1_norms`
 
@@ -67,47 +89,3 @@ def top_k(rows: Tensor, k: int) -> Tensor:
     free = k - above.sum(dim=1, keepdim=True)
     kept = above | (level & (level.cumsum(dim=1) <= free))
     return kept.nonzero()[:, 1].view(rows.shape[0], k)
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Returns True if no element of any tensor is infinite or NaN.
-
-    The first pass sums each tensor: a finite sum has only finite terms. A sum that is not finite may have
-    overflowed, so a second pass then looks at each element.
-    """
-    sums = [tensor.detach().sum().float() for tensor in tensors]
-    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
-        return True
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def largest(dtype: torch.dtype) -> float:
-    """Returns the largest finite number of the dtype."""
-    return torch.finfo(dtype).max
-
-
-@functools.cache
-def largest_root(dtype: torch.dtype) -> float:
-    """Returns the largest number whose square is finite in float32 or, for float64, in float64."""
-    return float(torch.tensor(torch.finfo(_wide(dtype)).max, dtype=_wide(dtype)).sqrt())
-
-
-def squares_fit(tensors: Sequence[Tensor]) -> bool:
-    """Returns True if no element of any tensor is NaN, infinite, or so large that its square is infinite.
-
-    The first pass takes each tensor's norm. A norm above the limit may come from many elements that are
-    small enough, so a second pass then looks at each element.
-    """
-    with torch.no_grad():
-        norms = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype)).double() for tensor in tensors]
-        most = min((largest_root(tensor.dtype) for tensor in tensors), default=0.0)
-        if not norms or bool((torch.stack([norm.to(norms[0].device) for norm in norms]) <= most).all()):
-            return True
-        return all(
-            bool((tensor.to(_wide(tensor.dtype)).abs() <= largest_root(tensor.dtype)).all())
-            for tensor in tensors
-        )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
