@@ -195,6 +195,15 @@ def test_modes_of_ones_own_are_refused(make: Callable[[list[nn.Parameter]], Any]
         assert "a schedule of its rate" in str(error)
 
 
+def test_accelerates_optimizer_is_refused() -> None:
+    """It has a train() and an eval() too, but passes calls on: the remedy is another order."""
+    passes_on = type("AcceleratedOptimizer", (Averaging,), {"__module__": "accelerate.optimizer"})
+
+    for error in caught(2, lambda rank: Run(rank, lambda parameters: passes_on(parameters, lr=0.1))):
+        assert isinstance(error, TypeError)
+        assert "what that returns to accelerator.prepare()" in str(error)
+
+
 class Counting(torch.optim.SGD):
     """Has a method that is called as one of ours is."""
 
