@@ -118,9 +118,9 @@ def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
     own = [method for method in methods if hasattr(optimizer, method)]
     if own and type(optimizer).__module__.startswith("accelerate."):
         raise TypeError(
-            f"optimizer={name}: accelerate made it of a torch optimizer, and passes calls on to that. Give the "
-            "torch optimizer to hvd_saef.DistributedOptimizer, and what that returns to accelerator.prepare() "
-            "(docs/frameworks.md)."
+            f"optimizer={name}: accelerate made it of a torch optimizer, and passes calls on to that. Give "
+            "the torch optimizer to hvd_saef.DistributedOptimizer, and what that returns to "
+            "accelerator.prepare() (docs/frameworks.md)."
         )
     if "train" in own or "eval" in own:
         raise TypeError(
