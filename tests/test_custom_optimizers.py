@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hvd_saef
 from hvd_saef import Compression
-from tests.workers import NO_MODEL, Run, bits, caught, everything, saved, together
+from tests.workers import NO_MODEL, Run, batch, bits, caught, everything, network, saved, together
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_MODEL),
@@ -193,6 +194,42 @@ def test_modes_of_ones_own_are_refused(make: Callable[[list[nn.Parameter]], Any]
         assert isinstance(error, TypeError)
         assert "it has train() and eval() of its own" in str(error)
         assert "a schedule of its rate" in str(error)
+
+
+class SecondOrder(torch.optim.SGD):
+    """Differentiates the gradients in its step, as AdaHessian does: no parameter may move before that."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step along the sum of the gradient and of the Hessian's product with ones."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters]
+        ones = [torch.ones_like(p) for p in parameters]
+        for p, product in zip(parameters, torch.autograd.grad(gradients, parameters, ones), strict=True):
+            p.grad = p.grad.detach() + product
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_may_differentiate_gradients(workers: int, evaluates: bool) -> None:
+    """In the first step and after an evaluation, too: x is where the parameters are, so none is written."""
+
+    def fn(rank: int) -> dict[str, bytes]:
+        model = network(torch.float64)
+        optimizer = SecondOrder(model.parameters(), lr=0.01)
+        wrapped = hvd_saef.DistributedOptimizer(optimizer, model.named_parameters(), model=model)
+        for step in range(3):
+            if evaluates:
+                model.eval()(batch(rank, step, torch.float64))
+                model.train()
+            if step == 2:
+                wrapped.reanchor()
+            wrapped.zero_grad()
+            model(batch(rank, step, torch.float64)).square().mean().backward(create_graph=True)
+            wrapped.step()
+        return bits(dict(model.state_dict()))
+
+    assert len({tuple(x.values()) for x in together(workers, fn)}) == 1
 
 
 def test_accelerates_optimizer_is_refused() -> None:

@@ -487,7 +487,7 @@ PROTECTIONS: dict[str, Protection] = {
         "wrappers that are dropped leave nothing",
         "each is kept",
         ["tests/round/test_guard.py::test_wrapping_and_dropping_leaves_no_owner"],
-        {"round.modes:_of_parameters": {}},
+        {"round.owners:_of_parameters": {}},
     ),
 }
 

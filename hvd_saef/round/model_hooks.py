@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_saef.round.modes import Modes, owners
+from hvd_saef.round.modes import Modes
+from hvd_saef.round.owners import owners
 
 MOVED_SINCE = (
     "the parameters were moved between a forward pass and its backward pass, which needs them as they were "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.progress import Progress
 from hvd_saef.memory.state import State
 from hvd_saef.round.exchange import Exchange
+from hvd_saef.round.owners import own
 from hvd_saef.round.unstepped import (
     MOVED,
     MOVED_AT_X,
@@ -152,27 +152,34 @@ class Modes:
             self._stepping = False
             handle.remove()
 
+    def begin_here(self, state: State) -> None:
+        """Starts training on `state`, whose x was just taken from the parameters. No parameter is written.
+
+        So an optimizer that differentiates gradients in its step can do so in the first step, too.
+        """
+        self._start(state)
+        self.progress.undid_steps()
+        self._reached = None
+        self.note()
+
     def begin(self, state: State | None, training_point: list[Tensor] | None = None) -> None:
         """Starts training on `state`: from the start of a round, or from `training_point` within a round."""
+        self._start(state)
+        if training_point is None:
+            self.progress.undid_steps()
+        self.to_start(training_point)
+
+    def _start(self, state: State | None) -> None:
         self.state = state
         if self._unstepped is not None:
             if state is None:
                 self._unstepped.start()
             else:
                 self._unstepped.stop()
-        if training_point is None:
-            self.progress.undid_steps()
-        self.to_start(training_point)
 
     def claim(self, layout: Layout) -> None:
         """Makes this optimizer the owner. An earlier owner leaves its parameters at its x and is done."""
-        for slot in layout.slots:
-            earlier = _of_parameters.get(id(slot.parameter))
-            if earlier is not None and earlier is not self and earlier.taken is None:
-                earlier.eval()
-                earlier.taken, earlier.state = slot.name, None
-        for slot in layout.slots:
-            _of_parameters[id(slot.parameter)] = self
+        own(self, layout)
         if self.state is None:
             self._unstepped = Unstepped(layout)
 
@@ -315,13 +322,3 @@ class Modes:
     @staticmethod
     def _parameters(state: State) -> list[Tensor]:
         return [slot.parameter for slot in state.layout.slots]
-
-
-# By the parameter's id: a Modes keeps its parameters alive, so no other tensor can get the same id.
-_of_parameters: weakref.WeakValueDictionary[int, Modes] = weakref.WeakValueDictionary()
-
-
-def owners(parameters: Iterable[Tensor]) -> list[Modes]:
-    """Returns the Modes of all optimizers that own any of these parameters."""
-    found = (_of_parameters.get(id(parameter)) for parameter in parameters)
-    return list({id(modes): modes for modes in found if modes is not None}.values())

@@ -160,7 +160,7 @@ class Origin:
         """Takes x from this rank's parameters, and clears e and s and the note of a consolidation."""
         state.anchor()
         self._whole_server_errors = None
-        self._modes.begin(state)
+        self._modes.begin_here(state)
 
     def _go_on_as_loaded(self, everyone: list[Standing]) -> None:
         steps = [(standing.rounds, standing.local_steps_done) for standing in everyone]

@@ -182,16 +182,16 @@ def test_a_second_optimizer_over_other_parameters_works(options: dict[str, Any])
 
 
 def test_wrapping_and_dropping_leaves_no_owner() -> None:
-    from hvd_saef.round import modes
+    from hvd_saef.round import owners
 
     def fn(rank: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Run(rank).step()
 
-    before = len(modes._of_parameters)
+    before = len(owners._of_parameters)
     together(2, fn)
     import gc
 
     gc.collect()
-    assert len(modes._of_parameters) <= before
+    assert len(owners._of_parameters) <= before
