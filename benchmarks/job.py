@@ -53,6 +53,7 @@ class HorovodJob:
         import horovod.torch as hvd
 
         self._hvd = hvd
+        self._gathered = 0
 
     def begin(self, **options: Any) -> None:  # noqa: D102
         self._hvd.init(**options)
@@ -73,7 +74,8 @@ class HorovodJob:
         self._hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
     def gather(self, value: Any) -> list[Any]:  # noqa: D102
-        return cast("list[Any]", self._hvd.allgather_object(value))
+        self._gathered += 1  # a name of Horovod's own making is of the value's type, which may differ
+        return cast("list[Any]", self._hvd.allgather_object(value, f"gather.{self._gathered}"))
 
     def barrier(self) -> None:  # noqa: D102
         self._hvd.barrier()

@@ -115,6 +115,11 @@ def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:
             "workers would end at different points. Every other optimizer of torch.optim is allowed."
         )
     name = type(optimizer).__name__
+    if type(optimizer).__module__.startswith("torch.distributed."):
+        raise TypeError(
+            f"optimizer={name}: it exchanges parameters between ranks by itself, and each rank would hold "
+            "the state of a part only. Wrap the optimizer of torch.optim that it is made of."
+        )
     own = [method for method in methods if hasattr(optimizer, method)]
     if own and type(optimizer).__module__.startswith("accelerate."):
         raise TypeError(

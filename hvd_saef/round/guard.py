@@ -31,7 +31,7 @@ class Guard:
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "this process was forked from one that had called hvd_saef.DistributedOptimizer: it cannot "
-                "exchange anything. Train in the process that called hvd.init()."
+                "exchange anything. Train in the process that called hvd.init() or init_process_group()."
             )
 
     def check(self, layout: Layout) -> None:

@@ -182,8 +182,8 @@ class Session:
             self.origin.agree(self.parameters.layout, self.parameters.with_state, self._facts)
             self._begin()
             self._round_end.check_worker(
-                "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, or load "
-                "the same state on all of them."
+                "All ranks of a worker must hold the same state: call hvd.broadcast_optimizer_state, seed "
+                "them alike, or load the same state on all of them."
             )
         if Word.NONFINITE in combined and self.settings.on_nonfinite == "raise":
             self._local.raise_nonfinite(self.parameters.layout)

@@ -74,6 +74,11 @@ def what_does_not_fit_is_refused() -> None:
     averaging = nn.parallel.DistributedDataParallel(model)
     with pytest.raises(TypeError, match="DistributedDataParallel averages the gradients"):
         wrap(model=averaging)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    sharded = ZeroRedundancyOptimizer([parameter], torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="optimizer=ZeroRedundancyOptimizer: it exchanges parameters"):
+        hvd_saef.DistributedOptimizer(sharded)
     wrap()
 
 
