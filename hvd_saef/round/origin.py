@@ -25,8 +25,8 @@ from hvd_saef.transport.communicator import Communicator
 
 BROADCAST_ADVICE = (
     "All workers must start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
-    "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them; with "
-    "torch.distributed, seed all ranks alike or call torch.distributed.broadcast(p.data, 0) for each p. "
+    "root_rank=0) before the first step, and after hvd.broadcast_optimizer_state(), which may move them; "
+    "with torch.distributed, seed all ranks alike or call torch.distributed.broadcast(p.data, 0) for each p. "
     "Nothing may write to them after that but step(): nn.Embedding(max_norm=...) does so in its forward pass."
 )
 
