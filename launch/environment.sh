@@ -18,6 +18,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Ranks that wait give way to those that compute: hvd_saef and Horovod have threads beside the main one.
 # Each MPI has a variable of its own for that, and takes no notice of the others'.
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}   # Open MPI
+export MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}   # MPICH 4 and 5; older ones have none
+export I_MPI_THREAD_YIELD=${I_MPI_THREAD_YIELD:-2}                       # Intel MPI
 # In a container, say, everyone is root, which Open MPI refuses unless it is told twice.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 
@@ -32,6 +34,14 @@ mpi_on_path() {
     *"Intel(R) MPI"*) echo intel ;;
     *HYDRA*) echo mpich ;;
     *) head -n 1 <<<"$said" ;;
+  esac
+}
+
+# Prints what srun's --mpi has to be for the MPI on the PATH. `srun --mpi=list` says what there is.
+srun_mpi() {
+  case $(mpi_on_path) in
+    mpich | intel) echo pmi2 ;;
+    *) echo pmix ;;
   esac
 }
 

@@ -54,7 +54,12 @@ def test_ranks_on_this_machine(mpi: str, tmp_path: Path) -> None:
         assert "-x PATH" in command
         assert "-x HVD_SAEF_KERNELS" in command  # else ranks on other hosts would not know
         assert command.endswith(" -np 4 true")
-    assert "OMPI_MCA_mpi_yield_when_idle=1" in environment
+    for gives_way in (
+        "OMPI_MCA_mpi_yield_when_idle=1",
+        "MPIR_CVAR_ENABLE_HEAVY_YIELD=1",
+        "I_MPI_THREAD_YIELD=2",
+    ):
+        assert gives_way in environment
 
 
 @pytest.mark.parametrize("mpi", VERSIONS)
@@ -88,6 +93,13 @@ def test_horovodrun(mpi: str, tmp_path: Path) -> None:
     assert environment.startswith("0\n") is (mpi not in HYDRA)  # Horovod looks for the name of the MPI
     assert ("FI_TCP_IFACE=ib0" in environment) is (mpi in HYDRA)
     assert ("I_MPI_PIN=0" in environment) is (mpi == "Intel MPI")
+
+
+@pytest.mark.parametrize(("mpi", "word"), list(zip(VERSIONS, ["pmix", "pmix", "pmi2", "pmi2"], strict=True)))
+def test_srun(mpi: str, word: str, tmp_path: Path) -> None:
+    ask = f'. "{ROOT}/launch/environment.sh"; exec echo "$(srun_mpi)"'
+    command, _ = started(tmp_path, "bash", VERSIONS[mpi], "-c", ask)
+    assert command == word
 
 
 def test_no_job_is_started_otherwise() -> None:
