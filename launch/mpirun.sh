@@ -23,6 +23,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 command -v mpirun >/dev/null || { echo "mpirun.sh: no mpirun: load an MPI module, or run launch/bootstrap.sh" >&2; exit 1; }
 
 mpi=$(mpi_on_path)
+start=mpirun
 options=()
 
 open_mpi() {
@@ -54,12 +55,20 @@ hydra() {
   use_interface "$INTERFACE"
 }
 
+# Intel MPI's mpirun is a shell script: a signal ends it alone, and its ranks go on. Hydra itself passes signals on;
+# what the script finds out of a scheduler other than SLURM is left to it.
+of_intel() {
+  if [ -n "${PBS_ENVIRONMENT:-}${LSB_JOBID:-}${PE_HOSTFILE:-}${LOADL_HOSTFILE:-}" ]; then return; fi
+  if [ -n "${SLURM_JOB_ID:-}" ]; then export I_MPI_HYDRA_BOOTSTRAP=${I_MPI_HYDRA_BOOTSTRAP:-slurm}; fi
+  start=mpiexec.hydra
+}
+
 case $mpi in
   openmpi*) open_mpi ;;
   mpich) options=(-bind-to "$BINDING"); hydra ;;
-  intel) bind_intel "$BINDING"; hydra ;;
+  intel) bind_intel "$BINDING"; hydra; of_intel ;;
   *) echo "mpirun.sh: $mpi: only Open MPI's, MPICH's and Intel MPI's options are known; call your mpirun by itself" >&2; exit 1 ;;
 esac
 
 # By its whole path: so it finds its own daemons on the other hosts, whatever their PATH is.
-exec "$(command -v mpirun)" "${options[@]}" "$@"
+exec "$(command -v "$start")" "${options[@]}" "$@"
