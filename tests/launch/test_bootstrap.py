@@ -60,6 +60,18 @@ def test_a_lacking_python(tmp_path: Path, refuses: str, says: str) -> None:
     assert says in said
 
 
+def test_an_mpi_that_compiles_nothing(tmp_path: Path) -> None:
+    """Intel MPI's, say, where its module is not loaded."""
+    compiler = tmp_path / "mpicxx"
+    compiler.write_text("#!/bin/sh\necho 'mpi.h: No such file'\necho more\nexit 1\n")
+    compiler.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{tmp_path}"
+    code, said = bootstrap(tmp_path, (*TOOLS, "head"), PATH=path)
+    assert code == 1
+    assert len(said.splitlines()) == 1
+    assert "mpicxx does not compile MPI programs (mpi.h: No such file): load its module" in said
+
+
 def test_no_python_and_wrong_option(tmp_path: Path) -> None:
     code, said = bootstrap(tmp_path, PYTHON="no-such-python")
     assert code == 1
