@@ -18,7 +18,10 @@ from hvd_saef.errors import StalledExchangeError
 
 LONGEST = 300.0
 """The longest time that the end is put off, in seconds: a hvd.shutdown() within a step waits for itself."""
-SHUT_DOWN = "Horovod was shut down: step() comes before hvd.shutdown()."
+SHUT_DOWN = (
+    "Horovod was shut down, by this rank or because another rank has ended: step() comes before "
+    "hvd.shutdown(), and every rank must take the same number of steps: see hvd_saef.common_steps."
+)
 
 
 class Ending:

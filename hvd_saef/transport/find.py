@@ -64,6 +64,11 @@ def find_communicator(process_set: Any = None, process_group: Any = None) -> tup
     raise RuntimeError(NOBODY)
 
 
+def _abort(mpi: Any) -> None:
+    if not mpi.Is_finalized():  # Horovod ends MPI on all ranks when another rank ends
+        mpi.COMM_WORLD.Abort(1)
+
+
 def _of_horovod(hvd: Any, process_set: Any) -> tuple[Communicator, bool]:
     if missing():
         raise RuntimeError(
@@ -96,7 +101,7 @@ def _of_horovod(hvd: Any, process_set: Any) -> tuple[Communicator, bool]:
 
     key = tuple(ranks)
     if not _of_process_sets and hvd.size() > 1:
-        abort_on_exceptions(world.Get_rank(), lambda: world.Abort(1))
+        abort_on_exceptions(world.Get_rank(), lambda: _abort(MPI))
     if key not in _of_process_sets:
         _of_process_sets[key] = MpiCommunicator(key)
     _of_process_sets[key].process_set = process_set  # the set may have been removed and added anew

@@ -220,7 +220,9 @@ class _Line(MpiCommunicator):
 def _arrivals(patience: Patience) -> Watch:
     """Returns the watch over the creation of communicators, when only MPI.COMM_WORLD exists."""
     world = MPI.COMM_WORLD
-    return Watch(MpiPost(world), world.Get_rank(), world.Get_size(), patience)
+    watch = Watch(MpiPost(world), world.Get_rank(), world.Get_size(), patience)
+    _ending().then(watch.hear_out)
+    return watch
 
 
 def _message(views: Sequence[Tensor]) -> Any:

@@ -30,6 +30,8 @@ PAUSE, PAUSE_STEP = 100e-6, 2e-6
 """The longest pause between two checks whether a wait is over, and its growth each time, in seconds."""
 LONG_PAUSE = 1e-3
 """The pause between two checks in longer waits, in seconds: ranks that compute get the core."""
+LAST_LOOKS = 3
+"""The looks for messages before the end: in most MPIs, one look lets them in, and the next one sees them."""
 
 
 def _seconds(name: str, default: float) -> float:
@@ -184,6 +186,11 @@ class Watch:
     def tidy(self) -> None:
         """Receives waiting messages. Call this now and then: a rank that always arrives last never waits."""
         if self._post.tidy():
+            self._listen()
+
+    def hear_out(self) -> None:
+        """Receives all messages that are there. MPICH does not end with unread ones in MPI.COMM_WORLD."""
+        for _ in range(LAST_LOOKS):
             self._listen()
 
     def say_goodbye(self) -> None:

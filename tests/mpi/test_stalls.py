@@ -65,7 +65,8 @@ def test_a_rank_that_ends_early_is_told_at_once(ranks: int, tmp_path: Path) -> N
     code, said, _ = job("early-end", ranks, tmp_path)
     assert code != 0
     assert "did not arrive" not in said
-    assert f"rank {ranks - 1} ended before the agreement of all ranks, round 4" in said
+    # With it may have ended a rank that was late: Horovod shuts down on all.
+    assert re.search(rf"ranks? (\d, )*{ranks - 1} ended before the agreement of all ranks, round 4", said)
     assert "common_steps" in said
 
 
@@ -81,7 +82,7 @@ def test_a_rank_that_never_wraps(ranks: int, tmp_path: Path) -> None:
 def test_a_rank_that_dies_takes_the_job_along(ranks: int, tmp_path: Path) -> None:
     code, said, _ = job("sigkill", ranks, tmp_path)
     assert code != 0
-    assert "signal 9" in said
+    assert re.search("signal:? 9", said, re.IGNORECASE)  # each launcher says it in its own way
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -6,11 +6,15 @@ import math
 import threading
 import time
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hvd_saef import StalledExchangeError, WorkerError, run_workers
-from hvd_saef.transport.watch import Patience, Stall
+from hvd_saef.transport import find
+from hvd_saef.transport.posts import Message, MpiPost
+from hvd_saef.transport.watch import Patience, Stall, Watch
 from tests.workers import DEADLINE, NO_MODEL, Run, everything, together
 
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
@@ -105,6 +109,34 @@ def test_seconds_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("HVD_SAEF_STALL_ABORT_S", wrong)
         with pytest.raises(ValueError, match=f"HVD_SAEF_STALL_ABORT_S='{wrong}'.*a number of seconds"):
             Patience.of_environment()
+
+
+class LateMail:
+    """MPI.COMM_WORLD with two messages, which a look lets in and the next one sees, as in most MPIs."""
+
+    def __init__(self) -> None:
+        self.messages = [Message(1, {}), Message(2, {})]
+        self._looks = 0
+
+    def improbe(self, tag: int) -> Any:  # noqa: D102
+        self._looks += 1
+        seen = self._looks > 1 and self.messages
+        return SimpleNamespace(recv=self.messages.pop) if seen else None
+
+
+def test_no_message_is_left_at_the_end() -> None:
+    """MPICH would not end MPI with one."""
+    mail = LateMail()
+    Watch(MpiPost(mail), 0, 3, Patience(math.inf, math.inf)).hear_out()
+    assert mail.messages == []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rank_that_fails_aborts_only_while_there_is_mpi(ended: bool) -> None:
+    codes: list[int] = []
+    world = SimpleNamespace(Abort=codes.append)
+    find._abort(SimpleNamespace(Is_finalized=lambda: ended, COMM_WORLD=world))
+    assert codes == ([] if ended else [1])
 
 
 def test_when_it_speaks() -> None:
