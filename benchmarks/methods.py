@@ -10,6 +10,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +115,12 @@ def _ours(
     return model, hvd_saef.DistributedOptimizer(optimizer, named_parameters=named, model=model, **options)
 
 
+def _over_gloo(
+    options: dict[str, Any], model: StandIn, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, Any]:
+    return _ours(options | {"process_group": dist.group.WORLD}, model, optimizer)
+
+
 def _ddp(
     hook: Callable[[], tuple[Any, Any]] | None, model: StandIn, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, Any]:
@@ -157,7 +164,7 @@ _PLANNED = {method.name: method for method in plan.METHODS}
 
 
 def _own(considered: Considered) -> dict[str, Method]:
-    """One of the library's methods, without error averaging and with it."""
+    """One of the library's methods: without error averaging, with it, and over torch.distributed."""
     options = {
         "compression": considered.compressor,
         "double_compression": considered.double_compression,
@@ -171,6 +178,14 @@ def _own(considered: Considered) -> dict[str, Method]:
             kept=False,
         )
         for suffix, ending, period in (("", "", None), ("-p16", ", p = 16", 16))
+    } | {
+        f"{considered.spelling}-gloo": Method(
+            f"{considered.title}, gloo",
+            partial(_over_gloo, options),
+            partial(_by_plan, _PLANNED[considered.title]),
+            kept=False,
+            gloo=True,
+        )
     }
 
 

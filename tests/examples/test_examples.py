@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi.launch import MPIRUN, ROOT, run_job
+from tests.torch_distributed.launch import torchrun
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 pytest.importorskip("mlxtend", reason="needs the extra [examples]")
@@ -70,6 +71,14 @@ def test_preemptible(tmp_path: Path) -> None:
     assert hash_after(tmp_path / "again") == whole
 
 
+def test_torchrun() -> None:
+    job = torchrun(2, ["examples/torchrun.py", "--steps", "40"])
+    assert job.returncode == 0, job.stderr
+    losses = numbers(job.stdout, "loss")
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] < 5.6, losses  # log 256 = 5.5 at the start
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_it_is_whole_and_has_a_test(script: str) -> None:
     text = (ROOT / "examples" / script).read_text()
@@ -79,8 +88,8 @@ def test_it_is_whole_and_has_a_test(script: str) -> None:
         if isinstance(node, ast.ImportFrom)
     }
     assert not imported & {"benchmarks", "tests", "examples"}
-    assert f"python examples/{script}" in text.split('"""')[1]
-    assert f'"{script}"' in Path(__file__).read_text()
+    assert re.search(rf"(python|torchrun .*) examples/{script}", text.split('"""')[1])
+    assert f'{script}"' in Path(__file__).read_text()
     helped = subprocess.run(
         [sys.executable, f"examples/{script}", "--help"],
         cwd=ROOT,
