@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hvd_saef.averaging_modules import refuse_averaging_module
 from hvd_saef.compression import Compression, Compressor, DenseCompressor, check_dense_below
 from hvd_saef.memory.layout import ChooseCompressor, Layout
 from hvd_saef.settings import Settings
@@ -78,22 +79,6 @@ def models_of(model: Any) -> list[nn.Module]:
                 "given too; in different modes they would see different points. Give the one that is called."
             )
     return models
-
-
-def refuse_averaging_module(module: nn.Module) -> None:
-    """Raises TypeError for a wrapper of torch's that exchanges gradients or parameters by itself."""
-    kinds = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
-    if "DistributedDataParallel" in kinds:
-        raise TypeError(
-            "model=DistributedDataParallel(...): DistributedDataParallel averages the gradients in full "
-            "precision, and what is to be compressed would be sent already: give its .module, unwrapped, and "
-            "call that."
-        )
-    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-        raise TypeError(
-            f"model={type(module).__name__}: FSDP keeps a part of each parameter on each rank, and workers "
-            "must hold whole parameters: use the module without FSDP."
-        )
 
 
 def check_optimizer(optimizer: Any, methods: Sequence[str] = ()) -> None:

@@ -82,6 +82,32 @@ def what_does_not_fit_is_refused() -> None:
     wrap()
 
 
+@check
+def a_call_of_ddp_around_the_model_is_refused() -> None:
+    """Also where a framework has put it there: Lightning does before the wrapping, accelerate after it."""
+    inputs = torch.full((2, 3), 1.0 + job.rank())
+    gradients = []
+    for before in (True, False, None):
+        model = nn.Linear(3, 2, bias=False)
+        nn.init.ones_(model.weight)
+        averaging = nn.parallel.DistributedDataParallel(model) if before else None
+        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        if before is not None:
+            averaging = averaging or nn.parallel.DistributedDataParallel(model)
+            with pytest.raises(TypeError, match="around parameters that hvd_saef trains"):
+                averaging(inputs)
+            with torch.no_grad():
+                averaging(inputs)
+        model(inputs).square().sum().backward()  # the remedy: the module in it
+        assert model.weight.grad is not None
+        gradients.append(model.weight.grad)
+        optimizer.step()
+    assert torch.equal(gradients[0], gradients[2])  # this rank's own
+    assert torch.equal(gradients[1], gradients[2])
+    elsewhere = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))  # of another model, it is no matter
+    elsewhere(inputs).sum().backward()
+
+
 def main() -> None:
     """Start torch.distributed, and run the checks; those of teams where ranks come in twos."""
     job.begin()
