@@ -201,6 +201,8 @@ if [ "$dependencies" = yes ]; then say "ready for hvd_saef: $venv"; exit 0; fi
 say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
 pip install -q --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
+# For a test of its optimizers. They do not need torchvision, of which PyPI has none for torch's CPU build.
+pip install -q --no-deps timm
 "$venv/bin/python" -c 'import hvd_saef, horovod.torch' || die "the environment in $venv does not import hvd_saef"
 echo "$stamp" >"$venv/.hvd_saef"
 say "ready: $venv"
