@@ -40,6 +40,7 @@ from hvd_saef.checkpoints.redistribution import mean_state, without_errors
 from hvd_saef.errors import CheckpointError, who_has_what
 from hvd_saef.round.session import Session
 from hvd_saef.transport.communicator import Communicator
+from hvd_saef.transport.together import attempted
 
 OnMismatch = Literal["error", "redistribute", "reset"]
 T = TypeVar("T")
@@ -254,20 +255,16 @@ def _parameters(session: Session) -> set[Tensor]:
 
 def _everyone(communicator: Communicator, do: Callable[[], T]) -> list[T]:
     """Returns what `do` returned on every rank; raises CheckpointError on all if any raised. Collective."""
-    outcome: T | None = None
-    failure: Exception | None = None
-    try:
-        outcome = do()
-    except Exception as error:
-        failure = error
-    told = communicator.allgather_object(None if failure is None else _reason(failure))
+    failure, told, outcomes = attempted(communicator, do, _reason)
     if any(told):
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(told) if reason)
         raise CheckpointError(reasons) from failure
-    return communicator.allgather_object(outcome)
+    return outcomes
 
 
-def _reason(failure: Exception) -> str:
+def _reason(failure: Exception | None) -> str | None:
+    if failure is None:
+        return None
     return str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
 
 

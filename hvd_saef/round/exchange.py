@@ -139,7 +139,7 @@ class Exchange:
 
     def _waiting(self, state: State) -> list[BucketState]:
         """Returns the buckets that have not left, in the order of sending."""
-        gone = {id(trip.state) for trip in self._under_way}
+        gone = {id(trip.bucket_state) for trip in self._under_way}
         return [bucket_state for bucket_state in self.order(state) if id(bucket_state) not in gone]
 
     # -- a bucket's trip --------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Exchange:
             part = parts[state.mine]
             served = BlockedTensor(state.s, part.blocks, Draws.of(rounds, bucket.index, None, part.start))
         return Trip(
-            state=state,
+            bucket_state=state,
             plain=any(memory.parameter_memory for memory in memories),
             rows=rows or algorithm.PlainRows(compressor, draws),
             memories=memories,
@@ -219,4 +219,4 @@ class Exchange:
 
     def _shows(self, state: State, trip: Trip) -> bool:
         """Returns False if row 1 comes next: it changes e and b, so the parameters are written after it."""
-        return not averages_next(self.settings, state, trip.state)
+        return not averages_next(self.settings, state, trip.bucket_state)

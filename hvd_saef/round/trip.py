@@ -75,7 +75,7 @@ class FirstFailure:
 class Trip:
     """One bucket in one round. Its methods are the trip's steps, in their order."""
 
-    state: BucketState
+    bucket_state: BucketState
     plain: bool
     """True if one pass can go through the parameters' memory directly; otherwise they are copied."""
     rows: Fused
@@ -106,14 +106,14 @@ class Trip:
     def encode(self, before: Callable[[], None]) -> None:
         """Calls `before`, then does row 4. Local."""
         before()
-        state = self.state
+        bucket_state = self.bucket_state
         with self.statistics.phase("encode"), self.failure.noting(self.sent):
             if not self.plain:
-                y = state.bucket.new_flat()
-                torch._foreach_copy_(state.bucket.views(y), state.bucket.parameters)
-                algorithm.add_update(state.e, self._start_point(), y)
+                y = bucket_state.bucket.new_flat()
+                torch._foreach_copy_(bucket_state.bucket.views(y), bucket_state.bucket.parameters)
+                algorithm.add_update(bucket_state.e, self._start_point(), y)
             self.rows.send(self.memories, self.sent)
-            if self.wire is not None and self.wire != state.bucket.dtype:
+            if self.wire is not None and self.wire != bucket_state.bucket.dtype:
                 sent = self.sent[0].view(self.wire)
                 sent.copy_(self._with_room(sent))
 
@@ -121,15 +121,15 @@ class Trip:
     def gather(self) -> list[Tensor]:
         """Returns the payloads that this worker's server needs, or (dense) their mean as the only payload."""
         self.encoded.result()  # raises the exception of the encoding, if any
-        state, communicator = self.state, self.communicator
+        bucket_state, communicator = self.bucket_state, self.communicator
         communicator.doing[Channel.UP] = self.what
         if self.wire is not None:
-            name = f"dense.{state.bucket.index}"
+            name = f"dense.{bucket_state.bucket.index}"
             communicator.allreduce_mean(self.sent[0].view(self.wire), name)
             return self.sent
-        size = self.sent[state.mine].numel()
-        payloads = self.buffers.pieces("incoming", communicator.workers * [size], state.bucket.device)
-        if state.sharded:
+        size = self.sent[bucket_state.mine].numel()
+        payloads = self.buffers.pieces("incoming", communicator.workers * [size], bucket_state.bucket.device)
+        if bucket_state.sharded:
             communicator.alltoall(self.sent, payloads)
         else:
             communicator.allgather(self.sent[0], payloads, Channel.UP)
@@ -141,8 +141,8 @@ class Trip:
         payloads = self.gathered.result()
         if self.served is None:
             return [payloads]
-        state, device = self.state, self.state.bucket.device
-        (answer,) = self.buffers.pieces("answer", [self.sent[state.mine].numel()], device)
+        bucket_state, device = self.bucket_state, self.bucket_state.bucket.device
+        (answer,) = self.buffers.pieces("answer", [self.sent[bucket_state.mine].numel()], device)
         weights = [1.0] if self.wire else self.communicator.weights  # a mean is one payload
         with self.failure.noting([answer]):
             self.rows.serve(payloads, weights, self.served, answer)
@@ -156,7 +156,7 @@ class Trip:
     @torch.no_grad()
     def land(self, shows: bool) -> None:
         """Waits for the answers, does row 6, and also row 2 if it `shows` b in the parameters. Local."""
-        state = self.state
+        bucket_state = self.bucket_state
         with self.statistics.phase("exchange"):
             arrived = self.arrived.result()
         weights = [1.0] if self.served or self.wire else self.communicator.weights
@@ -164,28 +164,28 @@ class Trip:
             memories = self.memories if shows else [replace(m, parameter_memory=()) for m in self.memories]
             self.rows.receive(memories, self.sent, arrived, weights)
             if self.settings.feedback == "none":
-                state.e.zero_()
-                if state.s is not None:
-                    state.s.zero_()
+                bucket_state.e.zero_()
+                if bucket_state.s is not None:
+                    bucket_state.s.zero_()
             if shows and not self.plain:
-                state.show(self._start_point())
+                bucket_state.show(self._start_point())
 
     def count(self) -> None:
         """Adds the bytes of the trip to the statistics. Local."""
         self.statistics.count_payloads(
             self.communicator,
             [piece.numel() for piece in self.sent],
-            mine=self.state.mine,
+            mine=self.bucket_state.mine,
             mean=self.sent[0].view(self.wire) if self.wire else None,
-            elements=self.state.bucket.numel,
+            elements=self.bucket_state.bucket.numel,
         )
 
     def _start_point(self) -> Tensor:
-        return self.state.start_point(self.settings.alpha, self.settings.beta, self.state.s)
+        return self.bucket_state.start_point(self.settings.alpha, self.settings.beta, self.bucket_state.s)
 
     def _with_room(self, sent: Tensor) -> Tensor:
         """Returns `sent`, clamped so that the workers' sum fits its dtype; adds the rest to e, in place."""
-        most, e = torch.finfo(sent.dtype).max / self.communicator.size, self.state.e
+        most, e = torch.finfo(sent.dtype).max / self.communicator.size, self.bucket_state.e
         fits = sent.clamp(-most, most)
         e.add_(sent.to(e.dtype) - fits.to(e.dtype))
         return fits

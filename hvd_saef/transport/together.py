@@ -17,18 +17,30 @@ def together(communicator: Communicator, prepare: Callable[[], T]) -> list[T]:
     If `prepare` raises on any rank, all ranks raise: that rank its own exception, the others WorkerError.
     Collective.
     """
+    failure, reasons, outcomes = attempted(communicator, prepare, in_words)
+    if failure is not None:
+        raise failure
+    if any(reasons):
+        raise WorkerError(who_raised(reasons))
+    return outcomes
+
+
+def attempted(
+    communicator: Communicator, do: Callable[[], T], in_words: Callable[[Exception | None], str | None]
+) -> tuple[Exception | None, list[str | None], list[T]]:
+    """Calls `do`, and tells all ranks what came of it. Collective.
+
+    Returns this rank's exception or None; every rank's exception, in the words of `in_words`, or None; and
+    what `do` returned on every rank, where None stands for an exception.
+    """
     outcome: T | None = None
     failure: Exception | None = None
     try:
-        outcome = prepare()
+        outcome = do()
     except Exception as error:
         failure = error
     told: list[tuple[str | None, Any]] = communicator.allgather_object((in_words(failure), outcome))
-    if failure is not None:
-        raise failure
-    if any(reason for reason, _ in told):
-        raise WorkerError(who_raised([reason for reason, _ in told]))
-    return [theirs for _, theirs in told]
+    return failure, [reason for reason, _ in told], [theirs for _, theirs in told]
 
 
 def in_words(failure: Exception | None) -> str | None:

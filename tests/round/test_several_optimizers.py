@@ -84,7 +84,7 @@ def test_what_horovod_averages_waits_for_step_and_says_so(monkeypatch: pytest.Mo
             turn(trainings, 0, rank)
         for training in trainings:
             training.backward()
-            left = [trip.state.bucket.compressor for trip in training.optimizer._saef.exchange.under_way]
+            left = [trip.bucket_state.bucket.compressor for trip in training.optimizer._saef.exchange.under_way]
             assert left
             assert Compression.none not in left
         for training in trainings:
@@ -102,7 +102,7 @@ def test_a_second_wrapper_of_the_same_parameters_is_no_other_optimizer() -> None
         training.wrap(**DENSE_BIASES)
         training.steps(2)
         training.backward()
-        left = [trip.state.bucket.compressor for trip in training.optimizer._saef.exchange.under_way]
+        left = [trip.bucket_state.bucket.compressor for trip in training.optimizer._saef.exchange.under_way]
         assert Compression.none in left
         training.optimizer.step()
         del earlier
