@@ -136,9 +136,8 @@ def DistributedOptimizer(
             workers, and a worker's state the same bits on all its ranks; 0 is never.
         worker: what a worker is: "rank", or "node", which is all ranks of a host. Their gradients are
             averaged in full precision before each local step, so e, momentum and all other state belong to
-            the node. A list of groups of ranks is allowed too, as Horovod process sets or lists of Horovod's
-            ranks. All but "rank" need
-            `hvd.init(process_sets=hvd_saef.process_sets(worker))`.
+            the node. A list of groups of ranks is allowed too, as Horovod process sets or lists of ranks.
+            With Horovod, all but "rank" need `hvd.init(process_sets=hvd_saef.process_sets(worker))`.
         weights: "equal" is for workers of the same number of ranks. With "ranks", each worker counts by its
             number of ranks.
         process_group: the torch.distributed group whose ranks are the workers, others train alone; neither

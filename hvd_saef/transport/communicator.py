@@ -1,7 +1,8 @@
 """The interface of communication between workers: gathers of bytes, means of tensors, small objects.
 
-The interface has three implementations: MPI and Horovod (`hvd_saef.transport.mpi`), threads of one process
-(`hvd_saef.transport.threads`), and one rank alone (`SoloCommunicator`, for ranks outside a process set).
+The interface has four implementations: MPI and Horovod (`hvd_saef.transport.mpi`), torch.distributed
+(`hvd_saef.transport.torch_distributed`), threads of one process (`hvd_saef.transport.threads`), and one rank
+alone (`SoloCommunicator`, for ranks outside a process set or group).
 Every method is collective, unless its docstring says otherwise: all workers call the same methods in the
 same order. This order holds separately for each line (`hvd_saef.transport.lines`) and channel.
 """
@@ -36,7 +37,7 @@ class Channel(enum.Enum):
     DOWN = enum.auto()
     """The channel of the server's answers."""
     MEANS = enum.auto()
-    """The channel of Horovod's allreduces."""
+    """The channel of means."""
 
 
 class Communicator(abc.ABC):
