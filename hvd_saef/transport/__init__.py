@@ -1,1 +1,1 @@
-"""Communication between ranks: MPI and Horovod, torch.distributed, threads of one process, and the watch over waits."""
+"""Communication between ranks: MPI and Horovod, torch.distributed, threads of a process; and the watch."""

@@ -84,7 +84,8 @@ def test_what_horovod_averages_waits_for_step_and_says_so(monkeypatch: pytest.Mo
             turn(trainings, 0, rank)
         for training in trainings:
             training.backward()
-            left = [trip.bucket_state.bucket.compressor for trip in training.optimizer._saef.exchange.under_way]
+            trips = training.optimizer._saef.exchange.under_way
+            left = [trip.bucket_state.bucket.compressor for trip in trips]
             assert left
             assert Compression.none not in left
         for training in trainings:
