@@ -6,6 +6,7 @@ A job is torch.distributed's if its ranks have RANK in their environment, as tor
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -50,10 +51,13 @@ class HorovodJob:
     """A job of Horovod's, on MPI."""
 
     def __init__(self) -> None:
-        import horovod.torch as hvd
-
-        self._hvd = hvd
         self._gathered = 0
+
+    @cached_property
+    def _hvd(self) -> Any:
+        import horovod.torch as hvd  # where this module is only looked at, Horovod need not be there
+
+        return hvd
 
     def begin(self, **options: Any) -> None:  # noqa: D102
         self._hvd.init(**options)
