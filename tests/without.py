@@ -483,6 +483,15 @@ PROTECTIONS: dict[str, Protection] = {
             "compression:TopKCompressor.decode_add": decode_any_values,
         },
     ),
+    "averaging modules": Protection(
+        "DistributedDataParallel around the model, put there by a framework",
+        "it averages the gradients in full precision",
+        [
+            "tests/torch_distributed/test_torch_distributed.py::"
+            "test_check[2-a_call_of_ddp_around_the_model_is_refused]"
+        ],
+        {"averaging_modules:_refuse_training": nothing},
+    ),
     "weak references": Protection(
         "wrappers that are dropped leave nothing",
         "each is kept",
