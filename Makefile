@@ -6,7 +6,7 @@ export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
 
-.PHONY: setup train test test-cluster machine sanitize lint docs format clean
+.PHONY: setup train test test-triton test-cluster machine sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -16,6 +16,9 @@ train: setup  ## the quick start on NP ranks: make train NP=4 ARGS="--epochs 6"
 
 test: setup  ## all tests but those of test-cluster
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup --ignore=tests/cluster tests
+
+test-triton: setup  ## the Triton kernels, interpreted, on larger memory; and compiled for all GPUs that Triton knows here
+	HVD_SAEF_LONG=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto tests/kernels/test_triton.py tests/kernels/test_compiling.py
 
 test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster

@@ -106,7 +106,7 @@ class Memory:
     """The server's error, [numel], if this worker steps ahead by it; else None."""
     parameter_memory: Sequence[Tensor]
     """The parameters' own memory in pieces, end to end [numel]; every run lies within one piece. Empty where
-    the parameters are not gapless memory of the blocks' dtype."""
+    the parameters are not gapless, or not of the blocks' dtype (unless `Fused.narrow`)."""
     alpha: float
     beta: float
     first: int = 0

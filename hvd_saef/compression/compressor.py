@@ -35,6 +35,10 @@ class Fused(Protocol):
     memory, e holds Δ before `send`, and `receive` writes no b.
     """
 
+    @property
+    def narrow(self) -> bool:
+        """True if parameter memory may be float16 or bfloat16 where x is float32: b is rounded to it."""
+
     def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
         """Row 4: computes Δ = e + (x - α·e - β·s) - point, writes C(Δ) into `payloads`, and e ← Δ - C(Δ).
 

@@ -99,6 +99,11 @@ class _FusedSign:
     compressor: SignCompressor
     version: kernels.Version
 
+    @property
+    def narrow(self) -> bool:
+        """See :attr:`Fused.narrow`."""
+        return self.version.NARROW_POINTS
+
     def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
         """See :meth:`Fused.send`."""
         stretches = [

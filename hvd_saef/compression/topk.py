@@ -121,6 +121,11 @@ class _FusedTopK:
     compressor: TopKCompressor
     version: kernels.Version
 
+    @property
+    def narrow(self) -> bool:
+        """See :attr:`Fused.narrow`."""
+        return self.version.NARROW_POINTS
+
     def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
         """See :meth:`Fused.send`."""
         pairs = zip(memories, payloads, strict=True)

@@ -44,6 +44,13 @@ def check_kernels() -> Finding:
     """Reports whether the C++ kernels are used, or their slower twins in plain torch."""
     if kernels.requested() == "twins":
         return warning("kernels", "set aside by HVD_SAEF_KERNELS=twins: slower", "unset HVD_SAEF_KERNELS")
+    if kernels.requested() == "triton":
+        triton = kernels.load("on_triton")
+        if isinstance(triton, str):
+            return failure(
+                "kernels", f"HVD_SAEF_KERNELS=triton: they do not load ({triton})", "pip install triton"
+            )
+        return ok("kernels", triton.describe())
     compiled = kernels.load("compiled")
     if not isinstance(compiled, str):
         return ok("kernels", compiled.describe())

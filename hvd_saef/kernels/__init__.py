@@ -1,12 +1,15 @@
 """Loops over flat memory. Nothing here knows the algorithm, workers or MPI. Local.
 
 `operations.py` says which operations there are. Every version of the kernels is a module that has them all:
-`compiled.py` calls kernels in C++ (`csrc`), which make one pass over memory on all of torch's threads, and
-`twins` does the same in plain torch on any device, slower. All give the same bits. :func:`version_for`
-returns the first version that can work on a tensor.
 
-The environment variable HVD_SAEF_KERNELS=twins leaves only the twins. If another version does not load where
-it would be used, the first use warns once and says how to get it.
+* `compiled.py` calls kernels in C++ (`csrc`), which make one pass over memory on all of torch's threads;
+* `on_triton` has kernels in Triton, for GPUs, untried on one so far;
+* `twins` does the same in plain torch on any device, slower.
+
+All give the same bits. :func:`version_for` returns the first version that can work on some memory. The
+environment variable HVD_SAEF_KERNELS=twins leaves only the twins. HVD_SAEF_KERNELS=triton leaves only Triton,
+on any device: on the CPU, Triton's interpreter is needed (TRITON_INTERPRET=1), which is for tests. If another
+version does not load where it would be used, the first use warns once and says how to get it.
 """
 
 from __future__ import annotations
@@ -25,30 +28,35 @@ from hvd_saef.kernels.operations import Stretch, Version
 from hvd_saef.kernels.pieces import Pieces, is_gapless
 from hvd_saef.kernels.twins import magnitudes
 
-TRIED: dict[str, tuple[str, ...]] = {"": ("compiled", "twins"), "twins": ("twins",)}
-"""The versions that are tried, in this order, for each allowed value of HVD_SAEF_KERNELS."""
-ADVICE = {
-    "compiled": "Build them where a C++17 compiler is: install hvd_saef again, or in a checkout `make setup` "
-    "or `python setup.py build_ext --inplace`",
+TRIED: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {"cpu": ("compiled", "twins"), "cuda": ("on_triton", "twins"), "": ("twins",)},
+    "twins": {"": ("twins",)},
+    "triton": {"": ("on_triton",)},
 }
-"""How to get a version that does not load."""
-DEVICES = {"compiled": "cpu"}
-"""The device type for which a version is missed if it does not load."""
+"""For each allowed value of HVD_SAEF_KERNELS the versions that are tried, in this order, by the type of the
+device; "" is for all other devices. torch calls AMD's devices "cuda" too."""
+ADVICE = {
+    "compiled": "its C++ kernels do not load. Build them where a C++17 compiler is: install hvd_saef again, "
+    "or in a checkout `make setup` or `python setup.py build_ext --inplace`",
+    "on_triton": "its Triton kernels do not load. Install Triton: `pip install triton`",
+}
+"""What is wrong if a version does not load, and how to get it."""
 
 _requested = os.environ.get("HVD_SAEF_KERNELS", "")
 if _requested not in TRIED:
-    allowed = ", ".join(repr(name) for name in TRIED if name)
+    allowed = " and ".join(repr(name) for name in TRIED if name)
     raise ValueError(f"HVD_SAEF_KERNELS={_requested!r}: {allowed} are allowed, or nothing.")
+_versions: dict[str, Version | str] = {}
 
 
-@functools.cache
 def load(name: str) -> Version | str:
     """Returns the version of this name, or a text that says why it does not load."""
-    try:
-        version: Version = importlib.import_module(f"hvd_saef.kernels.{name}")
-    except ImportError as error:
-        return str(error)
-    return version
+    if name not in _versions:
+        try:
+            _versions[name] = importlib.import_module(f"hvd_saef.kernels.{name}")
+        except ImportError as error:
+            _versions[name] = str(error)
+    return _versions[name]
 
 
 def requested() -> str:
@@ -68,15 +76,23 @@ def only(name: str) -> Iterator[None]:
 
 
 def version_for(device: torch.device, dtype: torch.dtype) -> Version:
-    """Returns the version of the kernels that works on memory of this device and dtype."""
-    for name in TRIED[_requested]:
+    """Returns the version of the kernels that works on memory of this device and dtype.
+
+    Raises RuntimeError if HVD_SAEF_KERNELS asks for one that cannot.
+    """
+    orders = TRIED[_requested]
+    order = orders.get(device.type, orders[""])
+    for name in order:
         version = load(name)
         if isinstance(version, str):
-            if DEVICES[name] == device.type:
+            if len(order) > 1:
                 _warn(name, version)
         elif version.takes(device, dtype):
             return version
-    raise TypeError(f"no kernels for memory of {dtype} on {device}.")
+    raise RuntimeError(
+        f"HVD_SAEF_KERNELS={_requested!r}: these kernels cannot work on {dtype} on {device}. On a GPU, "
+        "install Triton; on the CPU, set TRITON_INTERPRET=1 as well; or unset HVD_SAEF_KERNELS."
+    )
 
 
 def fusing(device: torch.device, dtype: torch.dtype, alike: bool) -> Version | None:
@@ -103,6 +119,16 @@ def squares_fit(tensors: Sequence[Tensor]) -> bool:
     return _magnitudes(tensors, magnitudes.largest_root)
 
 
+def raise_refusals() -> None:
+    """Raises ValueError if kernels refused a payload since the last call, which could not be told at once.
+
+    May wait for devices.
+    """
+    for version in _versions.values():
+        if not isinstance(version, str):
+            version.raise_refusals()
+
+
 def _magnitudes(tensors: Sequence[Tensor], limit: Callable[[torch.dtype], float]) -> bool:
     """Returns True if no magnitude exceeds the limit of its dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -114,8 +140,8 @@ def _magnitudes(tensors: Sequence[Tensor], limit: Callable[[torch.dtype], float]
 @functools.cache
 def _warn(name: str, reason: str) -> None:
     warnings.warn(
-        f"hvd_saef computes with plain torch, slowly: its {name} kernels do not load ({reason}). "
-        f"{ADVICE[name]}; or set HVD_SAEF_KERNELS=twins if this is as you want it.",
+        f"hvd_saef computes with plain torch, slowly: {ADVICE[name]} ({reason}). Or set "
+        "HVD_SAEF_KERNELS=twins if this is as you want it.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -130,6 +156,7 @@ __all__ = [
     "is_gapless",
     "load",
     "only",
+    "raise_refusals",
     "requested",
     "squares_fit",
     "version_for",

@@ -176,6 +176,10 @@ def takes(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in _NUMBERS
 
 
+def raise_refusals() -> None:
+    """See :meth:`Version.raise_refusals`: decoding has raised them."""
+
+
 def at_most(tensors: Sequence[Tensor], limit: float) -> bool:
     """See :meth:`Version.at_most`."""
     if not tensors:

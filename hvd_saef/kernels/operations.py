@@ -109,8 +109,12 @@ class Version(Protocol):
     ) -> None:
         """Adds Σ weight·C(payload) to `memory`, in place; then writes memory - α·e - β·s into `points`.
 
-        Raises ValueError for bytes that no encoder writes.
+        Raises ValueError for bytes that no encoder writes; where the host would have to wait for a device to
+        know of them, they are added nowhere, and :meth:`raise_refusals` raises it later.
         """
+
+    def raise_refusals(self) -> None:
+        """Raises ValueError if :meth:`topk_decode` has refused a payload since the last call, silently."""
 
     def at_most(self, tensors: Sequence[Tensor], limit: float) -> bool:
         """Returns True if every element lies from -`limit` to `limit`; NaN does not.

@@ -59,6 +59,9 @@ class PlainRows:
     `Compressor.fused` computes the same bits faster.
     """
 
+    narrow = False
+    """See :attr:`Fused.narrow`: such parameters are copied before row 4 and after row 2."""
+
     def __init__(self, compressor: Compressor, draws: Draws | None = None) -> None:
         """Keep `draws`, the random numbers that this worker's compressor may use in this round."""
         self._compressor = compressor

@@ -57,15 +57,16 @@ class BucketState:
         if self.bucket.parameters:
             torch._foreach_copy_(self.bucket.parameters, self.bucket.views(flat))
 
-    def memories(self, parts: Sequence[Part], alpha: float, beta: float) -> list[Memory]:
+    def memories(self, parts: Sequence[Part], alpha: float, beta: float, narrow: bool) -> list[Memory]:
         """Returns a Memory for each of `parts`, in their order, for one pass over each part.
 
-        The list is cached, and made anew if a parameter's memory or the number of parts has changed.
+        The parameters' own memory is part of it if all are gapless, and of x's dtype unless `narrow`. The
+        list is cached, and made anew if a parameter's memory or the number of parts has changed.
         """
-        where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts)
+        where = [(p.data_ptr(), p.dtype, p.stride()) for p in self.bucket.parameters], len(parts), narrow
         if where != self._where:
             self._where, self._memories = where, []
-            for part, pieces in zip(parts, _cut(self._points(), parts), strict=True):
+            for part, pieces in zip(parts, _cut(self._points(narrow), parts), strict=True):
                 stretch = slice(part.start, part.stop)
                 s = self.s if beta else None  # β > 0 needs a replicated server, which has one part
                 self._memories.append(
@@ -73,10 +74,13 @@ class BucketState:
                 )
         return self._memories
 
-    def _points(self) -> list[Tensor]:
-        """Returns the parameters' own memory, 1-D, end to end; [] unless all are gapless and of x's dtype."""
+    def _points(self, narrow: bool) -> list[Tensor]:
+        """Returns the parameters' own memory, 1-D, end to end; [] unless all are gapless and of x's dtype.
+
+        With `narrow`, they may be float16 and bfloat16 too.
+        """
         parameters = self.bucket.parameters
-        if not all(p.dtype == self.bucket.dtype and is_gapless(p) for p in parameters):
+        if not all((narrow or p.dtype == self.bucket.dtype) and is_gapless(p) for p in parameters):
             return []
         return [p.detach().as_strided((p.numel(),), (1,)) for p in parameters]
 

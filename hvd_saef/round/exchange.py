@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor
 
+from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Compression, Compressor, Draws
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.buffers import Buffers
@@ -92,7 +93,12 @@ class Exchange:
         return self._failure.seen
 
     def take_failure(self) -> Exception | None:
-        """Returns this rank's first exception in the round that is over, or None, and clears it. Local."""
+        """Returns this rank's first exception in the round that is over, or None, and clears it. Local.
+
+        Waits for the devices that have to tell of payloads that they refused.
+        """
+        with self._failure.noting():
+            kernels.raise_refusals()
         return self._failure.take()
 
     # -- a round ----------------------------------------------------------------------------------
@@ -173,28 +179,29 @@ class Exchange:
             trip = self._under_way.popleft()
             trip.arrived.result()
             self._idle.append(trip.buffers)
-        self._failure.take()
+        self.take_failure()
 
     def _prepare(self, state: BucketState, rounds: int) -> Trip:
         bucket, settings = state.bucket, self.settings
         warmup = rounds < settings.warmup_steps
         compressor = self._compressor(state, rounds)
-        rows = compressor.fused(bucket.device, bucket.dtype, self.communicator.alike)
+        draws, served = Draws.of(rounds, bucket.index, self.communicator.worker), None
+        fused = compressor.fused(bucket.device, bucket.dtype, self.communicator.alike)
+        rows = fused or algorithm.PlainRows(compressor, draws)
         wire = compressor.wire_dtype(bucket.dtype)
         parts = state.parts if wire is None else bucket.parts(1)
         sizes = self._payload_sizes[bucket.index]
         if compressor is not bucket.compressor:
             sizes = [compressor.payload_bytes(part.blocks) for part in parts]
         buffers = self._idle.pop() if self._idle else Buffers()
-        memories = state.memories(parts, settings.alpha, settings.beta)
-        draws, served = Draws.of(rounds, bucket.index, self.communicator.worker), None
+        memories = state.memories(parts, settings.alpha, settings.beta, rows.narrow)
         if state.s is not None and not warmup:
             part = parts[state.mine]
             served = BlockedTensor(state.s, part.blocks, Draws.of(rounds, bucket.index, None, part.start))
         return Trip(
             bucket_state=state,
             plain=any(memory.parameter_memory for memory in memories),
-            rows=rows or algorithm.PlainRows(compressor, draws),
+            rows=rows,
             memories=memories,
             wire=wire,
             served=served,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Compression, Fused, Memory, SignCompressor
+from hvd_saef.kernels import twins as twins_version
 from hvd_saef.kernels.twins import blocks as twins
 from hvd_saef.memory import algorithm
 from tests.kernels.versions import Direct, compiled
@@ -113,7 +114,7 @@ def same(one: Tensor, other: Tensor | bytes) -> bool:
 # -- the checks ----------------------------------------------------------------------------------------
 
 
-def check_send(case: Case) -> None:
+def check_send(case: Case, version: Any = native) -> None:
     """Row 4: Δ and its payload."""
     x, e, s, y = map(case.numbers, range(4))
     delta = e.clone()
@@ -121,15 +122,15 @@ def check_send(case: Case) -> None:
     payload, _ = slow_encode(case, delta)
     written = unaligned(b"\xaa" * len(payload))
     points = case.points(y)
-    native.sign_encode(e, case.table, written, x, s, case.alpha, case.beta, points)
+    version.sign_encode(e, case.table, written, x, s, case.alpha, case.beta, points)
     assert same(written, payload)
     assert same(e, left(case, delta))
     assert all(same(a, b) for a, b in zip(points, case.points(y), strict=True))
-    native.sign_settle(e, case.table, written)
+    version.sign_settle(e, case.table, written)
     assert same(e, settled(case, delta))
 
 
-def check_serve(case: Case) -> None:
+def check_serve(case: Case, version: Any = native) -> None:
     """Row 5': the server's D and its payload."""
     s, payloads = case.numbers(2), []
     delta = s.clone()
@@ -138,12 +139,12 @@ def check_serve(case: Case) -> None:
         payloads.append(unaligned(payload))
         delta += sent * case.weight
     written = unaligned(slow_encode(case, delta)[0][::-1])
-    native.sign_encode(s, case.table, written, payloads=payloads, weight=case.weight)
+    version.sign_encode(s, case.table, written, payloads=payloads, weight=case.weight)
     assert same(written, slow_encode(case, delta)[0])
     assert same(s, left(case, delta))
 
 
-def check_receive(case: Case) -> None:
+def check_receive(case: Case, version: Any = native) -> None:
     """Rows 6 and 2: x, e and the start points."""
     x, delta, s, y = map(case.numbers, range(4))
     payloads, expected = [], x.clone()
@@ -153,15 +154,29 @@ def check_receive(case: Case) -> None:
         expected += sent * -case.weight
     e, points = left(case, delta), case.points(y)
     own = unaligned(slow_encode(case, delta)[0])
-    native.sign_decode(x, case.table, payloads, -case.weight, e, own, s, case.alpha, case.beta, points)
+    version.sign_decode(x, case.table, payloads, -case.weight, e, own, s, case.alpha, case.beta, points)
     assert same(x, expected)
     assert same(e, settled(case, delta))
     b = algorithm.step_ahead(x, e, s, case.alpha, case.beta)
     assert all(same(a, c) for a, c in zip(points, case.points(b), strict=True))
     before = e.clone()
-    native.sign_decode(x, case.table, payloads[:1], case.weight)  # neither e nor points
+    version.sign_decode(x, case.table, payloads[:1], case.weight)  # neither e nor points
     assert same(x, expected + slow_encode(case, case.numbers(10))[1] * case.weight)
     assert same(e, before)
+
+
+def check_alone(case: Case, version: Any = native) -> None:
+    """C without any rows around it."""
+    delta, out = case.numbers(1), case.numbers(0)
+    payload, sent = slow_encode(case, delta)
+    written, expected = unaligned(b"\xaa" * len(payload)), out + sent * case.weight
+    residual = settled(case, delta)
+    version.sign_encode(delta, case.table, written)
+    version.sign_settle(delta, case.table, written)
+    assert same(written, payload)
+    assert same(delta, residual)
+    version.sign_decode(out, case.table, [written], case.weight)
+    assert same(out, expected)
 
 
 CHECKS = [check_send, check_serve, check_receive]
@@ -231,6 +246,13 @@ LARGE: dict[str, list[Run]] = {
     "small blocks": [(1, 70001, False), (3, 5, False), (17, 9001, False), (64, 1, False), (2, 1, True)],
     "small runs": [(size, 1, size % 7 == 0) for size in range(1, 150)],
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_the_twins(name: str, dtype: torch.dtype) -> None:
+    check_alone(Case(LARGE[name], dtype, 0), Direct(twins_version))
+    check_alone(Case(LARGE[name], dtype, 1, pool=[0.0, -0.0, 1e-40, -3e38, 1.0]), Direct(twins_version))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -315,6 +337,10 @@ def test_the_order_of_additions_and_roundings_shows() -> None:
 
 
 def test_malformed_arguments_are_refused() -> None:
+    refuses_malformed_arguments(native)
+
+
+def refuses_malformed_arguments(version: Any) -> None:
     case = Case([(100, 2, False), (8, 1, True)], torch.float32, 0)
     x, e, _, y = map(case.numbers, range(4))
     table, size = case.table, 2 * 4 + 8 * 4 + 2 * 13
@@ -324,7 +350,7 @@ def test_malformed_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=says):
             function(*args, **kwargs)
 
-    encode, decode, settle = native.sign_encode, native.sign_decode, native.sign_settle
+    encode, decode, settle = version.sign_encode, version.sign_decode, version.sign_settle
     for wrong in (payload[1:], torch.zeros(size + 1, dtype=torch.uint8)):
         refused(f"payload has {wrong.numel()} elements; {size} are needed", encode, e, table, wrong)
         refused("payloads has", encode, e, table, payload, payloads=[payload, wrong], weight=1.0)

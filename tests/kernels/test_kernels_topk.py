@@ -259,6 +259,10 @@ def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
 
 def test_malformed_payloads() -> None:
     """Nothing beyond the memory is written, wherever the bytes point; kernels and twins refuse alike."""
+    refuse_alike(300, ("", "twins"))
+
+
+def refuse_alike(trials: int, versions: Sequence[str]) -> None:
     size, compressor = 3 * PAGE, TopKCompressor(1e-4)
     blocks, kept = Blocks.cut([size], None, torch.float32), TopKCompressor(1e-4).kept(size)
     payload = coded(compressor, blocks, normal(size, torch.float32))[0].clone()
@@ -266,13 +270,13 @@ def test_malformed_payloads() -> None:
     out = BlockedTensor(memory[PAGE:-PAGE], blocks)
     offsets = 12 + 4 * kept
     generator, refused = torch.Generator().manual_seed(0), 0
-    for trial in range(300):
+    for trial in range(trials):
         broken = payload.clone()
         first, length = (0, 12) if trial % 2 else (offsets, 2 * kept)
         place = first + int(torch.randint(length, (), generator=generator))
         broken[place] = torch.randint(256, (), generator=generator)
         found = []
-        for requested in ("", "twins"):
+        for requested in versions:
             with kernels.only(requested):
                 try:
                     compressor.decode_add(broken, out, 1.0)
@@ -282,7 +286,7 @@ def test_malformed_payloads() -> None:
         assert bool(found[0]) == bool(found[1])
         assert not found[0] or "payload" in found[0]
         refused += bool(found[0])
-    assert 50 < refused < 300
+    assert trials / 6 < refused < trials
     assert not memory[:PAGE].any()
     assert not memory[-PAGE:].any()
 

@@ -24,12 +24,17 @@ def takes(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+def raise_refusals() -> None:
+    """See :meth:`Version.raise_refusals`: decoding has raised them."""
+
+
 __all__ = [
     "FUSES",
     "NARROW_POINTS",
     "UNEQUAL_WEIGHTS",
     "at_most",
     "describe",
+    "raise_refusals",
     "sign_decode",
     "sign_encode",
     "sign_settle",

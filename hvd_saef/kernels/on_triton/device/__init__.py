@@ -1,0 +1,1 @@
+"""The Triton kernels: what runs on the device. Triton leaves them untyped."""
