@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hvd_saef import Compression, Compressor
 from hvd_saef.compression import BlockedTensor, Blocks, state_dtype
-from hvd_saef.kernels.twins.blocks import l1_norms
 from tests.codes import COMPRESSORS, RATIOS, Bucket, bucket_of, code, topk_bytes, tree
+from tests.kernels.slow import twin_sums
 from tests.oracle import Setup
 from tests.problems import schedule, start_point, worst
 from tests.rounds import moves, watch
@@ -78,9 +78,9 @@ def test_l1_sums_follow_the_tree(dtype: torch.dtype) -> None:
     naive = 0
     for columns in [*range(1, 71), 255, 256, 257, 1000, 4097, 65551]:
         rows = spread(3, columns, dtype)
-        sums = l1_norms(rows).tolist()
+        sums = twin_sums(rows).tolist()
         assert sums == [tree(row) for row in rows.tolist()]
-        assert sums == [float(l1_norms(row[None])) for row in rows]
+        assert sums == [float(twin_sums(row[None])) for row in rows]
         naive += [sum(map(abs, row)) for row in rows.tolist()] != sums
     assert naive > 30  # the counter-test: another order of summation has other bits
 
@@ -91,7 +91,7 @@ def test_l1_sums_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            sums.append(l1_norms(rows).tolist())
+            sums.append(twin_sums(rows).tolist())
     finally:
         torch.set_num_threads(before)
     assert sums[0] == sums[1] == sums[2] == [tree(row) for row in rows.tolist()]

@@ -18,8 +18,8 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Compression, Fused, Memory, SignCompressor
 from hvd_saef.kernels import twins as twins_version
-from hvd_saef.kernels.twins import blocks as twins
 from hvd_saef.memory import algorithm
+from tests.kernels import slow
 from tests.kernels.versions import Direct, compiled
 
 pytestmark = pytest.mark.skipif(compiled is None, reason="the kernels are not built")
@@ -81,9 +81,9 @@ def slow_encode(case: Case, delta: Tensor) -> tuple[bytes, Tensor]:
             head += rows.numpy().tobytes()
             out.copy_(rows)
         else:
-            scales = (twins.l1_norms(rows) / rows.shape[1]).to(rows.dtype)
+            scales = (slow.l1_norms(rows) / rows.shape[1]).to(rows.dtype)
             head += scales.numpy().tobytes()
-            tail += twins.pack_signs(rows).numpy().tobytes()
+            tail += slow.pack_signs(rows).numpy().tobytes()
             out.copy_(torch.where(torch.signbit(rows), -scales[:, None], scales[:, None]))
     return head + tail, sent
 
