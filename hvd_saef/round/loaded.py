@@ -8,7 +8,7 @@ to the error, which is sent in any case.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,35 @@ class Loaded:
         return cls(held, point, pieces, settings, frozenset(saved["x"]))
 
     @torch.no_grad()
+    def add_writes(self, state: State, now: Sequence[Tensor] | None) -> None:
+        """Counts what other code has written to the parameters since loading as a part of local steps. Local.
+
+        `now` is the training point, one tensor per parameter; None stands for b. A parameter that holds x was
+        not written by hand: the model's state, which is x, was loaded after the optimizer's.
+        """
+        if now is None:
+            return
+        here = dict(zip((slot.name for slot in state.layout.slots), now, strict=True))
+        loaded = dict(zip(here, self.training_point or [], strict=False))
+        points, written = {}, False
+        for one in state.buckets:
+            shown = one.start_point(state.settings.alpha, state.settings.beta, one.s)
+            start = one.start_point(*self._start(state), self.server_error(one))
+            for slot in one.bucket.slots:
+                to, value = slot.parameter.dtype, here[slot.name]
+                stood = loaded.get(slot.name, slot.view(shown).to(to)).to(value.device)
+                points[slot.name] = loaded.get(slot.name, slot.view(start).to(to)).to(value.device)
+                if not torch.equal(value, stood) and not torch.equal(value, slot.view(one.x).to(to)):
+                    points[slot.name], written = points[slot.name] + (value - stood), True
+        if written:
+            self.training_point = [points[name].clone() for name in here]
+            self.held = replace(self.held, reached=True)
+
+    def _start(self, state: State) -> tuple[float, float]:
+        """Returns the α and β under which the loaded local steps began."""
+        return self.held.start or (state.settings.alpha, state.settings.beta)
+
+    @torch.no_grad()
     def updates(self, state: State) -> list[Tensor]:
         """Returns the update of the loaded local steps, b - y, [numel] per bucket; empty if none was taken.
 
@@ -77,7 +106,7 @@ class Loaded:
         """
         if self.training_point is None:
             return []
-        alpha, beta = self.held.start or (state.settings.alpha, state.settings.beta)
+        alpha, beta = self._start(state)
         reached = dict(zip((slot.name for slot in state.layout.slots), self.training_point, strict=True))
         updates = []
         for one in state.buckets:

@@ -93,6 +93,8 @@ class Origin:
         Raises ConfigurationMismatchError or ConsensusError on all ranks if they differ.
         """
         check_configuration(self._communicator, layout, facts)
+        if self._source is Source.LOADED and self._modes.state:
+            self._loaded.add_writes(self._modes.state, self._modes.training_point())
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
         mine = Standing(self._source, rounds, steps, self.consolidated, self._loaded.held)
         everyone: list[Standing] = self._communicator.allgather_object(mine)
@@ -105,6 +107,7 @@ class Origin:
         elif new:
             if len(new) < len(everyone):
                 self._broadcast_parameters(layout, new[0])
+            self._progress.restored(everyone[new[0]].rounds)  # a plain state may be loaded on some ranks alone
             self._take_parameters(with_state)
         check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
         self._agreed_now()
@@ -113,6 +116,7 @@ class Origin:
         """Takes x from rank 0's parameters as they are now, and clears e and s. Collective."""
         check_configuration(self._communicator, layout, facts)
         self._broadcast_parameters(layout, 0)
+        self._progress.restored(self._communicator.allgather_object(self._progress.rounds)[0])
         self._take_parameters(with_state)
         self._agreed_now()
         self._broken = False

@@ -30,8 +30,22 @@ class Reference:
     """All ranks of a program. `happened`, the names of what they raised, decides where several are right."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
         self.size = options.size
+        self.saved: list[dict[str, Any]] = [{} for _ in range(self.size)]
+        self.stored: Any = None
+        """What the checkpoint holds."""
+        self.seen: list[list[Vec]] = [[] for _ in range(self.size)]
+        """What each rank should have seen in its looks, of the present action."""
+        self.happened: Sequence[str] = [""] * self.size
+        self.showed: Sequence[Vec] = []
+        """The parameters after the present action, which decide where a rank may have done either of two."""
+        self.served: Sequence[Any] = []
+        """The pieces of s that each rank's states held, where the present action saved them."""
+        self.wrap(options)
+
+    def wrap(self, options: Options) -> None:
+        """A new network and new optimizers, as a job has that starts again."""
+        self.options = options
         start = start_values(options.seed)
         ranks = range(self.size)
         self.raw = [copy.deepcopy(start) for _ in ranks]
@@ -42,22 +56,19 @@ class Reference:
         ]
         frozen = of_layers(["extra"]) if options.extra == "frozen" else ()
         self.requires = [{name: name not in frozen for name in NAMES} for _ in ranks]
-        self.held = [options.names(part) for part in range(len(options.overlap))]
-        """What each optimizer has, frozen ones too."""
+        self.held = [[options.names(part) for _ in ranks] for part in range(len(options.overlap))]
+        """What each optimizer has on each rank, frozen ones too."""
         self.gradients: list[Gradients] = [dict.fromkeys(NAMES) for _ in ranks]
         self.losses: list[list[Loss]] = [[] for _ in ranks]
-        self.saved: list[dict[str, Any]] = [{} for _ in ranks]
-        self.stored: Any = None
-        """What the checkpoint holds."""
-        self.seen: list[list[Vec]] = [[] for _ in ranks]
-        """What each rank should have seen in its looks, of the present action."""
-        self.happened: Sequence[str] = [""] * self.size
         self.under_way: list[set[int]] = [set() for _ in ranks]
         """Of each rank, the optimizers with overlap=True that may have sent something of this step."""
         self.changed: list[set[int]] = [set() for _ in ranks]
         """And those of them whose options were changed since."""
         self.hooks: list[list[str]] = [[] for _ in ranks]
         """When each rank's step hooks look: "pre" or "post"."""
+        for part in self.parts:
+            for seat in part.seats:
+                seat.lay_out(seat.names, options.small_buckets)
 
     def _starting(self, part: int) -> Vec:
         frozen = of_layers(["extra"]) if self.options.extra == "frozen" else ()
@@ -89,6 +100,14 @@ class Reference:
             raise Over([("RuntimeError", "WorkerError")] * self.size)
         for parts in self.changed:
             parts.discard(number)
+
+    def may_lack(self, number: int) -> None:
+        """With overlap=True, ranks may have sent something of this step that others, loaded anew, have not."""
+        seats = self.parts[number].seats
+        some = len({seat.source == "kept" for seat in seats}) > 1 or len({seat.names for seat in seats}) > 1
+        names = ("RuntimeError", "WorkerError", "ConfigurationMismatchError")
+        if self.options.overlap[number] and some and all(name in names for name in self.happened):
+            raise Over([names] * self.size)
 
     # -- where parameters are -------------------------------------------------------------------------
 
@@ -208,10 +227,15 @@ class Reference:
     def take_in(self, number: int, rank: int) -> None:
         """Parameters of one optimizer that were frozen take part from now on, at their present values."""
         seat = self.parts[number].seats[rank]
-        for name in self.held[number]:
-            takes_part = self.requires[rank][name] or self.gradients[rank][name] is not None
-            if name not in seat.x and takes_part:
-                join(seat, name, self.raw[rank][name])
+        joining = [
+            name
+            for name in self.held[number][rank]
+            if name not in seat.x and (self.requires[rank][name] or self.gradients[rank][name] is not None)
+        ]
+        for name in joining:
+            seat.join(name, self.raw[rank][name])
+        if joining:
+            seat.lay_out(joining, self.options.small_buckets)
 
     def agree(self, number: int, failed: dict[int, str], takes_in: bool = True) -> None:
         """What comes before anything collective. Raises Refused for all, if some rank failed."""
@@ -221,6 +245,7 @@ class Reference:
                     self.take_in(number, rank)
         if failed:
             raise one_of_all(failed, self.size)
+        self.may_lack(number)
         self.parts[number].settle()
 
     def step(self, number: int, failed: dict[int, str], synchronized: bool = False) -> None:
@@ -270,10 +295,3 @@ def move(seat: Seat, mode: str) -> None:
         seat.mode = seat.mode if seat.mode == "eval" else "train"
     else:
         seat.mode = mode
-
-
-def join(seat: Seat, name: str, value: Array) -> None:
-    """A parameter takes part from now on, without errors."""
-    seat.x[name], seat.point[name] = value.copy(), value.copy()
-    seat.e[name], seat.s[name] = np.zeros_like(value), np.zeros_like(value)
-    seat.consolidated = False

@@ -74,6 +74,11 @@ class Options:
         """Whether this is Horovod's arithmetic: nothing is kept but the parameters."""
         return self.feedback == "none" and self.dense and self.local_steps == 1
 
+    @property
+    def ahead(self) -> tuple[float, float]:
+        """Row 2's alpha and beta."""
+        return self.alpha if self.feedback == "saef" else 0.0, self.beta
+
     def layers(self, part: int) -> tuple[str, ...]:
         """The layers that one of the optimizers has, or will have."""
         if len(self.overlap) == 1:

@@ -59,6 +59,8 @@ class Seat:
     point: Vec
     """Where it trains: b, or what local steps have reached."""
     steps: LocalOptimizer
+    under: Options
+    """The options under which this came about."""
     lr: float = 0.05
     t: int = 0
     h: int = 0
@@ -69,10 +71,19 @@ class Seat:
     """Where x comes from at the next agreement: "parameters", "loaded" or "kept"."""
     taken: bool = False
     """Whether x was taken: before, it is what the parameters are."""
+    saver: int | None = None
+    """The worker whose errors these are, where a state was loaded and not yet agreed on."""
     own: bool = True
+    """Whether that is this worker."""
     consolidated: bool = False
     reached: bool = False
     """Whether what was loaded was between local steps."""
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The stretch of each parameter's s that what was loaded holds: the rest of `s` is 0."""
+    buckets: list[tuple[str, ...]] = field(default_factory=list)
+    """The parameters that travel together."""
+    written: set[str] = field(default_factory=set)
+    """What was written by hand since the round began."""
     skipped: int = 0
 
     @property
@@ -83,11 +94,25 @@ class Seat:
     def clear(self) -> None:
         """X is the point from now on, without errors."""
         self.e, self.s = zeros(self.names), zeros(self.names)
-        self.h, self.consolidated = 0, False
-        self.point = copy.deepcopy(self.x)
+        self.h, self.consolidated, self.own, self.saver, self.reached = 0, False, True, None, False
+        self.point, self.written = copy.deepcopy(self.x), set()
+
+    def join(self, name: str, value: Array) -> None:
+        """A parameter takes part from now on, without errors."""
+        self.x[name], self.point[name] = value.copy(), value.copy()
+        self.e[name], self.s[name] = np.zeros_like(value), np.zeros_like(value)
+        self.held[name] = (0, value.size)
+        self.consolidated = False
+
+    def lay_out(self, names: Sequence[str], small: bool) -> None:
+        """Parameters join: in buckets of their own, once x was taken."""
+        laid = list(names if self.taken else self.names)
+        cut = [(name,) for name in laid] if small else [tuple(laid)]
+        self.buckets = [*self.buckets, *cut] if self.taken else cut
 
     def moved_by_hand(self, values: Vec) -> None:
         """Somebody wrote to the parameters at the training point."""
+        self.written |= {name for name, value in values.items() if not np.array_equal(value, self.point[name])}
         self.point |= values
         if not self.taken:
             self.x |= copy.deepcopy(values)
@@ -103,7 +128,7 @@ def make_seat(options: Options, values: Vec) -> Seat:
         lr=lambda step: 0.0,
     )
     copied = [copy.deepcopy(values) for _ in range(2)]
-    return Seat(copied[0], zeros(values), zeros(values), copied[1], LocalOptimizer(setup))
+    return Seat(copied[0], zeros(values), zeros(values), copied[1], LocalOptimizer(setup), options)
 
 
 @dataclass
@@ -126,10 +151,9 @@ class Part:
 
     # -- the rows -----------------------------------------------------------------------------------
 
-    def start(self, seat: Seat) -> Vec:
-        """Row 2's b."""
-        alpha = self.options.alpha if self.options.feedback == "saef" else 0.0
-        beta = self.options.beta
+    def start(self, seat: Seat, under: Options | None = None) -> Vec:
+        """Row 2's b, with these options or with those of now."""
+        alpha, beta = (under or self.options).ahead
         return combined(lambda x, e, s: x - alpha * e - beta * s, seat.x, seat.e, seat.s)
 
     def compress(self, vector: Vec, t: int) -> Vec:
@@ -189,7 +213,7 @@ class Part:
         if p is not None and (self.seats[0].t + 1) % p == 0:
             self.average_errors()
         for seat in self.seats:
-            seat.point = self.start(seat)
+            seat.point, seat.written = self.start(seat), set()
 
     def average_errors(self) -> None:
         """Row 1."""
@@ -221,10 +245,12 @@ class Part:
         if len(loaded) == size:
             self._go_on_as_loaded()
         elif loaded:
+            root = copy.deepcopy(loaded[0])
             for seat in seats:
-                self._take_from(loaded[0], seat)
+                self._take_from(root, seat)
+            loaded[0].consolidated = root.consolidated and self.options.double
         elif new:
-            x, t = copy.deepcopy(new[0].x), seats[0].t
+            x, t = copy.deepcopy(new[0].x), new[0].t
             for seat in seats:
                 if len(new) < size:
                     seat.x = copy.deepcopy(x)
@@ -233,23 +259,70 @@ class Part:
         if any(seat.x[n].tobytes() != seats[0].x[n].tobytes() for seat in seats for n in seat.names):
             raise everywhere(size, "ConsensusError")
         for seat in seats:
-            seat.source, seat.taken = "kept", True
+            seat.source, seat.taken, seat.under = "kept", True, self.options
+            seat.own, seat.saver, seat.reached = True, None, False
             seat.mode = "either" if loaded and seat.mode == "visit" else seat.mode
 
     def _go_on_as_loaded(self) -> None:
-        if len({(seat.t, seat.h) for seat in self.seats}) > 1:
-            raise everywhere(len(self.seats), "ConfigurationMismatchError")
-        if not all(seat.own for seat in self.seats):
-            for seat in self.seats:
-                seat.e = zeros(seat.names)
-                if self.options.sharded:
-                    seat.s = zeros(seat.names)
-                if not seat.h:
-                    seat.point = self.start(seat)
+        """Each from its own, or from what they have of others'. x~ stays, but for what is lost."""
+        seats, now = self.seats, self.options
+        if len({(seat.t, seat.h) for seat in seats}) > 1:
+            raise everywhere(len(seats), "ConfigurationMismatchError")
+        if now.averages_gradients:
+            return
+        own = all(seat.own or seat.consolidated for seat in seats)
+        folds = not now.double and any(seat.under.double for seat in seats)
+        moved = [self.updates(seat) for seat in seats]
+        consolidated = all(seat.consolidated for seat in seats)
+        begins = not own or folds or any(seat.under.ahead != now.ahead for seat in seats)
+        whole = {name: self.collected(name) for name in seats[0].names}
+        lost = any(s is None for s in whole.values())
+        for seat, update in zip(seats, moved, strict=True):
+            seat.consolidated = consolidated and not begins
+            goes_on = seat.reached or seat.h > 0 or not same(seat.point, self.start(seat))
+            s = {name: np.zeros_like(seat.x[name]) if lost or v is None else v for name, v in whole.items()}
+            seat.e = seat.e if own else zeros(seat.names)
+            if folds:
+                seat.e, s = combined(np.add, seat.e, s), zeros(seat.names)
+            seat.s = copy.deepcopy(s)
+            if begins:
+                seat.e = combined(np.add, seat.e, update)
+            if begins or not goes_on:
+                seat.h, seat.point = 0, self.start(seat)
+
+    def updates(self, seat: Seat) -> Vec:
+        """What the local steps of a loaded state have moved, and what was written by hand since."""
+        return combined(np.subtract, self.start(seat, seat.under if seat.reached else None), seat.point)
+
+    def collected(self, name: str) -> Array | None:
+        """The whole s of a parameter from what the ranks have loaded; None if some is missing."""
+        flat = np.full(self.seats[0].x[name].size, np.nan)
+        for seat in self.seats:
+            first, end = seat.held.get(name, (0, 0)) if seat.under.double else (0, flat.size)
+            flat[first:end] = seat.s[name].reshape(-1)[first:end]
+        return None if np.isnan(flat).any() else flat.reshape(self.seats[0].x[name].shape)
 
     def _take_from(self, root: Seat, seat: Seat) -> None:
+        """From the one rank that was loaded: its local steps are a part of everyone's error."""
+        if self.options.averages_gradients:
+            seat.t, seat.h = root.t, 0
+            return
+        update = self.updates(root)
         seat.x, seat.t, seat.h = copy.deepcopy(root.x), root.t, 0
         kept = root.consolidated
+        seat.consolidated = False
         seat.e = copy.deepcopy(root.e) if kept else zeros(root.names)
-        seat.s = copy.deepcopy(root.s) if kept or not self.options.sharded else zeros(root.names)
+        seat.s = zeros(root.names)
+        for bucket in root.buckets:
+            whole = all(root.held.get(name, (0, 0)) == (0, root.x[name].size) for name in bucket)
+            if whole and root.under.double:
+                seat.s |= {name: root.s[name].copy() for name in bucket}
+        if not self.options.double:
+            seat.e, seat.s = combined(np.add, seat.e, seat.s), zeros(root.names)
+        seat.e = combined(np.add, seat.e, update)
         seat.point = self.start(seat)
+
+
+def same(one: Vec, other: Vec) -> bool:
+    """Whether these are the same numbers."""
+    return all(np.array_equal(one[name], other[name]) for name in one)

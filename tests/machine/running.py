@@ -16,7 +16,7 @@ from tests.machine.model import Reference
 from tests.machine.net import NAMES, Vec
 from tests.machine.options import Options
 from tests.machine.reference import Over, Refused
-from tests.machine.worker import Record, Worker
+from tests.machine.worker import Board, Record, Worker
 from tests.oracle import Array
 from tests.workers import together
 
@@ -40,20 +40,21 @@ class Program:
 
 def run(program: Program) -> list[list[Record]]:
     """What each rank saw after each action."""
+    board = Board(program.options.size)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return together(
             program.options.workers,
-            lambda rank: _work(program, rank, Path(folder)),
+            lambda rank: _work(program, Worker(program.options, rank, Path(folder), board)),
             ranks=program.options.ranks,
         )
 
 
-def _work(program: Program, rank: int, folder: Path) -> list[Record]:
-    worker, records = Worker(program.options, rank, folder), []
+def _work(program: Program, worker: Worker) -> list[Record]:
+    records: list[Record] = []
     parts = len(worker.optimizers)
     for action in program.actions:
-        record, worker.seen = Record(), []
+        record, worker.seen, worker.served = Record(), [], None
         records.append(record)
         try:
             action.do(worker)
@@ -61,8 +62,9 @@ def _work(program: Program, rank: int, folder: Path) -> list[Record]:
             record.states = {part: worker.state(part) for part in shown}
         except Exception as failure:
             record.raised, record.message = type(failure).__name__, str(failure)
-        record.values, record.seen = worker.values(), worker.seen
+        record.values, record.seen, record.served = worker.values(), worker.seen, worker.served
         if record.raised not in GOES_ON:
+            worker.board.all_saved.abort()
             break
     return records
 
@@ -90,6 +92,8 @@ def _compare(program: Program, of_ranks: list[list[Record]]) -> int:
         there: list[Record] = [record for record in records if record is not None]
         reference.happened = [record.raised for record in there]
         reference.seen = [[] for _ in there]
+        reference.showed = [record.values for record in there]
+        reference.served = [record.served for record in there]
         allowed: Sequence[tuple[str, ...]] = [()] * len(there)
         over = False
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,19 +33,34 @@ class Record:
     """What the rank's looks saw, in the action."""
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What optimizers' state dicts hold of ours, where the action is to show that."""
+    served: Any = None
+    """By optimizer, the stretch of each parameter's s in its state dict, where the action saved them."""
+
+
+class Board:
+    """What all ranks have saved, for all to load."""
+
+    def __init__(self, size: int) -> None:
+        self.saves: list[list[dict[str, Any]]] = [[] for _ in range(size)]
+        self.all_saved = threading.Barrier(size)
 
 
 class Worker:
     """One rank's network and optimizers, and what its actions keep."""
 
-    def __init__(self, options: Options, rank: int, folder: Path) -> None:
-        self.options, self.rank, self.folder = options, rank, folder
+    def __init__(self, options: Options, rank: int, folder: Path, board: Board) -> None:
+        self.rank, self.folder, self.board = rank, folder, board
+        self.seen: list[Vec] = []
+        self.served: Any = None
+        self.wrap(options)
+
+    def wrap(self, options: Options) -> None:
+        """A new network and new optimizers. Collective."""
+        self.options = options
         self.net = Net(start_values(options.seed))
         self.optimizers = make_optimizers(options, self.net)
         self.named = dict(self.net.named_parameters())
         self.losses: list[Tensor] = []
-        self.seen: list[Vec] = []
-        self.saved: dict[str, Any] = {}
         self.hooks: list[Any] = []
 
     def among(self, ranks: Collection[int] | None) -> bool:
@@ -80,6 +96,16 @@ class Worker:
         LOOKS[how](self)
         if how != "copy":
             self.seen.append(self.values())
+
+    def saved(self, rank: int | None = None) -> dict[str, Any]:
+        """What a rank, or this one, has saved the last time that all did so."""
+        mine = self.board.saves[self.rank]
+        return self.board.saves[self.rank if rank is None else rank][len(mine) - 1] if mine else {}
+
+    def pieces(self, number: int) -> dict[str, tuple[int, int]]:
+        """The stretch of each parameter's s that an optimizer's state dict holds."""
+        pieces = self.state(number).get("server_errors") or {}
+        return {name: (p["start"], p["start"] + p["values"].numel()) for name, p in pieces.items()}
 
     def state(self, number: int) -> dict[str, Any]:
         """What the optimizer's state dict holds of ours, under the network's names."""

@@ -186,3 +186,55 @@ def test_no_word_where_there_is_nothing_to_lose() -> None:
     with warnings.catch_warnings():
         told = [text for _, text in warned(2, fn) if "without 'hvd_saef'" in text]
     assert not told
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize("call", ["step", "reanchor"])
+def test_a_plain_state_on_some_ranks_alone(alone: int, call: str) -> None:
+    """All ranks count rounds as the rank whose parameters they take, or they would average in other rounds."""
+
+    def fn(rank: int) -> tuple[float, dict[str, bytes]]:
+        run = Run(rank, sgd, averaging_period=3, warmup_steps=1).step(2)
+        if rank == alone:
+            run.optimizer.load_state_dict(copy.deepcopy(run.inner.state_dict()))
+        if call == "reanchor":
+            run.optimizer.reanchor()
+        run.step(4)
+        return run.optimizer.stats()["rounds"], bits(run.optimizer.state_dict()["hvd_saef"]["x"])
+
+    first, second = together(2, fn)
+    assert first == second
+    assert first[0] == (4 if call == "step" or alone == 0 else 6)
+
+
+@pytest.mark.parametrize("after", [{}, {"feedback": "ef"}, {"double_compression": False}], ids=str)
+@pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_written_after_loading_is_kept(steps: int, ranks: list[int], after: dict[str, Any]) -> None:
+    """By hand, at the training point, before the next step: x̃ goes there, as after any other step."""
+
+    def fn(rank: int, written: float) -> Any:
+        job = Job(rank, nn.Linear(3, 2), slow, server="replicated", local_steps=steps).step(4)
+        job.optimizer.consolidate()
+        state = copy.deepcopy(job.step(steps - 1).optimizer.state_dict())
+        options = {"local_steps": steps} | after
+        job = Job(rank, nn.Linear(3, 2), slow, **options)
+        job.optimizer.param_groups[0]["lr"] = 0.0
+        if rank in ranks:
+            job.optimizer.load_state_dict(state)
+            job.optimizer.param_groups[0]["lr"] = 0.0
+            with torch.no_grad():
+                next(job.model.parameters()).add_(written)
+        job.step(2 * steps).optimizer.consolidate()
+        ours = job.optimizer.state_dict()["hvd_saef"]
+        flat = {name: piece["values"] for name, piece in ours["server_errors"].items()}
+        return {
+            name: x - ours["errors"][name] - (flat[name].view_as(x) if flat else 0)
+            for name, x in ours["x"].items()
+        }
+
+    for with_it, without in zip(
+        together(2, lambda rank: fn(rank, 0.5)), together(2, lambda rank: fn(rank, 0.0)), strict=True
+    ):
+        torch.testing.assert_close(with_it["weight"], without["weight"] + 0.5, rtol=0, atol=1e-5)
+        torch.testing.assert_close(with_it["bias"], without["bias"], rtol=0, atol=1e-5)
