@@ -50,6 +50,8 @@ class Loaded:
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
     """The names of the parameters that the saved state has."""
+    saver: int | None = None
+    """The worker that saved the state; None if nothing is loaded."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], with_state: Layout, own: bool, serves: bool) -> Loaded:
@@ -67,7 +69,7 @@ class Loaded:
             count=None if saved["consolidated"] else saved.get("count"),
         )
         point = None if reached is None else [reached[slot.name] for slot in with_state.slots]
-        return cls(held, point, pieces, settings, frozenset(saved["x"]))
+        return cls(held, point, pieces, settings, frozenset(saved["x"]), saved["rank"])
 
     @torch.no_grad()
     def add_writes(self, state: State, now: Sequence[Tensor] | None) -> None:

@@ -107,7 +107,7 @@ class Origin:
         elif new:
             if len(new) < len(everyone):
                 self._broadcast_parameters(layout, new[0])
-            self._progress.restored(everyone[new[0]].rounds)  # a plain state may be loaded on some ranks alone
+            self._progress.restored(everyone[new[0]].rounds)  # some ranks may load a plain state
             self._take_parameters(with_state)
         check_consensus(self._communicator, {**self.x(layout), **self._server_errors()}, BROADCAST_ADVICE)
         self._agreed_now()
@@ -180,7 +180,7 @@ class Origin:
         if state and state.buckets:
             begins, lost = self._loaded.go_on(self._communicator, state, [one.held for one in everyone])
             if begins:
-                self._loaded.training_point = None
+                self._whole_server_errors = self._loaded.training_point = None
                 self._progress.undid_steps()
             self._warn_of_loss(lost)
         # The model may have been loaded after the optimizer.
@@ -196,7 +196,7 @@ class Origin:
         state = self._modes.state or self._new_state(with_state)
         self._progress.restored(standing.rounds)
         held, mine = standing.held, self._communicator.rank == root
-        if not mine:
+        if not mine or not self._settings.double_compression:
             self._whole_server_errors = None
         updates = self._loaded.updates(state) if mine else []
         for i, bucket in enumerate(state.buckets):

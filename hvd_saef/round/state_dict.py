@@ -74,7 +74,7 @@ def export_state(
     """
     exported: dict[str, Any] = {
         "version": VERSION,
-        "rank": communicator.worker,
+        "rank": communicator.worker if loaded.saver is None else loaded.saver,
         "workers": communicator.workers,
         "count": communicator.counts[communicator.worker],
         "consolidated": server_errors is not None,

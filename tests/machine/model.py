@@ -102,7 +102,7 @@ class Reference:
             parts.discard(number)
 
     def may_lack(self, number: int) -> None:
-        """With overlap=True, ranks may have sent something of this step that others, loaded anew, have not."""
+        """With overlap=True, ranks may have sent something of this step and others, loaded anew, nothing."""
         seats = self.parts[number].seats
         some = len({seat.source == "kept" for seat in seats}) > 1 or len({seat.names for seat in seats}) > 1
         names = ("RuntimeError", "WorkerError", "ConfigurationMismatchError")

@@ -21,18 +21,11 @@ from tests.machine.actions import (
     Step,
     Zero,
 )
+from tests.machine.loading import Load, LoadModel, Rewrap, Save
 from tests.machine.net import LAYERS
 from tests.machine.options import Options
 from tests.machine.running import Program
-from tests.machine.storing import (
-    Collective,
-    Grow,
-    Load,
-    LoadCheckpoint,
-    LoadModel,
-    Save,
-    SaveCheckpoint,
-)
+from tests.machine.storing import Collective, Grow, LoadCheckpoint, SaveCheckpoint
 from tests.machine.worker import LOOKS
 
 MOST = 6
@@ -55,7 +48,7 @@ def options(draw: Any, /, **fixed: Any) -> Options:
     optimizers = ["sgd", "sgdm", *(["adamw"] if compressor != "fp16" else [])]
     servers = ["auto", "replicated", *(["sharded"] if double and not beta else [])]
     chosen: dict[str, Any] = {
-        "workers": 2,
+        "workers": draw(st.sampled_from([2, 2, 3])),
         "ranks": draw(st.sampled_from([1, 1, 1, 2])),
         "compressor": compressor,
         "feedback": feedback,
@@ -88,6 +81,36 @@ def _subsets(size: int) -> Any:
     return st.none() | some
 
 
+def rarely_some(size: int) -> Any:
+    """Who does what all ranks must do: mostly all, as the next step is an error otherwise."""
+    return st.integers(0, 4).flatmap(lambda number: _subsets(size) if number == 0 else st.none())
+
+
+def loads(chosen: Options) -> Any:
+    """An optimizer's state."""
+    whose = st.sampled_from(["own", "own", "own", "next", "first", "plain"])
+    ranks = st.none() | st.none() | _subsets(chosen.size)
+    return st.builds(Load, ranks, st.booleans() if chosen.hooked else st.just(False), whose)
+
+
+@st.composite
+def resumes(draw: Any, /, chosen: Options) -> tuple[Options, list[Action]]:
+    """A new job that goes on from the last one's state, with other options or the same."""
+    fixed = ("workers", "ranks", "optimizer", "overlap", "hooked", "on_nonfinite", "extra", "seed")
+    made = chosen
+    if draw(st.integers(0, 3)) > 0:
+        made = draw(options(**{name: getattr(chosen, name) for name in fixed}))
+        if made.compressor == "fp16" and made.optimizer == "adamw":
+            made = dataclasses.replace(made, compressor="sign")
+        if made.averages_gradients and any(chosen.overlap):
+            made = dataclasses.replace(made, local_steps=2)
+        made = dataclasses.replace(made, overlap=chosen.overlap, on_nonfinite=chosen.on_nonfinite)
+    first: list[Action] = [Collective(what="consolidate")] if draw(st.integers(0, 3)) == 0 else []
+    if len(chosen.overlap) == 1 and draw(st.booleans()):
+        return made, [*first, SaveCheckpoint(), Rewrap(options=made), LoadCheckpoint()]
+    return made, [*first, Save(), Rewrap(options=made), draw(loads(made))]
+
+
 def peeks(size: int) -> Any:
     """What changes nothing."""
     ranks = _subsets(size)
@@ -111,21 +134,23 @@ def between(size: int, chosen: Options) -> Any:
         st.builds(Mode, ranks, st.sampled_from([None, 0, 1]), st.sampled_from(["train", "eval"])),
         st.builds(Rate, ranks, st.sampled_from([0.02, 0.2])),
         collectives(chosen),
-        st.builds(Freeze, st.none(), st.sampled_from(LAYERS), st.booleans()),
+        st.builds(Freeze, rarely_some(size), st.sampled_from(LAYERS), st.booleans()),
         st.builds(Forward, ranks, st.integers(0, 3), st.just(False)),
         st.builds(Save),
-        st.builds(Load, st.none(), st.booleans() if chosen.hooked else st.just(False)),
+        loads(chosen),
         st.builds(Clamp, ranks),
     ]
     if len(chosen.overlap) == 1:
         actions += [st.builds(SaveCheckpoint), st.builds(LoadCheckpoint)]
     if chosen.hooked:
-        actions.append(st.builds(LoadModel, st.none(), st.sampled_from(["saved", "x", "other"])))
+        kinds = st.sampled_from(["saved", "x", "other"])
+        layers = st.sampled_from([(), (), ("second",), ("first", "extra"), ("second", "extra")])
+        actions.append(st.builds(LoadModel, st.none() | ranks, kinds, layers, st.booleans()))
     if not any(chosen.overlap):
         when = st.sampled_from(["pre", "post"])
         actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
     if chosen.extra == "later":
-        actions.append(st.builds(Grow))
+        actions.append(st.builds(Grow, rarely_some(size)))
     return st.one_of(actions)
 
 
@@ -166,9 +191,12 @@ def iterations(draw: Any, /, chosen: Options) -> list[Action]:
 @st.composite
 def programs(draw: Any, /, **fixed: Any) -> Program:
     """Options, and steps with anything between them."""
-    chosen = draw(options(**fixed))
+    chosen = now = draw(options(**fixed))
     actions: list[Action] = []
     for _ in range(draw(st.integers(1, MOST))):
-        actions += draw(st.lists(between(chosen.size, chosen), max_size=2))
-        actions += draw(iterations(chosen))
+        actions += draw(st.lists(between(now.size, now), max_size=2))
+        if draw(st.integers(0, 4)) == 0:
+            now, again = draw(resumes(now))
+            actions += [*again, *draw(st.lists(between(now.size, now), max_size=1))]
+        actions += draw(iterations(now))
     return Program(chosen, tuple(actions))

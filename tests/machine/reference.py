@@ -112,7 +112,9 @@ class Seat:
 
     def moved_by_hand(self, values: Vec) -> None:
         """Somebody wrote to the parameters at the training point."""
-        self.written |= {name for name, value in values.items() if not np.array_equal(value, self.point[name])}
+        self.written |= {
+            name for name, value in values.items() if not np.array_equal(value, self.point[name])
+        }
         self.point |= values
         if not self.taken:
             self.x |= copy.deepcopy(values)

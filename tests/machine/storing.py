@@ -6,14 +6,14 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from hvd_saef import load_checkpoint, save_checkpoint
 from tests.machine.actions import Action
+from tests.machine.loading import load_model, load_seat, misfits, saved_seat
 from tests.machine.model import Reference
-from tests.machine.net import NAMES, SHAPES, Vec, of_layers
+from tests.machine.net import of_layers
 from tests.machine.options import Options
-from tests.machine.reference import Part, Seat, everywhere
+from tests.machine.reference import Part, everywhere, same
 from tests.machine.worker import Worker
 
 
@@ -65,134 +65,16 @@ def _consolidate(options: Options, part: Part) -> None:
                     one[i] = mean.copy()
 
 
-def same(one: Vec, other: Vec) -> bool:
-    """Whether these are the same numbers."""
-    return all(np.array_equal(one[name], other[name]) for name in one)
-
-
 def _reanchor(reference: Reference, number: int, part: Part) -> None:
     for rank in range(reference.size):
         reference.take_in(number, rank)
     if len({seat.names for seat in part.seats}) > 1:
         raise everywhere(reference.size, "ConfigurationMismatchError")
-    root = reference.shown(0)
+    root, t = reference.shown(0), part.seats[0].t
     for seat in part.seats:
         seat.x = {name: root[name].copy() for name in seat.names}
-        seat.t, seat.source, seat.taken = part.seats[0].t, "kept", True
+        seat.t, seat.source, seat.taken, seat.under = t, "kept", True, reference.options
         seat.clear()
-
-
-@dataclass(frozen=True, repr=False)
-class Save(Action):
-    """Each rank keeps its optimizers' and its model's state dicts."""
-
-    def do(self, worker: Worker) -> None:
-        if worker.among(self.ranks):
-            states = [copy.deepcopy(o.state_dict()) for o in worker.optimizers]
-            if all("x" in state["hvd_saef"] for state in states):
-                worker.saved["optimizers"] = states
-            worker.saved["model"] = {k: v.clone() for k, v in worker.net.state_dict().items()}
-            worker.seen.append(worker.values())
-
-    def say(self, reference: Reference) -> None:
-        for rank in reference.of(self.ranks):
-            for number in range(len(reference.parts)):
-                reference.take_in(number, rank)
-            if all(seat.taken for seat in reference.seats(rank)):
-                reference.saved[rank]["seats"] = copy.deepcopy(reference.seats(rank))
-            reference.look(rank)
-            reference.saved[rank]["model"] = copy.deepcopy(reference.shown(rank))
-
-
-@dataclass(frozen=True, repr=False)
-class Load(Action):
-    """What was saved, into the optimizers; and into the model, or not."""
-
-    model: bool = False
-
-    def do(self, worker: Worker) -> None:
-        if worker.among(self.ranks) and "optimizers" in worker.saved:
-            for optimizer, state in zip(worker.optimizers, worker.saved["optimizers"], strict=True):
-                optimizer.load_state_dict(copy.deepcopy(state))
-            if self.model:
-                worker.net.load_state_dict(worker.saved["model"])
-
-    def say(self, reference: Reference) -> None:
-        refused: dict[int, tuple[str, ...]] = {}
-        for rank in reference.of(self.ranks):
-            if "seats" not in reference.saved[rank]:
-                continue
-            for number, (seat, saved) in enumerate(
-                zip(reference.seats(rank), reference.saved[rank]["seats"], strict=True)
-            ):
-                reference.take_in(number, rank)
-                if seat.names != saved.names:
-                    refused[rank] = ("ValueError",)
-                    break
-                load_seat(seat, saved)
-            reference.stale(rank)
-            if self.model and rank not in refused:
-                load_model(reference, rank, reference.saved[rank]["model"])
-        if refused:
-            reference.refuse(refused)
-
-
-def load_seat(seat: Seat, saved: Seat) -> None:
-    """An optimizer's state on one rank, by this same rank."""
-    mode = seat.mode
-    vars(seat).update(copy.deepcopy(vars(saved)))
-    seat.mode, seat.source, seat.own = mode, "loaded", True
-    if not saved.taken:
-        seat.source = "parameters"
-
-
-def load_model(reference: Reference, rank: int, values: Vec) -> None:
-    """A whole model's state on one rank: what x is from now on, unless it was that before."""
-    for seat in reference.seats(rank):
-        mine = {name: values[name].copy() for name in seat.names}
-        seat.mode = "eval" if seat.mode == "eval" else "either"  # hooks may bring it to x to load it
-        if not same(mine, seat.x):
-            seat.x, seat.source = mine, "parameters"
-            seat.clear()
-    for name in NAMES:
-        if not any(name in seat.names for seat in reference.seats(rank)):
-            reference.raw[rank][name] = values[name].copy()
-    reference.stale(rank)
-
-
-@dataclass(frozen=True, repr=False)
-class LoadModel(Action):
-    """A state into the model: the one that was saved, or (kind) its own present "x", or "other" numbers."""
-
-    kind: str = "saved"
-
-    def do(self, worker: Worker) -> None:
-        if not worker.among(self.ranks):
-            return
-        if self.kind == "saved":
-            if worker.saved:
-                worker.net.load_state_dict(worker.saved["model"])
-        elif self.kind == "x":
-            worker.net.load_state_dict({k: v.clone() for k, v in worker.net.state_dict().items()})
-        else:
-            worker.net.load_state_dict({k: torch.from_numpy(v) for k, v in other_values().items()})
-
-    def say(self, reference: Reference) -> None:
-        for rank in reference.of(self.ranks):
-            if self.kind == "saved":
-                if reference.saved[rank]:
-                    load_model(reference, rank, reference.saved[rank]["model"])
-            elif self.kind == "x":
-                reference.move(rank, "visit")
-                load_model(reference, rank, reference.at_x(rank))
-            else:
-                load_model(reference, rank, other_values())
-
-
-def other_values() -> Vec:
-    """A model that was trained elsewhere."""
-    generator = np.random.default_rng(77)
-    return {name: generator.standard_normal(shape) for name, shape in SHAPES.items()}
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,13 +83,16 @@ class SaveCheckpoint(Action):
 
     def do(self, worker: Worker) -> None:
         save_checkpoint(worker.folder, worker.net, worker.optimizers[0], rank=worker.rank)
+        worker.served = [worker.pieces(0)]
 
     def say(self, reference: Reference) -> None:
         part = reference.parts[0]
         for rank in range(reference.size):
             if rank % reference.options.ranks == 0:
                 reference.take_in(0, rank)
-        seats = copy.deepcopy(part.seats)
+        if len({seat.names for seat in part.seats[:: reference.options.ranks]}) > 1:
+            raise everywhere(reference.size, "CheckpointError")
+        seats = [saved_seat(reference, 0, rank) for rank in range(reference.size)]
         reference.stored = seats, [copy.deepcopy(reference.at_x(rank)) for rank in range(reference.size)]
         for rank, seat in enumerate(part.seats):
             reference.stale(rank)
@@ -236,8 +121,10 @@ class LoadCheckpoint(Action):
         seats, models = reference.stored
         if any(seat.names != saved.names for seat, saved in zip(part.seats, seats, strict=True)):
             raise everywhere(reference.size, "CheckpointError")
+        if misfits(reference, seats, range(reference.size)):
+            raise everywhere(reference.size, "CheckpointError")
         for rank, (seat, saved) in enumerate(zip(part.seats, seats, strict=True)):
-            load_seat(seat, saved)
+            load_seat(reference, part, rank, saved)
             load_model(reference, rank, models[rank])
             if seat.mode != "eval":
                 seat.mode = "either" if reference.options.hooked else "train"
@@ -248,6 +135,8 @@ class Grow(Action):
     """The layer extra is added to the first optimizer."""
 
     def do(self, worker: Worker) -> None:
+        if not worker.among(self.ranks):
+            return
         parameters = [worker.named[name] for name in of_layers(["extra"])]
         rate = worker.optimizers[0].param_groups[0]["lr"]
         worker.optimizers[0].add_param_group({"params": parameters, "lr": rate})
@@ -255,13 +144,14 @@ class Grow(Action):
     def say(self, reference: Reference) -> None:
         refused: dict[int, tuple[str, ...]] = {}
         names = of_layers(["extra"])
-        for rank, seat in enumerate(reference.parts[0].seats):
+        for rank in reference.of(self.ranks):
+            seat, held = reference.parts[0].seats[rank], reference.held[0][rank]
             if seat.h:
                 refused[rank] = ("RuntimeError",)
-            elif set(names) <= set(reference.held[0]):
+            elif set(names) <= set(held):
                 refused[rank] = ("ValueError",)
+            else:
+                reference.held[0][rank] = (*held, *names)
+                reference.take_in(0, rank)
         if refused:
             reference.refuse(refused)
-        reference.held[0] = (*reference.held[0], *names)
-        for rank in range(reference.size):
-            reference.take_in(0, rank)

@@ -191,7 +191,7 @@ def test_no_word_where_there_is_nothing_to_lose() -> None:
 @pytest.mark.parametrize("alone", [0, 1])
 @pytest.mark.parametrize("call", ["step", "reanchor"])
 def test_a_plain_state_on_some_ranks_alone(alone: int, call: str) -> None:
-    """All ranks count rounds as the rank whose parameters they take, or they would average in other rounds."""
+    """All ranks count rounds as the rank whose parameters they take: they average in the same rounds."""
 
     def fn(rank: int) -> tuple[float, dict[str, bytes]]:
         run = Run(rank, sgd, averaging_period=3, warmup_steps=1).step(2)
