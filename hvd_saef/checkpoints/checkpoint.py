@@ -38,6 +38,7 @@ from hvd_saef.checkpoints.manifest import (
 )
 from hvd_saef.checkpoints.redistribution import mean_state, without_errors
 from hvd_saef.errors import CheckpointError, who_has_what
+from hvd_saef.round.agreement import check_configuration
 from hvd_saef.round.session import Session
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.together import attempted
@@ -56,11 +57,14 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     become Python's, in `extra` and in the optimizer's state. Each optimizer needs a folder of its own.
 
     Raises CheckpointError on all ranks, naming rank and reason, if any rank cannot write, or has a value
-    (named by its place) that :func:`load_checkpoint` would refuse. The earlier checkpoint then stays whole.
+    (named by its place) that :func:`load_checkpoint` would refuse, and ConfigurationMismatchError if ranks
+    train other parameters or have other settings. The earlier checkpoint then stays whole.
     """
     session = _session(optimizer)
     communicator = session.communicator
     rank = communicator.rank
+    _everyone(communicator, session.take_in)
+    check_configuration(communicator, session.parameters.layout, {})
     nonce = communicator.allgather_object(secrets.token_hex(4) if rank == 0 else None)[0]
     rounds = session.progress.rounds
     first = communicator.groups[communicator.worker][0]

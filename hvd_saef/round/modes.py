@@ -53,6 +53,7 @@ class Modes:
         self.early = EarlySteps()
         self._noted: list[int] | None = None
         """The version counters of the parameters when they were last known to be in the right place."""
+        self._wrote = False  # True if other code had written when the parameters left the training point
         self._told: set[str] = set()
         self.taken: str | None = None
         """The name of a parameter that a later optimizer owns: this optimizer then moves no parameter."""
@@ -170,7 +171,7 @@ class Modes:
         self.to_start(training_point)
 
     def _start(self, state: State | None) -> None:
-        self.state = state
+        self.state, self._wrote = state, False
         if self._unstepped is not None:
             if state is None:
                 self._unstepped.start()
@@ -253,7 +254,12 @@ class Modes:
             return None
         return [parameter.clone() for parameter in self._parameters(self.state)]
 
+    def was_written(self) -> bool:
+        """Returns True if other code wrote to the parameters since :meth:`begin`, except by broadcasts."""
+        return self._wrote or (not self.at_x and self._noted != self._versions())
+
     def _to_x(self) -> None:
+        self._wrote = self.was_written()
         self._reached = self.training_point()
         if self.state is not None and not self._x_is_shown(self.state):
             self.state.show_x()

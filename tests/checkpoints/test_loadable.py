@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_saef import CheckpointError, load_checkpoint, save_checkpoint
+from hvd_saef import CheckpointError, ConfigurationMismatchError, load_checkpoint, save_checkpoint
 from hvd_saef.checkpoints.loadable import as_loadable
 from tests.checkpoints.test_checkpoint import Job
 from tests.workers import NO_MODEL, Run, adamw, caught, saved, together
@@ -196,3 +196,23 @@ def test_extra_state_of_modules_is_looked_at(tmp_path: Path) -> None:
     for failure in caught(2, fn):
         failure_text = str(failure)
         assert "model['odd._extra_state']['history'] is a numpy.ndarray" in failure_text
+
+
+def test_ranks_that_train_other_parameters_replace_no_checkpoint(tmp_path: Path) -> None:
+    """What they would write, no job could load."""
+
+    def fn(rank: int) -> None:
+        run = Run(rank, lambda parameters: torch.optim.SGD(parameters[:2], lr=0.05)).step(1)
+        model = nn.ParameterList(run.parameters)
+        save_checkpoint(tmp_path, model, run.optimizer)
+        if rank == 1:
+            run.optimizer.add_param_group({"params": run.parameters[2:]})
+        with pytest.raises(
+            ConfigurationMismatchError, match="number of parameters: 2 on rank 0, 4 on rank 1"
+        ):
+            save_checkpoint(tmp_path, model, run.optimizer)
+        again = Run(rank, lambda parameters: torch.optim.SGD(parameters[:2], lr=0.05))
+        load_checkpoint(tmp_path, nn.ParameterList(again.parameters), again.optimizer)
+        assert again.optimizer.stats()["rounds"] == 1
+
+    together(2, fn)

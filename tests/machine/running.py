@@ -162,6 +162,8 @@ def _compare_states(where: str, reference: Reference, number: int, states: list[
             raise AssertionError(f"{where}: x is there before it was taken")
         return
     server = _server_errors(part.seats[0].x, states)
+    of_all = {name: part.collected(name) for name in part.seats[0].x if part.seats[0].source == "loaded"}
+    known = {name: s for name, s in of_all.items() if s is not None}
     for rank, (seat, state) in enumerate(zip(part.seats, states, strict=True)):
         if (state["rounds"], state["local_steps_done"]) != (seat.t, seat.h):
             raise AssertionError(
@@ -171,7 +173,7 @@ def _compare_states(where: str, reference: Reference, number: int, states: list[
         for what, ours, right in (
             ("x", state["x"], seat.x),
             ("e", state["errors"], seat.e),
-            ("s", server, seat.s),
+            ("s", server, seat.s | known),
         ):
             if what == "s" and not options.double:
                 continue

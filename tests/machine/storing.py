@@ -88,10 +88,9 @@ class SaveCheckpoint(Action):
     def say(self, reference: Reference) -> None:
         part = reference.parts[0]
         for rank in range(reference.size):
-            if rank % reference.options.ranks == 0:
-                reference.take_in(0, rank)
-        if len({seat.names for seat in part.seats[:: reference.options.ranks]}) > 1:
-            raise everywhere(reference.size, "CheckpointError")
+            reference.take_in(0, rank)
+        if len({seat.names for seat in part.seats}) > 1:
+            raise everywhere(reference.size, "ConfigurationMismatchError")
         seats = [saved_seat(reference, 0, rank) for rank in range(reference.size)]
         reference.stored = seats, [copy.deepcopy(reference.at_x(rank)) for rank in range(reference.size)]
         for rank, seat in enumerate(part.seats):

@@ -261,6 +261,60 @@ def test_parameters_added_before_the_first_step(change: str) -> None:
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("loaded", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("change", ["double-way to single", "alpha"])
+def test_saved_again_before_the_next_round(change: str, loaded: list[int]) -> None:
+    """What became a part of the errors is neither counted twice nor taken for everyone's."""
+    before, after = CHANGES[change]
+
+    def save(rank: int) -> Any:
+        run = fresh(rank, 3, **before).step(4)
+        run.optimizer.consolidate()
+        return saved(run.step(2).optimizer.state_dict())
+
+    states = together(2, save)
+
+    def go_on(rank: int) -> Any:
+        run = fresh(rank, 3, **after)
+        if rank in loaded:
+            run.optimizer.load_state_dict(copy.deepcopy(states[rank]))
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        run.step(1)
+        return saved(run.optimizer.state_dict())
+
+    again = together(2, go_on)
+
+    def fn(rank: int) -> Any:
+        run = fresh(rank, 3, **after)
+        run.optimizer.load_state_dict(copy.deepcopy(again[rank]))
+        return run.step(0).optimizer.flush() or run.optimizer.state_dict()["hvd_saef"]
+
+    expected = auxiliary([state["hvd_saef"] for state in again])
+    at_first = auxiliary([states[rank]["hvd_saef"] for rank in loaded])
+    for mine, wanted, first in zip(auxiliary(together(2, fn)), expected, at_first, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine, first, rtol=0, atol=1e-12)
+
+
+def test_another_workers_state_saved_again_stays_another_workers() -> None:
+    """Before the next step, which clears the errors: they are not taken for the worker's own."""
+    states = together(2, lambda rank: saved(fresh(rank).step(3).optimizer.state_dict()))
+
+    def fn(rank: int) -> tuple[Any, Any]:
+        run = fresh(rank)
+        run.optimizer.load_state_dict(copy.deepcopy(states[0]))
+        state = saved(run.optimizer.state_dict())
+        again = fresh(rank)
+        again.optimizer.load_state_dict(copy.deepcopy(state))
+        again.optimizer.flush()
+        return state["hvd_saef"]["rank"], again.optimizer.stats()["error_norm"]
+
+    seen: list[Any] = []
+    told = warned(2, lambda rank: seen.append(fn(rank)))
+    assert seen == [(0, 0.0), (0, 0.0)]
+    assert [text for _, text in told if "does not hold all of the workers' errors" in text]
+
+
 def test_a_state_that_does_not_say_its_settings() -> None:
     """As earlier versions wrote them: taken as saved under the settings there are; to the bit if so."""
 

@@ -207,6 +207,22 @@ def test_a_plain_state_on_some_ranks_alone(alone: int, call: str) -> None:
     assert first[0] == (4 if call == "step" or alone == 0 else 6)
 
 
+def test_a_broadcast_after_loading_changes_nothing() -> None:
+    """It writes rank 0's training point into all parameters, without raising their versions, as Horovod's."""
+
+    def fn(rank: int, broadcast: bool) -> dict[str, bytes]:
+        run = Run(rank, sgd, local_steps=3).step(4)
+        state = copy.deepcopy(run.optimizer.state_dict())
+        run.step(3).optimizer.load_state_dict(state)
+        if broadcast:
+            for parameter in run.parameters:
+                parameter.data.copy_(torch.ones_like(parameter))
+        run.optimizer.flush()
+        return bits(run.step(4).optimizer.state_dict()["hvd_saef"]["x"])
+
+    assert together(2, lambda rank: fn(rank, True)) == together(2, lambda rank: fn(rank, False))
+
+
 @pytest.mark.parametrize("after", [{}, {"feedback": "ef"}, {"double_compression": False}], ids=str)
 @pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=str)
 @pytest.mark.parametrize("steps", [1, 3])
