@@ -244,7 +244,9 @@ class Reference:
                 if rank not in failed:
                     self.take_in(number, rank)
         if failed:
-            raise one_of_all(failed, self.size)
+            refused = one_of_all(failed, self.size)
+            half_taken = any(number in parts for parts in self.under_way)
+            raise Over(refused.ranks) if half_taken else refused
         self.may_lack(number)
         self.parts[number].settle()
 
