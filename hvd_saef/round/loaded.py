@@ -118,6 +118,16 @@ class Loaded:
             updates.append(update)
         return updates
 
+    def all_server_errors(self, state: State) -> dict[str, Any]:
+        """Returns a consolidated state's s, by parameter; 0 where it was saved without a server. Local."""
+        nothing = {
+            slot.name: {"start": 0, "values": one.s.new_zeros(slot.parameter.numel())}
+            for one in state.buckets
+            if one.s is not None
+            for slot in one.bucket.slots
+        }
+        return nothing | dict(self.server_errors)
+
     def server_error(self, one: BucketState) -> Tensor:
         """Returns the loaded part of the bucket's s, [numel], with zeros where nothing was loaded. Local."""
         whole = one.bucket.new_flat()

@@ -143,6 +143,8 @@ class Origin:
             raise ExchangeError(f"the exchange of an earlier round failed. {BROKEN_ADVICE}")
 
     def _agreed_now(self) -> None:
+        if self._whole_server_errors is not None and self._source is Source.LOADED and self._modes.state:
+            self._whole_server_errors = self._loaded.all_server_errors(self._modes.state)
         self._settled, self._source, self._loaded = True, Source.KEPT, Loaded()
         self._flushed = flushes_denormals()
 

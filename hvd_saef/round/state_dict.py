@@ -89,7 +89,7 @@ def export_state(
         exported |= modes.state.export()
     if server_errors is not None:
         exported["server_errors"] = server_errors
-    elif loaded.server_errors:  # not agreed on yet: the loaded s is passed on unchanged
+    elif loaded.saver is not None:  # not agreed on yet: the loaded s is passed on unchanged
         exported["server_errors"] = loaded.server_errors
     exported["settings"] = loaded.settings or {
         "feedback": settings.feedback,

@@ -225,8 +225,10 @@ class LoadModel(Action):
 
     def say(self, reference: Reference) -> None:
         for rank in reference.of(_all_or(reference.options, self.ranks)):
-            values = {"saved": reference.saved[rank].get("model"), "other": other_values()}.get(self.kind)
-            if self.kind == "x":
+            values: Vec | None = other_values()
+            if self.kind == "saved":
+                values = reference.saved[rank].get("model")
+            elif self.kind == "x":
                 reference.move(rank, "visit")
                 values = reference.at_x(rank)
             if values is not None:

@@ -107,7 +107,7 @@ class Seat:
     def lay_out(self, names: Sequence[str], small: bool) -> None:
         """Parameters join: in buckets of their own, once x was taken."""
         laid = list(names if self.taken else self.names)
-        cut = [(name,) for name in laid] if small else [tuple(laid)]
+        cut: list[tuple[str, ...]] = [(name,) for name in laid] if small else [tuple(laid)]
         self.buckets = [*self.buckets, *cut] if self.taken else cut
 
     def moved_by_hand(self, values: Vec) -> None:

@@ -296,6 +296,33 @@ def test_saved_again_before_the_next_round(change: str, loaded: list[int]) -> No
         torch.testing.assert_close(mine, first, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("loaded", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_consolidated_state_without_a_server(steps: int, loaded: list[int]) -> None:
+    """With one, s is 0: what is saved again holds all of it, so nothing is told to be lost."""
+
+    def save(rank: int) -> Any:
+        run = fresh(rank, 3, **SINGLE).step(3)
+        run.optimizer.consolidate()
+        return saved(run.optimizer.state_dict())
+
+    states = together(2, save)
+
+    def fn(rank: int) -> None:
+        run = fresh(rank, 3)
+        if rank in loaded:
+            run.optimizer.load_state_dict(copy.deepcopy(states[rank]))
+        run.step(steps)
+        state = saved(run.optimizer.state_dict())
+        again = fresh(rank, 3)
+        if rank in loaded:
+            again.optimizer.load_state_dict(state)
+        again.optimizer.flush()
+
+    told = [text for _, text in warned(2, fn) if "hold" in text]
+    assert not [text for text in told if "server" in text], told
+
+
 def test_another_workers_state_saved_again_stays_another_workers() -> None:
     """Before the next step, which clears the errors: they are not taken for the worker's own."""
     states = together(2, lambda rank: saved(fresh(rank).step(3).optimizer.state_dict()))
