@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ def load_seat(reference: Reference, part: Part, rank: int, saved: Seat) -> None:
     """An optimizer's state on one rank."""
     seat = part.seats[rank]
     own = saved.saver == rank // reference.options.ranks or saved.consolidated
-    stays = {"mode": seat.mode, "buckets": seat.buckets}
+    stays: dict[str, Any] = {"mode": seat.mode, "buckets": seat.buckets}
     if reference.options.averages_gradients:  # the parameters are the model's
         stays |= {"x": seat.x, "point": seat.point}
     vars(seat).update(copy.deepcopy(vars(saved)) | stays | {"source": "loaded", "own": own, "written": set()})
