@@ -1,39 +1,50 @@
 """`hvd-saef doctor` reports what is installed, whether it fits together, and how to fix what does not.
 
-Each check, in `software`, `mpi` and `machine`, looks at one thing: it is ok, or the check returns a warning
-or a failure with its fix. On several ranks, findings that all ranks have become one line, versions are
-compared, and every link between two hosts is timed. Collective over the ranks of a job.
+Each check, in `software`, `mpi`, `gloo` and `machine`, looks at one thing: it is ok, or the check returns a
+warning or a failure with its fix. On several ranks, findings that all ranks have become one line, versions
+are compared, and every link between two hosts is timed, over MPI or over torch.distributed (`jobs`).
+Collective over the ranks of a job.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from hvd_saef.doctor import machine, mpi, software
+from hvd_saef.doctor import gloo, machine, mpi, software
 from hvd_saef.doctor.findings import Finding, failure, ok, some, warning
+from hvd_saef.doctor.jobs import MPI, TORCH, Job, find_job
 from hvd_saef.doctor.links import Link, time_links
-from hvd_saef.doctor.nodes import spread
-from hvd_saef.transport.mpi import MPI
+from hvd_saef.doctor.nodes import judge_spread
+from hvd_saef.errors import StalledExchangeError
 
-CHECKS: Sequence[Callable[[], Any]] = (
-    software.check_python,
-    software.check_torch,
-    software.check_kernels,
-    software.check_horovod,
-    mpi.check_mpi,
-    mpi.check_same_library,
-    mpi.check_launcher,
-    mpi.check_srun,
-    mpi.check_cuda_aware,
-    software.check_gpu,
-    machine.check_cores,
-    machine.check_name,
-    machine.check_interfaces,
-)
+OF_CARRIER: Mapping[str, Sequence[Callable[[Job], Any]]] = {
+    MPI: (
+        software.check_horovod,
+        mpi.check_mpi,
+        mpi.check_same_library,
+        mpi.check_launcher,
+        machine.check_ranks,
+        mpi.check_srun,
+        mpi.check_cuda_aware,
+        machine.check_bridges,
+    ),
+    TORCH: (
+        software.check_not_needed,
+        gloo.check_backends,
+        gloo.check_master,
+        machine.check_ranks,
+        gloo.check_interfaces,
+    ),
+}
+"""The checks of what carries the updates."""
 SLOW = 0.5
 """A link with less than this share of the median rate gets a warning."""
 
@@ -87,46 +98,69 @@ class Report:
         return lines
 
 
-def examine() -> Report | None:
-    """Inspects all ranks of the job that this process is in; without MPI, this process alone. Collective.
+def examine(job: Job) -> Report | None:
+    """Inspects all ranks of a job. Collective.
 
-    Returns the report on rank 0, and None on the other ranks.
+    Returns the report on rank 0, and None on the other ranks. Raises StalledExchangeError if ranks that were
+    there are gone, over torch.distributed.
     """
-    found, mine = inspect(), software.versions()
-    if MPI is None:
-        return Report(1, [(finding, [0]) for finding in found], [])
-    world = MPI.COMM_WORLD
-    everyone = world.gather((found, mine))
-    host = MPI.Get_processor_name()
-    nodes, links = spread(world, host), time_links(world, host)
+    everyone = job.gather((inspect(job), software.versions() | job.versions()))
+    troubles = job.allgather(job.connect() if job.size > 1 else "")
+    connected = not any(troubles)
+    hosts, links = job.allgather(job.host), time_links(job) if connected else []
     if everyone is None:
         return None
     findings = merge([theirs for theirs, _ in everyone])
-    if world.Get_size() > 1:
-        everywhere = list(range(world.Get_size()))
+    if job.size > 1:
+        everywhere = list(range(job.size))
         findings += [(finding, everywhere) for finding in compare([theirs for _, theirs in everyone])]
-        findings += [(nodes, everywhere), (judge(links), everywhere)]
-    return Report(world.Get_size(), findings, links)
+        findings += [(judge_spread(job.hosts, hosts), everywhere)]
+        findings += [(judge(links), everywhere)] if connected else gloo.judge_connections(troubles)
+    return Report(job.size, findings, links)
 
 
 def run(as_json: bool = False) -> int:
     """Prints the report on rank 0; returns the exit code on all ranks, 1 for a failure. Collective."""
-    report = examine()
-    if report is not None:
-        print(report.as_json() if as_json else report.as_text(), flush=True)
-    code = int(report is not None and report.verdict == "failure")
-    return int(MPI.COMM_WORLD.bcast(code)) if MPI else code
+    job = find_job()
+    try:
+        report = examine(job)
+        code: int = job.share(int(report is not None and report.verdict == "failure"))
+        if report is not None and job.speaks:
+            print(report.as_json() if as_json else report.as_text(), flush=True)
+        elif job.trouble is not None:  # rank 0 cannot know, or has other words for it
+            tell(f"{job.trouble.found}. {job.trouble.fix}")
+        job.end()
+    except StalledExchangeError as error:
+        tell(str(error))
+        return 1
+    return code
 
 
-def inspect() -> list[Finding]:
-    """Returns what all checks found on this rank. Collective; a rank without mpi4py looks at itself alone."""
+def tell(trouble: str) -> None:
+    """Prints what a rank has to say that cannot tell rank 0."""
+    print(f"hvd-saef doctor, rank {os.environ['RANK']} on {socket.gethostname()}: {trouble}", file=sys.stderr)
+
+
+def checks(job: Job) -> list[Callable[[], Any]]:
+    """Returns the checks that are due in such a job."""
+    of_job = [*OF_CARRIER[job.carrier], software.check_gpu, machine.check_cores]
+    return [
+        *(software.check_python, software.check_torch, software.check_kernels),
+        *(partial(check, job) for check in of_job),
+        machine.check_name,
+    ]
+
+
+def inspect(job: Job) -> list[Finding]:
+    """Returns what all checks found on this rank. Local."""
     findings: list[Finding] = []
-    for check in CHECKS:
-        name = check.__name__.removeprefix("check_").replace("_", " ")
+    for check in checks(job):
         try:
             found = check()
             several = [found] if isinstance(found, Finding) else list(found or ())
         except Exception as error:
+            whole = check.func if isinstance(check, partial) else check
+            name = whole.__name__.removeprefix("check_").replace("_", " ")
             text = f"could not be checked: {type(error).__name__}: {error}"
             several = [warning(name, text, "report this, please")]
         findings += several

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from hvd_saef.doctor.jobs import Job
+
 MESSAGE = 4 << 20
 """The bytes of the message by which a link's rate is timed."""
 PINGS, REPEATS = 20, 3
 """The round trips of one byte, whose mean counts, and those of a message, whose fastest counts."""
-PAUSE = 0.01
-"""The seconds between two looks of a waiting rank whether the ranks that are timed are done."""
 
 
 @dataclass(frozen=True)
@@ -47,41 +47,38 @@ def pairings(number: int) -> Iterator[list[tuple[int, int]]]:
         seats[1:] = [seats[-1], *seats[1:-1]]
 
 
-def time_links(communicator: Any, host: str) -> list[Link]:
-    """Returns the links between all hosts, on every rank of an mpi4py `communicator`. Collective.
+def time_links(job: Job) -> list[Link]:
+    """Returns the links between all hosts, on every rank. Collective, after job.connect().
 
-    `host` is the name of this rank's host. One rank of each host exchanges the messages. Pairs that have no
-    host in common are timed at the same time, since they exchange at the same time in training.
+    One rank of each host exchanges the messages. Pairs that have no host in common are timed at the same
+    time, since they exchange at the same time in training.
     """
-    rank = communicator.Get_rank()
-    hosts = communicator.allgather(host)
+    hosts = job.allgather(job.host)
     names = list(dict.fromkeys(hosts))
     speakers = [hosts.index(name) for name in names]
     links: list[Link] = []
     for pairs in pairings(len(names)):
         for first, second in pairs:
-            if rank in (speakers[first], speakers[second]):
-                other = speakers[second] if rank == speakers[first] else speakers[first]
-                seconds, rate = _time(communicator, other, begins=rank == speakers[first])
-                if rank == speakers[first]:
+            if job.rank in (speakers[first], speakers[second]):
+                other = speakers[second] if job.rank == speakers[first] else speakers[first]
+                seconds, rate = _time(job, other, begins=job.rank == speakers[first])
+                if job.rank == speakers[first]:
                     links.append(Link((names[first], names[second]), seconds, rate))
-        done = communicator.Ibarrier()
-        while not done.Test():
-            time.sleep(PAUSE)
-    return [link for some in communicator.allgather(links) for link in some]
+        job.barrier()
+    return [link for some in job.allgather(links) for link in some]
 
 
-def _time(communicator: Any, other: int, begins: bool) -> tuple[float, float]:
+def _time(job: Job, other: int, begins: bool) -> tuple[float, float]:
     small, large = np.zeros(1, np.uint8), np.zeros(MESSAGE, np.uint8)
 
     def there_and_back(buffer: Any) -> float:
         start = time.perf_counter()
         if begins:
-            communicator.Send(buffer, other)
-            communicator.Recv(buffer, other)
+            job.send(buffer, other)
+            job.receive(buffer, other)
         else:
-            communicator.Recv(buffer, other)
-            communicator.Send(buffer, other)
+            job.receive(buffer, other)
+            job.send(buffer, other)
         return time.perf_counter() - start
 
     there_and_back(large)  # the first message opens the connection, so its time does not count

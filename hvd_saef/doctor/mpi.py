@@ -1,4 +1,4 @@
-"""Checks of MPI: one library, calls from several threads, and ranks that find each other. Local."""
+"""Checks of MPI, where it carries the updates: one library, calls from several threads, launchers. Local."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import torch
 
 from hvd_saef.doctor import vendors
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, output, warning
+from hvd_saef.doctor.jobs import Job
 from hvd_saef.doctor.software import import_error
-from hvd_saef.transport.mpi import MPI
-
-STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where launchers say how many processes they started: Open MPI's, Hydra of MPICH and Intel MPI, srun."""
+from hvd_saef.transport.libraries import mpi4py
 
 
-def check_mpi() -> Iterator[Finding]:
+def check_mpi(job: Job) -> Iterator[Finding]:
     """Reports mpi4py and its MPI library, and checks that several threads may call the library."""
+    MPI = mpi4py()  # noqa: N806 - mpi4py's name for it
     if MPI is None:
         why = import_error("mpi4py.MPI")
         yield failure("mpi4py", f"cannot be imported: {why}", BOOTSTRAP)
@@ -46,7 +45,7 @@ def check_mpi() -> Iterator[Finding]:
         yield failure("MPI threads", found, fix)
 
 
-def check_same_library() -> Finding | None:
+def check_same_library(job: Job) -> Finding | None:
     """Checks that mpi4py and Horovod are linked against one MPI. Returns None if one of them is unknown."""
     ours, theirs = _library("mpi4py.MPI"), _library("horovod.torch.mpi_lib_v2")
     if ours is None or theirs is None:
@@ -81,42 +80,32 @@ def _extension(module: str) -> str | None:
     return str(found[0]) if found else None
 
 
-def check_launcher() -> Iterator[Finding]:
-    """Checks that mpirun on the PATH belongs to the library, and that the ranks found each other."""
-    if MPI is None:
-        return
+def check_launcher(job: Job) -> Finding | None:
+    """Checks that mpirun on the PATH belongs to the library. Returns None without MPI."""
+    if mpi4py() is None:
+        return None
     said, ours = output("mpirun", "--version").strip(), vendors.library()
     theirs = vendors.find(said, "launcher")
     named = theirs or (said.splitlines() or [""])[0]
     if not said:
-        yield ok("mpirun", "none on the PATH: srun starts the ranks")
-    elif ours is None or (theirs is None and not ours.vendor.launcher):
-        yield ok("mpirun", f"{named}, {shutil.which('mpirun')}; whether it fits is not known")
-    elif theirs is None or not theirs.fits(ours):
+        return ok("mpirun", "none on the PATH: srun starts the ranks")
+    if ours is None or (theirs is None and not ours.vendor.launcher):
+        return ok("mpirun", f"{named}, {shutil.which('mpirun')}; whether it fits is not known")
+    if theirs is None or not theirs.fits(ours):
         found = (
             f"{shutil.which('mpirun')} is of {named}, the library is {ours}: ranks would not find each other"
         )
-        yield failure(
+        return failure(
             "mpirun", found, "put the mpirun of the library first on the PATH: load that module alone"
         )
-    else:
-        yield ok("mpirun", f"{named}, {shutil.which('mpirun')}")
-    started = int(next((os.environ[name] for name in STARTED if name in os.environ), "1"))
-    size = MPI.COMM_WORLD.Get_size()
-    if size == 1 and started > 1:
-        found = f"{started} processes were started, and MPI sees 1: each would train alone"
-        srun = f"srun --mpi={vendors.vendor().srun}"
-        fix = f"{srun} (srun --mpi=list says what there is), or the mpirun of the library"
-        yield failure("ranks", found, fix)
-    else:
-        yield ok("ranks", f"{size}")
+    return ok("mpirun", f"{named}, {shutil.which('mpirun')}")
 
 
-def check_cuda_aware() -> Finding | None:
+def check_cuda_aware(job: Job) -> Finding | None:
     """Reports whether MPI accepts GPU memory, and whether the user has asked for that."""
     asked = os.environ.get("HVD_SAEF_CUDA_AWARE_MPI") == "1"
     library = _library("mpi4py.MPI")
-    if MPI is None or library is None:
+    if mpi4py() is None or library is None:
         return None
     try:
         aware = bool(ctypes.CDLL(library).MPIX_Query_cuda_support())
@@ -131,7 +120,7 @@ def check_cuda_aware() -> Finding | None:
     return ok("CUDA-aware MPI", ("yes" if aware else "no") + (", asked for" if asked else ", not asked for"))
 
 
-def check_srun() -> Finding:
+def check_srun(job: Job) -> Finding:
     """Checks that SLURM's srun has the protocol by which it connects the ranks of this MPI."""
     listed = output("srun", "--mpi=list", both=True)
     if "plugin types" not in listed:

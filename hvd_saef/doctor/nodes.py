@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hvd_saef.doctor.findings import Finding, ok, some, warning
-from hvd_saef.transport.process_sets import find_hosts
 
-EVEN = "the same number on each host (mpirun --map-by ppr:2:node, srun --ntasks-per-node=2)"
+EVEN = (
+    "the same number on each host (mpirun --map-by ppr:2:node, srun --ntasks-per-node=2, "
+    "torchrun --nproc-per-node 2)"
+)
 OTHERWISE = 'or worker="node" with weights="ranks", where a host counts by its ranks'
-
-
-def spread(communicator: Any, host: str) -> Finding:
-    """Returns the finding on which ranks share memory. Collective over an mpi4py `communicator`.
-
-    `host` is the name of this rank's host.
-    """
-    return judge_spread(find_hosts(communicator), communicator.allgather(host))
 
 
 def judge_spread(groups: Sequence[Sequence[int]], hosts: Sequence[str]) -> Finding:

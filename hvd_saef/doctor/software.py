@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import hvd_saef
 from hvd_saef import kernels
-from hvd_saef.doctor import vendors
 from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, warning
-from hvd_saef.transport.mpi import hvd
+from hvd_saef.doctor.jobs import MPI, Job, is_installed
+from hvd_saef.transport.libraries import horovod
 
 OLDEST_TORCH = (2, 13)
 
@@ -61,7 +62,14 @@ def check_kernels() -> Finding:
     )
 
 
-def check_horovod() -> Iterator[Finding]:
+def check_not_needed(job: Job) -> Iterator[Finding]:
+    """Reports Horovod and mpi4py where torch.distributed carries the updates; neither is imported."""
+    for name, package in (("Horovod", "horovod"), ("mpi4py", "mpi4py")):
+        there = f"{_version(package)}, not used" if is_installed(package) else "not installed"
+        yield ok(name, f"{there}; torch.distributed carries the updates")
+
+
+def check_horovod(job: Job) -> Iterator[Finding]:
     """Checks that Horovod is installed, was built for this torch, and was built with MPI."""
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
@@ -71,6 +79,7 @@ def check_horovod() -> Iterator[Finding]:
     if built_for and built_for != torch.__version__:
         found = f"was built for torch {built_for}, and {torch.__version__} is installed"
         yield failure("Horovod", found, REBUILD)
+    hvd = horovod()
     if hvd is None:
         why = import_error("horovod.torch")
         fix = REBUILD if "undefined symbol" in why else BOOTSTRAP
@@ -81,8 +90,10 @@ def check_horovod() -> Iterator[Finding]:
         yield failure("Horovod", found, "build it with HOROVOD_WITH_MPI=1: " + REBUILD)
     elif not built_for or built_for == torch.__version__:
         parts = ["MPI"] + ["NCCL"] * bool(hvd.nccl_built()) + ["Gloo"] * bool(hvd.gloo_built())
-        version = importlib.metadata.version("horovod")
-        yield ok("Horovod", f"{version} for torch {built_for or 'unknown'}, built with {', '.join(parts)}")
+        yield ok(
+            "Horovod",
+            f"{_version('horovod')} for torch {built_for or 'unknown'}, built with {', '.join(parts)}",
+        )
 
 
 def _built_for(metadata: Path) -> str:
@@ -90,6 +101,14 @@ def _built_for(metadata: Path) -> str:
         return str(json.loads(metadata.read_text()).get("pytorch", ""))
     except (OSError, ValueError):
         return ""
+
+
+def _version(package: str) -> str:
+    """Returns the version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown version"
 
 
 def import_error(module: str) -> str:
@@ -101,14 +120,20 @@ def import_error(module: str) -> str:
     return "it was not importable when hvd_saef was imported"
 
 
-def check_gpu() -> Finding:
-    """Checks that Horovod has NCCL for averaging, where torch sees a GPU."""
+def check_gpu(job: Job) -> Finding:
+    """Checks that what carries has NCCL, where torch sees a GPU."""
     if not torch.cuda.is_available():
         return ok("GPU", "none seen by torch")
-    count = torch.cuda.device_count()
+    found = f"{torch.cuda.device_count()}, {torch.cuda.get_device_name(0)}"
+    if job.carrier != MPI:
+        if dist.is_nccl_available():
+            return ok("GPU", f"{found}, NCCL in torch.distributed")
+        fix = 'install a torch with NCCL, for init_process_group("cpu:gloo,cuda:nccl")'
+        return warning("GPU", f"{found}, but this torch has no NCCL: payloads go through host memory", fix)
+    hvd = horovod()
     if hvd is not None and not hvd.nccl_built():
-        return warning("GPU", f"{count}, but Horovod was built without NCCL", "launch/bootstrap.sh --cuda")
-    return ok("GPU", f"{count}, {torch.cuda.get_device_name(0)}, NCCL in Horovod")
+        return warning("GPU", f"{found}, but Horovod was built without NCCL", "launch/bootstrap.sh --cuda")
+    return ok("GPU", f"{found}, NCCL in Horovod")
 
 
 def versions() -> dict[str, str]:
@@ -120,6 +145,5 @@ def versions() -> dict[str, str]:
     }
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     found |= {name: installed.get(name, "not installed") for name in ("horovod", "mpi4py", "numpy")}
-    found["MPI library"] = vendors.name()
     found["byte order"] = sys.byteorder
     return found

@@ -1,4 +1,4 @@
-"""The MPIs that are known: how they name themselves, and what their users set. Local."""
+"""The MPIs that are known: how they name themselves, and what their users set. Local; asking starts MPI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvd_saef.transport.mpi import MPI
+from hvd_saef.transport.libraries import mpi4py
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def library() -> Product | None:
 
     The library itself is asked, since mpi4py may be built for another one with the same binary interface.
     """
-    return find(MPI.Get_library_version(), "library") if MPI else None
+    return find(mpi4py().Get_library_version(), "library") if mpi4py() else None
 
 
 def find(said: str, part: str) -> Product | None:
@@ -107,6 +107,6 @@ def vendor() -> Vendor:
 
 def name() -> str:
     """Returns the MPI library and its version for the report; "none" if there is no MPI."""
-    if MPI is None:
+    if mpi4py() is None:
         return "none"
-    return str(library() or MPI.Get_library_version().splitlines()[0].split(",")[0].strip())
+    return str(library() or mpi4py().Get_library_version().splitlines()[0].split(",")[0].strip())

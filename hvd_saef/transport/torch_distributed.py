@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -25,6 +24,7 @@ from hvd_saef.transport.communicator import (
     SoloCommunicator,
     bytes_of,
 )
+from hvd_saef.transport.hosts import group_by_host, this_host
 from hvd_saef.transport.objects import Bytes, exchange_objects
 from hvd_saef.transport.staging import Staging
 from hvd_saef.transport.stores import StorePost
@@ -108,8 +108,7 @@ class GroupCommunicator(Communicator):
         return self.kin[key]
 
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
-        names = self.allgather_object(socket.gethostname())
-        return [[rank for rank in range(self.size) if names[rank] == name] for name in dict.fromkeys(names)]
+        return group_by_host(self.allgather_object(this_host()))
 
     def check(self) -> None:  # noqa: D102
         try:
