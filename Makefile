@@ -4,7 +4,7 @@ ARGS ?=
 SECONDS ?= 3600
 export PYTHON
 
-SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
+SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
 
 .PHONY: setup train test test-triton test-cluster machine sanitize lint docs format clean
 
