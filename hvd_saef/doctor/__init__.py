@@ -104,7 +104,7 @@ def examine(job: Job) -> Report | None:
     Returns the report on rank 0, and None on the other ranks. Raises StalledExchangeError if ranks that were
     there are gone, over torch.distributed.
     """
-    everyone = job.gather((inspect(job), software.versions() | job.versions()))
+    everyone = job.gather((inspect(job), {**software.versions(), **job.versions()}))
     troubles = job.allgather(job.connect() if job.size > 1 else "")
     connected = not any(troubles)
     hosts, links = job.allgather(job.host), time_links(job) if connected else []

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Sequence
 
 from hvd_saef.doctor.findings import Finding, failure, ok, warning
 from hvd_saef.doctor.jobs import Job, has_gloo
 from hvd_saef.doctor.machine import interfaces, is_bridge
 from hvd_saef.doctor.torch_job import nccl, torchrun_serves
+from hvd_saef.transport.hosts import VARIABLE, address_of, address_of_name
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
-ADDRESS_OF_INTERFACE = 0x8915
-"""Linux's SIOCGIFADDR."""
 ON_ALL = "in the environment of all ranks, with the interface's name on each host"
 
 
@@ -42,11 +38,11 @@ def check_interfaces(job: Job) -> Finding:
     up, chosen, several = interfaces(), os.environ.get(VARIABLE), len(job.hosts) > 1
     listed = ", ".join(up) or "none but lo"
     if chosen:
-        taken, address = chosen, address_of(chosen)
-        if not address:
+        taken = chosen.split(",")[0]
+        if taken not in ("lo", *up):
             fix = f"set {VARIABLE} to one of {listed}, or leave it unset"
-            return failure("interfaces", f"{VARIABLE}={chosen}: no such interface with an address here", fix)
-        why = f"as {VARIABLE} says"
+            return failure("interfaces", f"{VARIABLE}={chosen}: {taken} is not there, or not up", fix)
+        address, why = address_of(taken) or "an address that is not IPv4", f"as {VARIABLE} says"
     else:
         address = address_of_name()
         taken = next((name for name in ["lo", *up] if address_of(name) == address), "an unknown interface")
@@ -63,32 +59,6 @@ def check_interfaces(job: Job) -> Finding:
         fix = f"export {VARIABLE}={taken} if that is the fastest, else another's name, {ON_ALL}"
         return warning("interfaces", f"{found}, though there is {', '.join(others)}", fix)
     return ok("interfaces", found)
-
-
-def address_of(interface: str) -> str:
-    """Returns the IPv4 address of an interface, or ""."""
-    name = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        try:
-            return socket.inet_ntoa(fcntl.ioctl(asked.fileno(), ADDRESS_OF_INTERFACE, name)[20:24])
-        except OSError:
-            return ""
-
-
-def address_of_name() -> str:
-    """Returns the address that gloo takes by itself: the first of the host's name that is this host's."""
-    try:
-        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except OSError:
-        found = []
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as tried:
-            try:
-                tried.bind(address)
-            except OSError:
-                continue
-            return str(address[0])
-    return "127.0.0.1"
 
 
 def judge_connections(troubles: Sequence[str]) -> list[tuple[Finding, list[int]]]:

@@ -80,11 +80,11 @@ class Job(abc.ABC):
 class Alone(Job):
     """This process alone: no launcher started others, or it cannot find them, as `trouble` says."""
 
-    rank, size, hosts, speaks = 0, 1, ((0,),), True
+    rank, size, speaks = 0, 1, True
 
     def __init__(self, carrier: str, trouble: Finding | None = None) -> None:
         self.carrier, self.trouble = carrier, trouble
-        self.host = socket.gethostname()
+        self.host, self.hosts = socket.gethostname(), [[0]]
 
     def gather(self, value: Any) -> list[Any] | None:  # noqa: D102
         return [value]

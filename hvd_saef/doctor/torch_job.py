@@ -23,6 +23,7 @@ from hvd_saef.doctor.findings import Finding, failure, some
 from hvd_saef.doctor.jobs import TORCH, Alone, Job, has_gloo
 from hvd_saef.errors import StalledExchangeError
 from hvd_saef.transport.hosts import group_by_host, this_host
+from hvd_saef.transport.stores import first_line
 from hvd_saef.transport.watch import Patience
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -149,18 +150,13 @@ def nccl() -> str:
     """Returns the version of this torch's NCCL, or "". Local."""
     if not dist.is_nccl_available():
         return ""
-    known: Any = torch.cuda.nccl.version()
+    known: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     return ".".join(map(str, known)) if isinstance(known, tuple) else str(known)
 
 
 def torchrun_serves() -> bool:
     """Returns True if the store is in torchrun's process, and not in that of rank 0. Local."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def first_line(error: Exception) -> str:
-    """Returns what an error says, without the stack of C++ below it. Local."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _store() -> Any:

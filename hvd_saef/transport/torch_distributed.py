@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_saef.transport.abort import abort_on_exceptions
+from hvd_saef.transport.boxes import open_boxes
 from hvd_saef.transport.communicator import (
     Channel,
     Communicator,
@@ -26,17 +29,23 @@ from hvd_saef.transport.communicator import (
 )
 from hvd_saef.transport.hosts import group_by_host, this_host
 from hvd_saef.transport.objects import Bytes, exchange_objects
+from hvd_saef.transport.posts import Post
 from hvd_saef.transport.staging import Staging
 from hvd_saef.transport.stores import StorePost
 from hvd_saef.transport.watch import Patience, Watch, start
 
 FOREVER = timedelta(days=365)
 """The timeout of our groups: the watch decides when to give up, by HVD_SAEF_STALL_ABORT_S."""
+WITHOUT_BOXES = (
+    "Ranks tell each other who waits through the job's store instead, which is lost with the process that "
+    "serves it. GLOO_SOCKET_IFNAME names the network interface to use: hvd-saef doctor tells of them."
+)
 DESTROYED = (
     "the torch.distributed group was destroyed: step() comes before "
     "torch.distributed.destroy_process_group()."
 )
 
+_made: Counter[Sequence[int]] = Counter()
 _of_groups: dict[tuple[tuple[int, ...], str], Communicator] = {}
 
 
@@ -71,9 +80,19 @@ class GroupCommunicator(Communicator):
         self.ranks, self.size = ranks, len(ranks)
         self.rank = list(ranks).index(dist.get_rank())
         self._backend, self._line = backend, 0
-        post = StorePost(f"{'-'.join(map(str, ranks))}", self.rank, self.size)
-        self._watch = Watch(post, self.rank, self.size, Patience.of_environment(), names)
+        patience = Patience.of_environment()
+
+        def watch(post: Post) -> Watch:
+            return Watch(post, self.rank, self.size, patience, names)
+
+        prefix = _prefix(ranks)
+        self._watch = watch(StorePost(prefix, self.rank, self.size, patience.abort))
         self._groups = self._new_groups(list(Channel))
+        post, reason = open_boxes(prefix, self.rank, self.size, self.allgather_object)
+        if post is not None:
+            self._watch = watch(post)
+        elif reason:
+            warnings.warn(f"rank {dist.get_rank()}: {reason}. {WITHOUT_BOXES}", RuntimeWarning, stacklevel=2)
         self._staging = {channel: Staging(self._reaches) for channel in Channel}
         owner = os.getpid()
         atexit.register(lambda: self._watch.say_goodbye() if os.getpid() == owner else None)
@@ -214,6 +233,13 @@ class _Line(GroupCommunicator):
         self._staging = {channel: Staging(self._reaches) for channel in Channel}
         own = self._new_groups([channel for channel in Channel if channel is not Channel.WORDS])
         self._groups = {Channel.WORDS: base._groups[Channel.WORDS], **own}
+
+
+def _prefix(ranks: Sequence[int]) -> str:
+    """Returns a name for what these ranks keep in stores, which no other ranks have, before or after them."""
+    _made[tuple(ranks)] += 1  # after destroy_process_group() the same ranks may meet again
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"hvd_saef/{attempt}/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
 
 
 def _is_alive(communicator: Communicator) -> bool:

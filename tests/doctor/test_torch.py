@@ -168,10 +168,11 @@ def test_a_gloo_that_cannot_connect(monkeypatch: pytest.MonkeyPatch, port: int) 
         ("", "10.0.0.1", 1, "ok", "eth0, ib0, docker0: gloo takes 10.0.0.1 on eth0, the address of the name"),
         ("", "10.0.0.1", 2, "warning", "though there is ib0"),
         ("ib0", "10.0.0.1", 2, "ok", "gloo takes 10.1.0.1 on ib0, as GLOO_SOCKET_IFNAME says"),
+        ("ib0,eth0", "10.0.0.1", 2, "ok", "gloo takes 10.1.0.1 on ib0"),
         ("", "127.0.1.1", 2, "failure", "which no other host can reach"),
         ("", "127.0.1.1", 1, "ok", "gloo takes 127.0.1.1"),
         ("", "172.17.0.1", 2, "warning", "on docker0"),
-        ("ib7", "10.0.0.1", 2, "failure", "GLOO_SOCKET_IFNAME=ib7: no such interface"),
+        ("ib7", "10.0.0.1", 2, "failure", "GLOO_SOCKET_IFNAME=ib7: ib7 is not there"),
     ],
 )
 def test_the_interface_that_gloo_takes(

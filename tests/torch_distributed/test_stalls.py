@@ -23,18 +23,21 @@ def ends(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("end-*"))]
 
 
-@pytest.mark.parametrize("fault", ["sigstop", "never-wraps"])
-def test_those_who_wait_name_the_missing_rank_and_end(fault: str, tmp_path: Path) -> None:
-    ended = job(fault, tmp_path, lost=LAST, **PATIENCE)
-    for rank in ended[:LAST]:
+@pytest.mark.parametrize(("fault", "victim"), [("sigstop", LAST), ("sigstop", 0), ("never-wraps", LAST)])
+def test_those_who_wait_name_the_missing_rank_and_end(fault: str, victim: int, tmp_path: Path) -> None:
+    """Rank 0, too, whose process serves the store: nobody waits for its answers."""
+    ended = job(fault, tmp_path, lost=victim, VICTIM=str(victim), **PATIENCE)
+    waiting = [rank for number, rank in enumerate(ended) if number != victim]
+    for rank in waiting:
         assert rank.code == 1
         assert "ends the job" in rank.said
-        # Whoever gives up first takes its connections along, and rank 0 the store.
-        assert re.search(rf"rank {LAST} did not arrive|lost a connection", rank.said)
-    said = "".join(rank.said for rank in ended[:LAST])
+        # Whoever gives up first takes its connections along.
+        assert re.search(rf"rank {victim} did not arrive|lost a connection", rank.said)
+    said = "".join(rank.said for rank in waiting)
+    assert re.search(rf"ranks? [0-9, ]*\b{victim}\b[0-9, ]* did not arrive: stopped", said)
     what = "the agreement of all ranks, round 4" if fault == "sigstop" else "hvd_saef.DistributedOptimizer"
     assert re.search(rf"StalledExchangeError: rank \d has waited (?!0|1\.|2\.)\S+ s in {what}", said)
-    assert re.search(r"RuntimeWarning: rank 0 has waited", said)
+    assert re.search(rf"RuntimeWarning: rank {int(victim == 0)} has waited", said)
     assert ends(tmp_path) == []
 
 

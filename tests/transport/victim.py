@@ -2,10 +2,10 @@
 
 mpirun -np 4 python -m tests.transport.victim FAULT FOLDER [STEPS]
 
-The last rank has the fault at step FAULT_STEP, and writes the time into FOLDER/fault just before. Until then
-ranks wait for each other without a limit, so that a slow machine makes none of them late; from then on
-HVD_SAEF_STALL_WARNING_S and HVD_SAEF_STALL_ABORT_S hold. Ranks that come to the end write what x was into
-FOLDER/end-RANK.
+The last rank, or the one that VICTIM names in the environment, has the fault at step FAULT_STEP, and writes
+the time into FOLDER/fault just before. Until then ranks wait for each other without a limit, so that a slow
+machine makes none of them late; from then on HVD_SAEF_STALL_WARNING_S and HVD_SAEF_STALL_ABORT_S hold. Ranks
+that come to the end write what x was into FOLDER/end-RANK.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "early-end": lambda _: sys.exit(0),
     "cut": lambda _: None,  # whoever started the job has cut the link
 }
-"""What can happen to the last rank, by name."""
+"""What can happen to a rank, by name."""
 
 
 def patient() -> dict[str, str]:
@@ -83,7 +83,7 @@ def tell_of_warnings(folder: Path) -> None:
 
 
 def main(fault: str, folder: Path, steps: int = STEPS) -> None:
-    """Train, with the fault on the last rank."""
+    """Train, with the fault on one rank."""
     limits = patient() if fault != "never-wraps" else {}
     tell_of_warnings(folder)
     job.begin()
@@ -91,7 +91,7 @@ def main(fault: str, folder: Path, steps: int = STEPS) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    victim = job.rank() == job.size() - 1
+    victim = job.rank() == int(os.environ.get("VICTIM", job.size() - 1))
     job.barrier()
     if fault == "never-wraps" and victim:
         (folder / "fault").write_text(str(time.time()))
