@@ -250,6 +250,20 @@ exec ip netns exec "{self.owner}-$host" unshare --uts sh -c "hostname $host && $
         settings = [f"PATH={self.agent.parent}:{path}", f"HOSTS={slots}", f"INTERFACE={INTERFACE}"]
         return ["env", *settings, MPIRUN, "-np", str(ranks * self.number), *command]
 
+    def torch_ranks(self, command: Sequence[str], host: str, ranks: int = 1) -> list[str]:
+        """How one host starts its `ranks` ranks of a torch.distributed job of all hosts; for :meth:`run`."""
+        first = ranks * self.names.index(host)
+        job = f"MASTER_ADDR={self.addresses[0]} MASTER_PORT=29500 WORLD_SIZE={ranks * self.number}"
+        script = f"""
+for local in {" ".join(map(str, range(ranks)))}; do
+  env {job} RANK=$(({first} + local)) LOCAL_RANK=$local "$@" & started="$started $!"
+done
+code=0
+for rank in $started; do wait $rank || code=$?; done
+exit $code
+"""
+        return ["sh", "-c", script, "sh", *command]
+
     def run(
         self,
         command: Sequence[str],

@@ -72,7 +72,7 @@ def stand_in(folder: Path) -> str:
     return f"{folder}/bin:{ENVIRONMENT['PATH']}"
 
 
-@pytest.mark.parametrize("template", ["train.sbatch", "mpirun.sbatch", "apptainer.sbatch"])
+@pytest.mark.parametrize("template", ["train.sbatch", "mpirun.sbatch", "apptainer.sbatch", "torch.sbatch"])
 def test_the_quick_start(slurm: Slurm, template: str, tmp_path: Path) -> None:
     log, output = tmp_path / "log", tmp_path / "results"
     settings = {}
@@ -144,6 +144,20 @@ def test_a_requeued_job_ends_with_the_same_bits(slurm: Slurm, uninterrupted: str
     assert hash_in(log) == uninterrupted
 
 
+def test_a_requeued_job_over_torch_distributed_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ["-m", "tests.cluster.stopping", str(tmp_path / "checkpoint")]
+    number = slurm.submit("requeue.sbatch", log, *arguments, CARRIER="torch")
+    wait_for(log, "is queued")
+    slurm.let_run(number)
+    job = slurm.wait(number)
+    said = log.read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    for rank in range(RANKS):
+        assert said.count(f"rank {rank} goes on from step 3") == 1, said
+        assert said.count(f"rank {rank} is done") == 1, said
+
+
 def test_requeueing_has_an_end(slurm: Slurm, tmp_path: Path) -> None:
     log = tmp_path / "log"
     number = slurm.submit("requeue.sbatch", log, "-c", "raise SystemExit(75)", MOST_RESTARTS="0")
@@ -163,6 +177,8 @@ RAISED, KILLED = "OSError: this rank's disk is gone", r"h0: (task 1|tasks 0-1): 
         ("train.sbatch", "die", KILLED),
         ("mpirun.sbatch", "raise", RAISED),
         ("requeue.sbatch", "die", KILLED),
+        ("torch.sbatch", "raise", RAISED),
+        ("torch.sbatch", "die", KILLED),
     ],
 )
 def test_a_rank_that_fails_ends_the_job(
@@ -177,13 +193,24 @@ def test_a_rank_that_fails_ends_the_job(
     assert re.search(why, log.read_text()), log.read_text()
 
 
-def test_the_doctor(slurm: Slurm) -> None:
-    doctor = ["python", "-W", "ignore", "-m", "hvd_saef.cli", "doctor", "--json"]
-    report = json.loads(slurm.ask("srun", "--mpi=pmix", "-N2", f"-n{RANKS}", *doctor))
+DOCTOR = ["python", "-W", "ignore", "-m", "hvd_saef.cli", "doctor"]
+
+
+@pytest.mark.parametrize("start", [["--mpi=pmix"], ["--mpi=none", str(ROOT / "launch/slurm/rank.sh")]])
+def test_the_doctor(slurm: Slurm, start: list[str]) -> None:
+    report = json.loads(slurm.ask("srun", "-N2", f"-n{RANKS}", *start, *DOCTOR, "--json"))
     found = {finding["check"]: finding["found"] for finding in report["findings"]}
     assert found["ranks"] == str(RANKS)
-    assert "pmix" in found["srun"]
+    if start[0] == "--mpi=pmix":
+        assert "pmix" in found["srun"]
+    else:
+        assert found["MASTER_ADDR"].startswith("h0:2")
+        assert "gloo takes 10.77.0." in found["interfaces"]
     assert [sorted(link["hosts"]) for link in report["links"]] == [["h0", "h1"]]
+    assert report["links"][0]["bits_per_second"] > 0
     assert not [finding for finding in report["findings"] if finding["status"] == "failure"], report
-    alone = slurm.ask("srun", "--mpi=none", "-N1", "-n2", *doctor[:-1])
+
+
+def test_the_doctor_of_ranks_that_nothing_connects(slurm: Slurm) -> None:
+    alone = slurm.ask("srun", "--mpi=none", "-N1", "-n2", *DOCTOR)
     assert alone.count("2 processes were started, and MPI sees 1: each would train alone") == 2

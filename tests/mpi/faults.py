@@ -85,40 +85,56 @@ def happen(fault: str, ranks: int, repeat: int) -> Row:
     return Row(fault, ranks, repeat, kept, None, statistics.median(seconds))
 
 
-def cut_link(ranks: int) -> tuple[str, float]:
+def cut_link(ranks: int, carrier: str = "mpi") -> tuple[dict[str, str], float]:
     """Take the second of two hosts off the net in the middle of training, on `ranks` ranks of both.
 
-    Returns what was said, and the seconds from the cut until the first host's ranks had given up. The
-    launcher is ended then: it would wait for the daemon of a host that does not answer.
+    `carrier` is "mpi" or "torch". Returns what was said, by host (with MPI, on the launcher's host alone),
+    and the seconds from the cut until the ranks there had given up. All that is left is ended then: mpirun
+    would wait for the daemon of a host that does not answer.
     """
-    with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as thread:
-        folder, output = Path(name), Path(name, "said")
-        command = hosts.mpirun(victim("cut", folder), ranks // 2)
+    with Hosts(2, "1gbit") as hosts, tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as threads:
+        folder = Path(name)
+        starts = {"h0": hosts.mpirun(victim("cut", folder), ranks // 2)}
+        if carrier == "torch":
+            starts = {
+                host: hosts.torch_ranks(victim("cut", folder), host, ranks // 2) for host in hosts.names
+            }
         environment = PATIENCE | {"PYTHONPATH": str(ROOT)}
         took = math.nan
-        with open(output, "w") as said:
-            job = thread.submit(hosts.run, command, LIMIT, output=said, environment=environment)
+        with contextlib.ExitStack() as files:
+            said = {host: files.enter_context(open(folder / f"said-{host}", "w")) for host in starts}
+            jobs = {
+                host: threads.submit(hosts.run, start, LIMIT, host, said[host], environment)
+                for host, start in starts.items()
+            }
+            words = {host: Path(output.name) for host, output in said.items()}
+
+            def all_end() -> bool:
+                return all("ends the job." in path.read_text() for path in words.values())
+
             try:
-                if _wait_for((folder / "fault").exists, job):
+                if _wait_for((folder / "fault").exists, jobs["h0"]):
                     switch = hosts.namespace("switch")
                     subprocess.run(["ip", "-n", switch, "link", "set", "to-h1", "down"], check=True)
                     start = time.monotonic()
                     (folder / "cut").touch()
-                    if _wait_for(lambda: "ends the job." in output.read_text(), job):
+                    if _wait_for(all_end, *jobs.values()):
                         took = time.monotonic() - start
                         time.sleep(GRACE)  # all that is promised was said: more words may come, or not
             finally:
-                hosts.end("h0")
-            job.result()
-        return output.read_text(), took
+                for host in hosts.names:
+                    hosts.end(host)
+            for job in jobs.values():
+                job.result()
+        return {host: path.read_text() for host, path in words.items()}, took
 
 
-def _wait_for(happened: Callable[[], bool], job: Future[int]) -> bool:
-    """Whether it did before the job was over, and LIMIT."""
+def _wait_for(happened: Callable[[], bool], *jobs: Future[int]) -> bool:
+    """Whether it did before all these were over, and LIMIT."""
     deadline = time.monotonic() + LIMIT
     while not happened():
-        if job.done() or time.monotonic() > deadline:
-            return False
+        if all(job.done() for job in jobs) or time.monotonic() > deadline:
+            return happened()
         time.sleep(0.02)
     return True
 
@@ -130,7 +146,7 @@ def cut_links(ranks: int, repeat: int) -> Row:
         said, took = cut_link(ranks)
         missing = ", ".join(map(str, range(ranks // 2, ranks)))
         words = f"rank{'s' if ranks > 2 else ''} {missing} did not arrive"
-        kept += words in said and "StalledExchangeError" in said and not math.isnan(took)
+        kept += words in said["h0"] and "StalledExchangeError" in said["h0"] and not math.isnan(took)
         seconds.append(took)
     return Row(CUT, ranks, repeat, kept, None, statistics.median(seconds))
 
