@@ -31,8 +31,9 @@ class Message:
 class Post(Protocol):
     """Carries messages between ranks. Local: sending and looking wait for nobody."""
 
-    lost: str
-    """Why messages can no longer be read, as a sentence for the user; "" as long as they can."""
+    @property
+    def lost(self) -> str:
+        """Why messages can no longer be read, as a sentence for the user; "" as long as they can."""
 
     def tell(self, message: Message, ranks: Sequence[int]) -> None:
         """Sends the message to `ranks`."""

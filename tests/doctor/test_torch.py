@@ -14,6 +14,7 @@ from hvd_saef.doctor import gloo, jobs, software, torch_job
 from hvd_saef.doctor.jobs import MPI, TORCH, Alone, find_job
 from hvd_saef.doctor.machine import STARTED, check_ranks
 from hvd_saef.transport import hosts
+from hvd_saef.transport.hosts import VARIABLE, address_of, address_of_name
 from tests.torch_distributed.launch import run_ranks
 
 TWO_HOSTS = """
@@ -29,7 +30,7 @@ assert not {"mpi4py.MPI", "horovod.torch"} & set(sys.modules)
 
 @pytest.fixture(autouse=True)
 def not_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*torch_job.NAMES, *STARTED, gloo.VARIABLE, "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in (*torch_job.NAMES, *STARTED, VARIABLE, "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -151,7 +152,7 @@ def test_ranks_that_do_not_come(
 
 def test_a_gloo_that_cannot_connect(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     rank_of(monkeypatch, 0, 1, port)
-    monkeypatch.setenv(gloo.VARIABLE, "nowhere0")
+    monkeypatch.setenv(VARIABLE, "nowhere0")
     job = find_job()
     (trouble,) = job.allgather(job.connect())
     assert "nowhere0" in trouble
@@ -159,7 +160,7 @@ def test_a_gloo_that_cannot_connect(monkeypatch: pytest.MonkeyPatch, port: int) 
     ((found, ranks),) = gloo.judge_connections(["", trouble])
     assert (found.status, ranks) == ("failure", [1])
     assert trouble in found.found
-    assert gloo.VARIABLE in found.fix
+    assert VARIABLE in found.fix
 
 
 @pytest.mark.parametrize(
@@ -183,20 +184,20 @@ def test_the_interface_that_gloo_takes(
     monkeypatch.setattr(gloo, "address_of", lambda name: addresses.get(name, ""))
     monkeypatch.setattr(gloo, "address_of_name", lambda: named)
     if chosen:
-        monkeypatch.setenv(gloo.VARIABLE, chosen)
+        monkeypatch.setenv(VARIABLE, chosen)
     job = Alone(TORCH)
     job.hosts = [[rank] for rank in range(hosts)]
     finding = gloo.check_interfaces(job)
     assert finding.status == status
     assert found in finding.found
-    assert (gloo.VARIABLE in finding.fix) == (status != "ok")
+    assert (VARIABLE in finding.fix) == (status != "ok")
 
 
 def test_the_address_is_this_hosts() -> None:
     """The real ones, whatever they are: lo has an address, and the name's is one that can be bound."""
-    assert gloo.address_of("lo") == "127.0.0.1"
-    assert gloo.address_of("nowhere0") == ""
-    assert gloo.address_of_name()
+    assert address_of("lo") == "127.0.0.1"
+    assert address_of("nowhere0") == ""
+    assert address_of_name()
 
 
 def test_hosts_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

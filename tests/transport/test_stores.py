@@ -111,7 +111,9 @@ def in_boxes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[BoxPost | None, str]
 
     def serve() -> Any:
         if not hasattr(own, "store"):
-            own.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            own.store = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False
+            )
             kept.append(own.store)  # longer than its thread
         return own.store
 
@@ -166,7 +168,12 @@ def test_a_rank_that_is_stopped_or_has_ended_costs_nothing(server: subprocess.Po
         port = int(os.environ["MASTER_PORT"])
         post = BoxPost(1, None, {0: client(("127.0.0.1", port), 30.0, "test")})
         server.send_signal(signal.SIGSTOP)
-        thread.submit(lambda: [post.tell(waits(1, n), [0]) for n in range(1000)]).result(LIMIT)
+
+        def tell_often() -> None:
+            for number in range(1000):
+                post.tell(waits(1, number), [0])
+
+        thread.submit(tell_often).result(LIMIT)
         assert 0 in post._boxes
         server.kill()
         server.wait()
