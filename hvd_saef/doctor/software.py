@@ -21,8 +21,6 @@ from hvd_saef.doctor.findings import BOOTSTRAP, REBUILD, Finding, failure, ok, w
 from hvd_saef.doctor.jobs import MPI, Job, is_installed
 from hvd_saef.transport.libraries import horovod
 
-OLDEST_TORCH = (2, 13)
-
 
 def check_python() -> Finding:
     """Reports the versions of Python and of this package."""
@@ -32,13 +30,25 @@ def check_python() -> Finding:
 
 def check_torch() -> Finding:
     """Warns of torch versions older than those that were tried."""
-    known = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if known < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
+    oldest = _oldest_torch()
+    if _numbers(torch.__version__) < _numbers(oldest):
         return warning(
             "torch", f"{torch.__version__}, older than what was tried", f"install torch {oldest} or newer"
         )
     return ok("torch", torch.__version__)
+
+
+def _oldest_torch() -> str:
+    """Returns the oldest torch that this package asks for; "0" if the package is not installed."""
+    try:
+        requirements = importlib.metadata.requires("hvd_saef") or []
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+    return next(name.removeprefix("torch>=") for name in requirements if name.startswith("torch>="))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 def check_kernels() -> Finding:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hvd_saef.kernels.operations import Stretch, Stretches
 from hvd_saef.kernels.pieces import Pieces, is_gapless, named
-from hvd_saef.kernels.sources import LIBRARY, digest
+from hvd_saef.kernels.sources import LIBRARY, NOT_BUILT, digest
 
 _FOLDER = Path(__file__).parent
 _NUMBERS = (torch.float32, torch.float64)
@@ -62,7 +62,9 @@ class _Call(ctypes.Structure):
 def _load() -> ctypes.CDLL:
     path = _FOLDER / LIBRARY
     if not path.exists():
-        raise ImportError("they were not built")
+        reason = path.with_name(NOT_BUILT)
+        why = f": {reason.read_text().strip()}" if reason.exists() else ""
+        raise ImportError(f"they were not built{why}")
     try:
         library = ctypes.CDLL(str(path))
         for name in ("sources", "message", "instruction_sets", "set_instruction_set"):

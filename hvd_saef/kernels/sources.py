@@ -1,9 +1,14 @@
-"""The file name of the kernels' library, and the digest of its sources. setup.py uses this module too."""
+"""The names of the files that a build of the kernels leaves, and the digest of its sources.
+
+setup.py uses this module too.
+"""
 
 import hashlib
 from pathlib import Path
 
 LIBRARY = "libhvd_saef_kernels.so"
+NOT_BUILT = "not_built.txt"
+"""This file is there instead of the library if a build failed: one line that says why."""
 
 
 def digest(csrc: Path) -> str:

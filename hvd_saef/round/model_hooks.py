@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvd_saef.older_torch import register_load_state_dict_pre_hook
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.owners import owners
 
@@ -107,7 +108,7 @@ class ModelHooks:
         for part in parts.values():  # for model.encoder.state_dict(), or a module in torch.compile
             self._handles += [
                 part.register_state_dict_pre_hook(self.before_state_dict),  # type: ignore[no-untyped-call]
-                part.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
+                register_load_state_dict_pre_hook(part, self.before_load),
                 part.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
             ]
 

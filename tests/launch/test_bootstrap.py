@@ -1,4 +1,4 @@
-"""launch/bootstrap.sh says in one line what is missing."""
+"""launch/bootstrap.sh says in one line what is missing, and keeps the torch that is there."""
 
 from __future__ import annotations
 
@@ -70,6 +70,44 @@ def test_an_mpi_that_compiles_nothing(tmp_path: Path) -> None:
     assert code == 1
     assert len(said.splitlines()) == 1
     assert "mpicxx does not compile MPI programs (mpi.h: No such file): load its module" in said
+
+
+def with_torch(folder: Path, version: str) -> str:
+    """The interpreter of a virtual environment in which a torch of this version is all there is."""
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=LIMIT)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text(f"__version__ = {version!r}\n")
+    return str(folder / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        ("2.2.2+cu121", "has torch 2.2.2+cu121, older than 2.3, the oldest tried"),
+        ("2.10.0", "no cmake"),  # a newer one, whose number is no larger as text
+    ],
+)
+def test_a_torch_that_is_there(tmp_path: Path, version: str, says: str) -> None:
+    tools = [tool for tool in (*TOOLS, "sort", "head") if tool != "cmake" or says.startswith("has")]
+    code, said = bootstrap(tmp_path, tuple(tools), PYTHON=with_torch(tmp_path / "site", version))
+    assert code == 1
+    assert len(said.splitlines()) == 1
+    assert says in said
+
+
+def test_the_environment_sees_the_torch_of_another(tmp_path: Path) -> None:
+    """Of an interpreter that itself is of a virtual environment: what is below that is not enough."""
+    command = [str(ROOT / "launch" / "bootstrap.sh"), "--without-horovod", "--venv", str(tmp_path / "venv")]
+    site = with_torch(tmp_path / "site", "2.3.1+of.the.site")
+    nothing = {
+        "PYTHON": site,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+    }  # it ends at the first package
+    job = subprocess.run(command, env=os.environ | nothing, capture_output=True, text=True, timeout=LIMIT)
+    assert job.returncode == 1
+    asked = [str(tmp_path / "venv" / "bin" / "python"), "-c", "import torch; print(torch.__version__)"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "2.3.1+of.the.site\n"
 
 
 def test_no_python_and_wrong_option(tmp_path: Path) -> None:

@@ -1,0 +1,17 @@
+"""What older torch versions call differently. Every such difference is here, found by looking. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Registers `hook(module, state_dict, prefix, ...)`, called before a load; returns its handle.
+
+    Before torch 2.5 the method has an underscore, and passes the module only if it is asked to.
+    """
+    public = getattr(module, "register_load_state_dict_pre_hook", None)
+    return public(hook) if public else module._register_load_state_dict_pre_hook(hook, with_module=True)
