@@ -2,11 +2,12 @@ PYTHON ?= python3
 NP ?= 4
 ARGS ?=
 SECONDS ?= 3600
+TORCH ?= 2.3.1
 export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
 
-.PHONY: setup train test test-triton test-cluster machine sanitize lint docs format clean
+.PHONY: setup train test test-torch test-triton test-cluster machine sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -19,6 +20,10 @@ test: setup  ## all tests but those of test-cluster
 
 test-triton: setup  ## the Triton kernels, interpreted, on larger memory; and compiled for all GPUs that Triton knows here
 	HVD_SAEF_LONG=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto tests/kernels/test_triton.py tests/kernels/test_compiling.py
+
+OTHER = $(if $(NUMPY),--numpy $(NUMPY)) $(if $(filter no,$(HOROVOD)),--without-horovod) $(if $(RECORD),--record)
+test-torch:  ## the tests with another torch (PYTHON, NUMPY): make test-torch TORCH=2.3.1 HOROVOD=no ARGS=tests/kernels
+	$(PYTHON) -m tests.versions $(TORCH) $(OTHER) -- $(ARGS)
 
 test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster

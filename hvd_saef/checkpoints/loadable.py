@@ -63,13 +63,14 @@ def _python(value: Any) -> Any:
 
 def _loadable(value: Any, place: str) -> Any:
     value = _python(value)
-    if type(value) in (bool, int, float, complex, str, bytes, type(None)) or _is_plain(value):
+    if type(value) in (bool, int, float, str, bytes, type(None)) or _is_plain(value):
         return value
     try:
         file = io.BytesIO()
         torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
+        for device in ("cpu", "meta"):  # as a checkpoint is loaded, and as it is checked
+            file.seek(0)
+            torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise CheckpointError(

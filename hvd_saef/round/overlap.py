@@ -245,7 +245,8 @@ class Overlap:
             return
         step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
         # Bumps the version counters now, so that autograd reports reuse as it would after an in-place step.
-        torch.autograd.graph.increment_version(gradients)
+        for gradient in gradients:
+            torch.autograd.graph.increment_version(gradient)  # one by one, as older torches want it
         self._modes.leave_early(bucket.parameters)
 
         def before() -> None:

@@ -15,6 +15,7 @@ from tests.workers import batch, bits, caught, draw, together, warned
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 4
+MUON: Any = getattr(torch.optim, "Muon", torch.optim.SGD)  # torch has it since 2.9
 
 
 class Both:
@@ -28,7 +29,7 @@ class Both:
         others = [p for p in self.model.parameters() if p.dim() != 2]
         self.optimizers: list[Any] = [
             hvd_saef.DistributedOptimizer(inner, self.model.named_parameters(), model=self.model, **options)
-            for inner in (torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.02))
+            for inner in (MUON(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.02))
         ]
 
     def loss(self, step: int) -> Tensor:
