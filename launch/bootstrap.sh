@@ -235,7 +235,7 @@ if [ "$dependencies" = yes ]; then say "ready for hvd_saef: $venv"; exit 0; fi
 say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
 # Whatever the tests' packages would like, torch and numpy stay as they are.
-"$venv/bin/python" -c 'import numpy, torch; print(f"torch=={torch.__version__}\nnumpy=={numpy.__version__}")' >"$venv/.kept"
+"$venv/bin/python" -c 'from importlib.metadata import version; print(*(f"{name}=={version(name)}" for name in ("torch", "numpy")), sep="\n")' >"$venv/.kept"
 pip install -q -c "$venv/.kept" --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
 # For a test of its optimizers. They do not need torchvision, of which PyPI has none for torch's CPU build.
 pip install -q --no-deps timm
