@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., None]) -> Any:
@@ -15,3 +17,11 @@ def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., Non
     """
     public = getattr(module, "register_load_state_dict_pre_hook", None)
     return public(hook) if public else module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def copies_hold_numbers() -> bool:
+    """Returns False where a deep copy of a tensor is fake: a shape without numbers.
+
+    Older compilers copy modules in this way while a forward pass is compiled.
+    """
+    return type(copy.deepcopy(torch.empty(0))) is Tensor

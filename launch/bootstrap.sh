@@ -136,11 +136,15 @@ check_mpi() {
 }
 
 # Horovod's kernels are built by the toolkit's nvcc and run in torch's CUDA.
+toolkit_cuda() { nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p' || true; }
+
+torch_cuda() { "$venv/bin/python" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])'; }
+
 check_cuda() {
   local toolkit ours
-  toolkit=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p') || true
+  toolkit=$(toolkit_cuda)
   [ -n "$toolkit" ] || die "--cuda, but no nvcc on the PATH: load a CUDA module, or install the CUDA toolkit"
-  ours=$("$venv/bin/python" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
+  ours=$(torch_cuda)
   [ "$toolkit" = "$ours" ] || die "nvcc is of CUDA $toolkit, torch's CUDA is $ours: use a toolkit and a torch of the same major version (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu...)"
 }
 
@@ -199,6 +203,9 @@ build_horovod() {
     gpu=(HOROVOD_GPU_OPERATIONS=NCCL)
     sed -i 's/set(CMAKE_CUDA_STANDARD 11)/set(CMAKE_CUDA_STANDARD 17)/' \
       "$1/horovod-$HOROVOD/horovod/common/ops/cuda/CMakeLists.txt"   # newer nvcc want more than C++11
+  elif [ "$(toolkit_cuda)" != "$(torch_cuda)" ]; then
+    # Horovod would build against whatever toolkit is here, if torch is one for CUDA. So it is built for the CPU alone.
+    sed -i 's/torch.version.cuda is not None/False/' "$1/horovod-$HOROVOD/cmake/Modules/FindPytorch.cmake"
   fi
   env "${gpu[@]}" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
     HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 MAKEFLAGS="-j$(nproc)" \

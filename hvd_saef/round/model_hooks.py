@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_saef.older_torch import register_load_state_dict_pre_hook
+from hvd_saef.older_torch import copies_hold_numbers, register_load_state_dict_pre_hook
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.owners import owners
 
@@ -40,7 +40,7 @@ class ModelHooks:
         return ModelHooks, (None,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
-        if self._modes is not None and self._modes.state is not None:
+        if self._modes is not None and self._modes.state is not None and copies_hold_numbers():
             self._modes.visit_x()
             with torch.no_grad():
                 for slot in self._modes.state.layout.slots:
