@@ -243,7 +243,11 @@ say "installing hvd_saef"
 # "compat": found by its path, also from the folder above a clone that is named like the package.
 # Whatever the tests' packages would like, torch and numpy stay as they are.
 "$venv/bin/python" -c 'from importlib.metadata import version; print(*(f"{name}=={version(name)}" for name in ("torch", "numpy")), sep="\n")' >"$venv/.kept"
-pip install -q -c "$venv/.kept" --no-build-isolation --config-settings editable_mode=compat -e "${root}[dev]"
+add_ourselves() { pip install -q -c "$venv/.kept" --no-build-isolation --config-settings editable_mode=compat -e "${root}[$1]"; }
+add_ourselves dev
+for extra in triton frameworks; do
+  add_ourselves "$extra" 2>/dev/null || say "$extra is left out, since none fits this torch and Python: its tests are skipped"
+done
 # For a test of its optimizers. They do not need torchvision, of which PyPI has none for torch's CPU build.
 pip install -q --no-deps timm
 "$venv/bin/python" -c "import hvd_saef$(if [ "$horovod" = yes ]; then echo ', horovod.torch'; fi)" \

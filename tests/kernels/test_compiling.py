@@ -16,7 +16,7 @@ import pytest
 
 from tests.mpi.launch import LIMIT, ROOT
 
-pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
 NVIDIA = ["cuda:80:32", "cuda:90:32", "cuda:100:32"]
 AMD = ["hip:gfx90a:64", "hip:gfx942:64"]
 RUNS: list[list[str]] = (

@@ -31,7 +31,7 @@ from tests.oracle import Setup, run
 from tests.problems import curved_valley, run_library, schedule, start_point, worst
 from tests.workers import NO_MODEL, Run, caught, together
 
-_triton = pytest.importorskip("triton", reason="needs Triton")
+_triton = pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
 if _triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("the interpreter of Triton 3.6 needs NumPy 2.3 or older", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_saef import kernels
 from hvd_saef.kernels import sources
+from tests.kernels.versions import compiled
 from tests.mpi.launch import LIMIT, ROOT
 
 pytest.importorskip("setuptools.command.bdist_wheel", reason="needs setuptools 77 or newer")
@@ -78,10 +78,10 @@ def test_a_wheel_of_an_sdist_without_a_compiler(
     reason = (installed / "kernels" / sources.NOT_BUILT).read_text()
     assert reason.startswith("command '/nonexistent/c")
     assert len(reason.splitlines()) == 1
-    if kernels.native is None:
+    if compiled is None:
         pytest.skip("the rest needs kernels: they are not built")
-    monkeypatch.setattr(kernels.native, "_FOLDER", installed / "kernels")
+    monkeypatch.setattr(compiled, "_FOLDER", installed / "kernels")
     with pytest.raises(ImportError, match="they were not built: command '/nonexistent/c"):
-        kernels.native._load()
+        compiled._load()
     shutil.copy(here / "kernels" / sources.LIBRARY, installed / "kernels")
-    kernels.native._load()  # the sources beside it are those that it was built of
+    compiled._load()  # the sources beside it are those that it was built of
