@@ -16,7 +16,10 @@ def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., Non
     Before torch 2.5 the method has an underscore, and passes the module only if it is asked to.
     """
     public = getattr(module, "register_load_state_dict_pre_hook", None)
-    return public(hook) if public else module._register_load_state_dict_pre_hook(hook, with_module=True)
+    if public is not None:
+        return public(hook)
+    earlier: Any = module._register_load_state_dict_pre_hook
+    return earlier(hook, with_module=True)
 
 
 def copies_hold_numbers() -> bool:

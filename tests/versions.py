@@ -59,7 +59,8 @@ def environment(torch: str, numpy: str | None, without_horovod: bool) -> Path:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "-q", f"numpy=={numpy}"], check=True)
-    command = [ROOT / "launch" / "bootstrap.sh", "--venv", folder, *["--without-horovod"] * without_horovod]
+    command = [str(ROOT / "launch" / "bootstrap.sh"), "--venv", str(folder)]
+    command += ["--without-horovod"] * without_horovod
     subprocess.run(command, env=os.environ | {"TORCH": torch, "PYTHON": sys.executable}, check=True)
     return folder
 
