@@ -1,7 +1,7 @@
 """The kernels in Triton, for GPUs.
 
 With TRITON_INTERPRET=1, set before the first use, Triton's interpreter runs them on the CPU: slow, but exact.
-Importing this module raises ImportError if there is no Triton. Local.
+Importing this module raises ImportError if there is no Triton, or one that is older than those tried. Local.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from hvd_saef.kernels.on_triton import tried  # noqa: F401  (first: an old Triton may not import the others)
 from hvd_saef.kernels.on_triton.magnitudes import at_most
 from hvd_saef.kernels.on_triton.sign import sign_decode, sign_encode, sign_settle
 from hvd_saef.kernels.on_triton.tables import INTERPRETED
