@@ -32,7 +32,7 @@ def test_what_a_run_comes_to(tmp_path: Path) -> None:
 
 def record(torch: str, tests: str = "all", passed: int = 1) -> versions.Record:
     keys = dict.fromkeys(versions.KEYS, "1.0") | {"torch": torch, "tests": tests}
-    return keys | {"commit": "c", "passed": passed, "failed": ["a.b"], "skipped": {"x|y": 2}}
+    return keys | {"date": "d", "passed": passed, "failed": ["a.b"], "skipped": {"x|y": 2}}
 
 
 def test_a_newer_record_of_the_same_takes_its_place(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_newer_record_of_the_same_takes_its_place(tmp_path: Path) -> None:
         ("2.10.0", "all", 5),
     ]
     assert versions.rows(path).splitlines()[-1] == (
-        "| 2.10.0 | 1.0 | 1.0 | 1.0, 1.0 | all | 5 | `a.b` | 2: x\\|y | c |"
+        "| 2.10.0 | 1.0 | 1.0 | 1.0, 1.0 | all | 5 | `a.b` | 2: x\\|y | d |"
     )
 
 
@@ -59,7 +59,7 @@ def test_the_page_has_the_records() -> None:
     assert versions.rows() in versions.PAGE.read_text()
 
 
-@pytest.mark.parametrize("what", ["torch", "numpy", "Python"])
+@pytest.mark.parametrize("what", ["torch", "numpy"])
 def test_the_oldest_that_is_allowed_was_tried(what: str) -> None:
     declared = (ROOT / "pyproject.toml").read_text()
     found = re.search(rf'"{what}>=([\d.]+)"|requires-{what.lower()} = ">=([\d.]+)"', declared)
