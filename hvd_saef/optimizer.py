@@ -124,10 +124,10 @@ def DistributedOptimizer(
             buckets. It excludes whatever changes gradients or options (a learning rate, say) between backward
             and step(): clipping, GradScaler. It also excludes closures, on_nonfinite="skip", and optimizers
             whose step writes to its parameter group. The optimizers of torch.optim step in a thread of their
-            own. Other optimizers, and any with step hooks, step in the thread that computes, with one call
-            for each bucket. After an error in a step, the errors and the momentum are those of a half-taken
-            step (x is not): load a checkpoint. With several optimizers, what Horovod averages waits for
-            step().
+            own. Other optimizers step in the thread that computes, with one call for each bucket. With step
+            hooks, all updates wait for step(), so that a hook fires once a step and may look at the model.
+            After an error in a step, the errors and the momentum are those of a half-taken step (x is not):
+            load a checkpoint. With several optimizers, what Horovod averages waits for step().
         on_nonfinite: at a NaN or an infinity, "raise" raises NonFiniteUpdateError on all workers, and "skip"
             skips the step on all. A local step that overflows is undone on all workers, together with the
             local steps since the round began. The optimizer's own state is undone in some cases only (see

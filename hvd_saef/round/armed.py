@@ -40,7 +40,7 @@ class Armed:
     overflowed: bool = False
     """True if a local step left NaN, infinity or a value near overflow in a parameter."""
     waits: bool | None = None
-    """True if no bucket leaves early, as step() must first lay out unfrozen parameters.
+    """True if no bucket leaves early: step() must first lay out unfrozen parameters, or there are step hooks.
 
     None until the first gradient of the round, which decides.
     """

@@ -69,7 +69,7 @@ class Overlap:
         self._modes = modes
         self._inner = inner
         self._settled = settled
-        self._warned = False
+        self._warned = self._told_of_hooks = False
         self._step_code = StepCode(inner)
         self._armed: Armed | None = None
         self._handles: dict[Tensor, Any] = {}
@@ -121,6 +121,18 @@ class Overlap:
                 stacklevel=5,
             )
         self._warned = True
+
+    def _hooks_wait(self) -> bool:
+        """Returns True, and warns once, if there are step hooks: they fire once a step, after backward."""
+        hooked = self._step_code.has_hooks()
+        if hooked and not self._told_of_hooks:
+            self._told_of_hooks = True
+            warnings.warn(
+                "the optimizer has step hooks, which fire once a step and may look at the model: so "
+                "updates wait for step() in spite of overlap=True. Without hooks they leave during backward.",
+                stacklevel=2,
+            )
+        return hooked
 
     def used(self, parameter: Tensor) -> bool:
         """Returns True if the parameter's gradient is used by an early local step or mean. Local."""
@@ -191,7 +203,8 @@ class Overlap:
         if armed is None or self._modes.at_x or not self._settled():
             return
         if armed.waits is None:
-            armed.waits = any(takes_part(p) for _, p, _ in armed.state.layout.frozen)
+            joins = any(takes_part(p) for _, p, _ in armed.state.layout.frozen)
+            armed.waits = joins or self._hooks_wait()
         if armed.waits:
             return
         if parameter in armed.used:

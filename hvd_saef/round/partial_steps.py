@@ -35,9 +35,13 @@ class StepCode:
         Only torch's own optimizers without users' hooks qualify: the code of other classes, and of hooks,
         expects that nothing else runs at the same time.
         """
+        return self._torchs and not self.has_hooks()
+
+    def has_hooks(self) -> bool:
+        """Returns True if users' step hooks are registered, with this optimizer or with all optimizers."""
         hooks = [hook for handle in self._handles for hook in (handle.hooks_dict_ref() or {}).values()]
         ours = ((getattr(hook, "__module__", None) or "").startswith(PACKAGE) for hook in hooks)
-        return self._torchs and all(ours)
+        return not all(ours)
 
 
 @cache

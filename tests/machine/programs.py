@@ -146,9 +146,8 @@ def between(size: int, chosen: Options) -> Any:
         kinds = st.sampled_from(["saved", "x", "other"])
         layers = st.sampled_from([(), (), ("second",), ("first", "extra"), ("second", "extra")])
         actions.append(st.builds(LoadModel, st.none() | ranks, kinds, layers, st.booleans()))
-    if not any(chosen.overlap):
-        when = st.sampled_from(["pre", "post"])
-        actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
+    when = st.sampled_from(["pre", "post"])
+    actions.append(st.builds(Hook, ranks, when, st.sampled_from(["", *sorted(LOOKS)])))
     if chosen.extra == "later":
         actions.append(st.builds(Grow, rarely_some(size)))
     return st.one_of(actions)

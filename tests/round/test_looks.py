@@ -17,6 +17,7 @@ from tests.workers import NO_MODEL, batch, bits, caught, network, sgd, together,
 pytestmark = [
     pytest.mark.filterwarnings(NO_MODEL),
     pytest.mark.filterwarnings("ignore:the model was in eval mode"),
+    pytest.mark.filterwarnings("ignore:.*step hooks:UserWarning"),
     pytest.mark.filterwarnings("ignore:the largest block"),
 ]
 
