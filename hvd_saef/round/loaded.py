@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hvd_saef.memory.layout import Layout
 from hvd_saef.memory.state import BucketState, State, place_stretches
+from hvd_saef.round.modes import Modes
 from hvd_saef.transport.communicator import Communicator
 
 
@@ -52,6 +53,8 @@ class Loaded:
     """The names of the parameters that the saved state has."""
     saver: int | None = None
     """The worker that saved the state; None if nothing is loaded."""
+    has_writes: bool = False
+    """True if :meth:`with_writes` has counted what other code wrote."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], with_state: Layout, own: bool, serves: bool) -> Loaded:
@@ -72,14 +75,14 @@ class Loaded:
         return cls(held, point, pieces, settings, frozenset(saved["x"]), saved["rank"])
 
     @torch.no_grad()
-    def add_writes(self, state: State, now: Sequence[Tensor] | None) -> None:
-        """Counts what other code has written to the parameters since loading as a part of local steps. Local.
+    def with_writes(self, modes: Modes) -> Loaded:
+        """Returns this, with what other code wrote to the parameters since then as part of local steps. Local.
 
-        `now` is the training point, one tensor per parameter; None stands for b. A parameter that holds x was
-        not written by hand: the model's state, which is x, was loaded after the optimizer's.
+        A parameter that holds x was not written by hand: the model's state was loaded after the optimizer's.
         """
-        if now is None:
-            return
+        state, now = modes.state, modes.training_point() if modes.was_written() else None
+        if state is None or now is None or self.saver is None or self.has_writes:
+            return self
         here = dict(zip((slot.name for slot in state.layout.slots), now, strict=True))
         loaded = dict(zip(here, self.training_point or [], strict=False))
         points, written = {}, False
@@ -92,9 +95,10 @@ class Loaded:
                 points[slot.name] = loaded.get(slot.name, slot.view(start).to(to)).to(value.device)
                 if not torch.equal(value, stood) and not torch.equal(value, slot.view(one.x).to(to)):
                     points[slot.name], written = points[slot.name] + (value - stood), True
-        if written:
-            self.training_point = [points[name].clone() for name in here]
-            self.held = replace(self.held, reached=True)
+        if not written:
+            return self
+        point = [points[name].clone() for name in here]
+        return replace(self, held=replace(self.held, reached=True), training_point=point, has_writes=True)
 
     def _start(self, state: State) -> tuple[float, float]:
         """Returns the α and β under which the loaded local steps began."""

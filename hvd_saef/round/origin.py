@@ -93,8 +93,7 @@ class Origin:
         Raises ConfigurationMismatchError or ConsensusError on all ranks if they differ.
         """
         check_configuration(self._communicator, layout, facts)
-        if self._source is Source.LOADED and self._modes.state and self._modes.was_written():
-            self._loaded.add_writes(self._modes.state, self._modes.training_point())
+        self._loaded = self._loaded.with_writes(self._modes)
         rounds, steps = self._progress.rounds, self._progress.local_steps_done
         mine = Standing(self._source, rounds, steps, self.consolidated, self._loaded.held)
         everyone: list[Standing] = self._communicator.allgather_object(mine)

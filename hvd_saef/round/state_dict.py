@@ -81,7 +81,8 @@ def export_state(
         "local_steps_done": modes.progress.local_steps_done,
         "reached": None,
     }
-    point = modes.training_point()
+    # A loaded state that is not agreed on yet is passed on with its own settings, under which b is elsewhere.
+    point = modes.training_point() if loaded.saver is None else loaded.with_writes(modes).training_point
     if modes.state and point is not None:
         names = [slot.name for slot in modes.state.layout.slots]
         exported["reached"] = dict(zip(names, point, strict=True))

@@ -73,10 +73,12 @@ def saved_seat(reference: Reference, number: int, rank: int) -> Seat:
         kept = np.zeros(s.size)
         kept[first:end] = s.reshape(-1)[first:end]
         saved.s[name] = kept.reshape(s.shape)
-    if saved.source == "kept":
-        saved.reached = saved.h > 0 or not same(saved.point, part.start(part.seats[rank]))
-    else:
-        saved.reached = saved.reached or saved.h > 0
+    shown, moved = part.start(part.seats[rank]), saved.point
+    moves = not same(moved, shown)
+    if moves and saved.source == "loaded" and not saved.reached:  # by hand: it goes on from where b was then
+        start = part.start(part.seats[rank], saved.under)
+        saved.point = {name: start[name] + (moved[name] - shown[name]) for name in moved}
+    saved.reached = saved.reached or saved.h > 0 or moves
     saved.saver = rank // reference.options.ranks if saved.saver is None else saved.saver
     return saved
 

@@ -223,10 +223,13 @@ def test_a_broadcast_after_loading_changes_nothing() -> None:
     assert together(2, lambda rank: fn(rank, True)) == together(2, lambda rank: fn(rank, False))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "and saved again"])
 @pytest.mark.parametrize("after", [{}, {"feedback": "ef"}, {"double_compression": False}], ids=str)
 @pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=str)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_what_is_written_after_loading_is_kept(steps: int, ranks: list[int], after: dict[str, Any]) -> None:
+def test_what_is_written_after_loading_is_kept(
+    steps: int, ranks: list[int], after: dict[str, Any], again: bool
+) -> None:
     """By hand, at the training point, before the next step: x̃ goes there, as after any other step."""
 
     def fn(rank: int, written: float) -> Any:
@@ -241,6 +244,11 @@ def test_what_is_written_after_loading_is_kept(steps: int, ranks: list[int], aft
             job.optimizer.param_groups[0]["lr"] = 0.0
             with torch.no_grad():
                 next(job.model.parameters()).add_(written)
+        if again:
+            state = copy.deepcopy(job.optimizer.state_dict())
+            job = Job(rank, nn.Linear(3, 2), slow, **options)
+            job.optimizer.load_state_dict(state)
+            job.optimizer.param_groups[0]["lr"] = 0.0
         job.step(2 * steps).optimizer.consolidate()
         ours = job.optimizer.state_dict()["hvd_saef"]
         flat = {name: piece["values"] for name, piece in ours["server_errors"].items()}
