@@ -76,7 +76,7 @@ class Loaded:
 
     @torch.no_grad()
     def with_writes(self, modes: Modes) -> Loaded:
-        """Returns this, with what other code wrote to the parameters since then as part of local steps. Local.
+        """Returns this, with what other code wrote to the parameters since as part of the local steps. Local.
 
         A parameter that holds x was not written by hand: the model's state was loaded after the optimizer's.
         """

@@ -136,10 +136,10 @@ def test_hooks(for_all: bool, steps_in: list[str]) -> None:
 @pytest.mark.parametrize("who", [{0, 1}, {1}], ids=str)
 def test_a_moving_average_by_a_hook(who: set[int]) -> None:
     """Of x, once a step: in a deep model, backward still needs what a look in the middle of it would move."""
+    start = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(3, 3), nn.Tanh())))
 
     def work(rank: int, overlap: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(3, 3), nn.Tanh())))
+        model = copy.deepcopy(start)
         average = [parameter.detach().clone() for parameter in model.parameters()]
         inner = torch.optim.AdamW(model.parameters(), lr=0.05)
         optimizer: Any = hvd_saef.DistributedOptimizer(
