@@ -59,7 +59,7 @@ def test_the_page_has_the_records() -> None:
     assert versions.rows() in versions.PAGE.read_text()
 
 
-@pytest.mark.parametrize("what", ["torch", "numpy"])
+@pytest.mark.parametrize("what", ["torch", "numpy", "Python"])
 def test_the_oldest_that_is_allowed_was_tried(what: str) -> None:
     declared = (ROOT / "pyproject.toml").read_text()
     found = re.search(rf'"{what}>=([\d.]+)"|requires-{what.lower()} = ">=([\d.]+)"', declared)
