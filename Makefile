@@ -2,18 +2,25 @@ PYTHON ?= python3
 NP ?= 4
 ARGS ?=
 SECONDS ?= 3600
+TRANSPORT ?= horovod
 TORCH ?= 2.3.1
 export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
 
-.PHONY: setup train test test-torch test-triton test-cluster machine sanitize lint docs format clean
+.PHONY: setup train train-horovod train-torch test test-torch test-triton test-cluster machine sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
 
-train: setup  ## the quick start on NP ranks: make train NP=4 ARGS="--epochs 6"
+train: train-$(TRANSPORT)  ## the quick start on NP ranks: make train NP=4 ARGS="--epochs 6" TRANSPORT=torch
+
+train-horovod: setup
 	launch/horovodrun.sh -np $(NP) python benchmarks/quickstart.py $(ARGS)
+
+train-torch:  # builds no Horovod; an environment that has it serves as well
+	@launch/bootstrap.sh --without-horovod
+	OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(NP) benchmarks/quickstart.py $(ARGS)
 
 test: setup  ## all tests but those of test-cluster
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup --ignore=tests/cluster tests

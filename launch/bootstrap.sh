@@ -215,7 +215,8 @@ build_horovod() {
 check_tools
 stamp=
 if [ "$dependencies" = no ]; then stamp=$(stamp_of); fi
-if [ -n "$stamp" ] && [ "$(cat "$venv/.hvd_saef" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+# What is ready with Horovod is ready without.
+if [ -n "$stamp" ] && grep -qxF -e "$stamp" -e "$(horovod=yes stamp_of)" "$venv/.hvd_saef" 2>/dev/null; then exit 0; fi
 check_torch
 
 add_horovod() {
