@@ -76,11 +76,16 @@ class Ending:
         self._say_goodbye()
 
     def _before_python_ends(self) -> None:
-        if os.getpid() == self._pid and not self._mpi.Is_finalized():
-            self._say_goodbye()
-            with self._changed:
-                self._users = 0  # no collective is under way when Python ends
-                self._changed.notify_all()
+        if os.getpid() != self._pid or self._mpi.Is_finalized():
+            return
+        with self._changed:
+            if self._over:  # Horovod's thread ends MPI, and says goodbye
+                return
+            self._users += 1  # Horovod's thread must not end MPI under a goodbye
+        self._say_goodbye()
+        with self._changed:
+            self._users = 0  # no collective is under way when Python ends
+            self._changed.notify_all()
 
     def _say_goodbye(self) -> None:
         goodbyes, self._goodbyes = self._goodbyes, []

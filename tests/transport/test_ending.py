@@ -125,3 +125,25 @@ def test_it_is_not_put_off_for_ever(made: Made, monkeypatch: pytest.MonkeyPatch)
     mpi, found, _ = made
     with found.put_off():
         assert ends(mpi.end())
+
+
+def test_mpi_does_not_end_under_a_goodbye_at_pythons_end(made: Made) -> None:
+    """Horovod's thread ends MPI on this rank as soon as another rank has ended."""
+    mpi, found, python_ends = made
+    begun, go_on, said = threading.Event(), threading.Event(), []
+
+    def goodbye() -> None:
+        begun.set()
+        assert go_on.wait(LONG)
+        said.append("goodbye")
+
+    found.then(goodbye)
+    leaving = threading.Thread(target=python_ends, daemon=True)
+    leaving.start()
+    assert begun.wait(LONG)
+    thread = mpi.end()
+    assert waits(thread)
+    go_on.set()
+    assert ends(thread)
+    assert ends(leaving)
+    assert said == ["goodbye"]
