@@ -12,6 +12,7 @@ import horovod.torch as hvd
 import torch
 
 import hvd_saef
+from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.teams import TeamCommunicator
 from hvd_saef.transport.watch import CALM, Watch
 from tests.workers import network, train
@@ -87,10 +88,22 @@ def nodes() -> None:
 def too_early() -> None:
     def leave() -> None:
         if hvd.rank() == 0:
+            wait_until_others_wait()
             hvd.shutdown()
             sys.exit()
 
     train_then(leave)
+
+
+def wait_until_others_wait() -> None:
+    """Until all other ranks have said that they wait for this one, in the next call."""
+    watch = find_communicator()[0]._watch  # type: ignore[attr-defined]
+    own = watch._calls["WORDS"].number
+    waiting: set[int] = set()
+    while len(waiting) < hvd.size() - 1:
+        time.sleep(0.05)
+        watch._listen()
+        waiting = {rank for rank, calls in watch._heard.items() if calls["WORDS"].number > own}
 
 
 if __name__ == "__main__":
