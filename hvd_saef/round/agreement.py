@@ -31,6 +31,10 @@ BROKEN_ADVICE = (
 )
 
 
+BUCKETS = "the elements of each bucket (add parameters before or after loading, on all ranks alike)"
+"""The fact that is compared last, as buckets also differ where parameters do."""
+
+
 class Word(enum.IntFlag):
     """What one rank reports before or after a local step. All ranks receive the bitwise or of all words."""
 
@@ -179,6 +183,7 @@ def _digest(tensor: Tensor) -> str:
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
     """Returns one entry for each fact to agree on, under a name that a reader of the message understands."""
     items: dict[str, Any] = dict(description["settings"])
+    buckets = items.pop(BUCKETS, None)
     frozen: Sequence[str] = description["frozen"]
     items["the number of parameters"] = len(description["parameters"]) + len(frozen)
     taking_part = {parameter["name"]: True for parameter in description["parameters"]}
@@ -189,4 +194,5 @@ def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in parameter.items():
             if key != "name":
                 items[f"{key} of {parameter['name']!r}"] = value
+    items[BUCKETS] = buckets
     return items

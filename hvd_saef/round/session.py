@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_saef.memory.progress import Progress
 from hvd_saef.round.agreement import (
+    BUCKETS,
     Word,
     agree,
     check_configuration,
@@ -77,7 +78,8 @@ class Session:
     @property
     def _facts(self) -> dict[str, Any]:
         """The facts that must be equal on all ranks, beside settings and parameters, and may change."""
-        return {"backward_passes_per_step": self._passes}
+        buckets = [bucket.numel for bucket in self.parameters.layout.buckets]
+        return {"backward_passes_per_step": self._passes, BUCKETS: buckets}
 
     def use(self) -> AbstractContextManager[None]:
         """Returns a context within which MPI does not end: see :meth:`Communicator.use`.

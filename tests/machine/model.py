@@ -104,7 +104,10 @@ class Reference:
     def may_lack(self, number: int) -> None:
         """With overlap=True, ranks may have sent something of this step and others, loaded anew, nothing."""
         seats = self.parts[number].seats
-        some = len({seat.source == "kept" for seat in seats}) > 1 or len({seat.names for seat in seats}) > 1
+        some = (
+            len({seat.source == "kept" for seat in seats}) > 1
+            or len({str(seat.buckets) for seat in seats}) > 1
+        )
         names = ("RuntimeError", "WorkerError", "ConfigurationMismatchError")
         if self.options.overlap[number] and some and all(name in names for name in self.happened):
             raise Over([names] * self.size)

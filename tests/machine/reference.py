@@ -240,7 +240,7 @@ class Part:
     def settle(self) -> None:
         """Where x, e and s come from. Raises Refused for what all should refuse."""
         size, seats = len(self.seats), self.seats
-        if len({seat.names for seat in seats}) > 1:
+        if len({(seat.names, tuple(seat.buckets)) for seat in seats}) > 1:
             raise everywhere(size, "ConfigurationMismatchError")
         loaded = [seat for seat in seats if seat.source == "loaded"]
         new = [seat for seat in seats if seat.source == "parameters"]

@@ -68,7 +68,7 @@ def _consolidate(options: Options, part: Part) -> None:
 def _reanchor(reference: Reference, number: int, part: Part) -> None:
     for rank in range(reference.size):
         reference.take_in(number, rank)
-    if len({seat.names for seat in part.seats}) > 1:
+    if len({(seat.names, tuple(seat.buckets)) for seat in part.seats}) > 1:
         raise everywhere(reference.size, "ConfigurationMismatchError")
     root, t = reference.shown(0), part.seats[0].t
     for seat in part.seats:

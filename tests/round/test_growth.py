@@ -96,6 +96,29 @@ def test_added_on_one_worker_only() -> None:
         assert "the number of parameters: 2 on ranks 0, 2, 4 on rank 1" in str(failure)
 
 
+@pytest.mark.filterwarnings("ignore:a state without")
+@pytest.mark.parametrize("what", ["a state", "a plain state"])
+@pytest.mark.parametrize("call", ["step", "reanchor"])
+def test_added_after_loading_on_one_worker_only(what: str, call: str) -> None:
+    """Its buckets are others than those of the workers that were not loaded: all are told, and none waits."""
+
+    def fn(rank: int) -> None:
+        run = Run(rank, first_half).step(2)
+        state = copy.deepcopy(run.optimizer.state_dict())
+        if what == "a state":
+            run = Run(rank, first_half)
+        else:
+            del state["hvd_saef"]
+        if rank == 1:
+            run.optimizer.load_state_dict(state)
+        run.optimizer.add_param_group({"params": run.parameters[2:]})
+        getattr(run if call == "step" else run.optimizer, call)()
+
+    for failure in caught(3, fn):
+        assert isinstance(failure, ConfigurationMismatchError), repr(failure)
+        assert "add parameters before or after loading, on all ranks alike" in str(failure)
+
+
 def test_added_where_it_cannot_be() -> None:
     def fn(rank: int) -> None:
         run = Run(rank, first_half, local_steps=3).step(2)
