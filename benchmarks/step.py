@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import gc
 import math
 import os
 import socket
-import struct
 import sys
 import time
 from datetime import timedelta
@@ -37,6 +35,7 @@ from tqdm import tqdm
 from benchmarks.methods import METHODS, Memory, Method, Trainer
 from benchmarks.models import SHAPES, Shape
 from benchmarks.timings import Timing, plot, table, write
+from hvd_saef.transport.hosts import address_of
 
 WORLD = MPI.COMM_WORLD
 IDLE_SECONDS = 0.5
@@ -61,17 +60,6 @@ def claimed(trainer: Trainer) -> float:
         return math.nan
     stats = trainer.optimizer.stats()
     return float(sum(stats[f"{kind}_bytes_sent"] for kind in ("payload", "averaging", "dense")))
-
-
-def address_of(interface: str) -> str | None:
-    """The interface's IPv4 address, if it has one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        request = struct.pack("256s", interface.encode()[:15])
-        try:
-            answer = fcntl.ioctl(asking.fileno(), 0x8915, request)  # SIOCGIFADDR
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def set_up_gloo() -> None:

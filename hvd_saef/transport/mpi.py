@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_saef.transport.communicator import Channel, Communicator, SoloCommunicator, bytes_of, in_use
+from hvd_saef.transport.communicator import Channel, Communicator, bytes_of, in_use
 from hvd_saef.transport.ending import SHUT_DOWN, Ending
+from hvd_saef.transport.hosts import group_by_host
 from hvd_saef.transport.libraries import horovod, mpi4py
 from hvd_saef.transport.objects import Bytes, exchange_objects
 from hvd_saef.transport.posts import MpiPost
 from hvd_saef.transport.staging import Staging, reaches_mpi
 from hvd_saef.transport.watch import Patience, Watch, start
+from hvd_saef.transport.watched import PAYLOADS, WatchedCommunicator
 
 MPI, hvd = mpi4py(), horovod()
 
@@ -28,7 +30,7 @@ CHUNK_BYTES = 1 << 30
 """The most bytes that one MPI call sends or receives: MPI's counts are C ints, so 2 GiB is too much."""
 
 
-class MpiCommunicator(Communicator):
+class MpiCommunicator(WatchedCommunicator):
     """The communicator of some ranks of the job, one worker a rank.
 
     `ranks` are their numbers in MPI and Horovod. Messages about missing ranks use `names` instead, if given.
@@ -49,26 +51,20 @@ class MpiCommunicator(Communicator):
         self.rank, self.size = own.Get_rank(), own.Get_size()
         self._watch = Watch(MpiPost(own), self.rank, self.size, patience, names)
         self._staging = {channel: Staging(reaches_mpi) for channel in Channel}
-        self._line = 0
         _ending().then(self._watch.say_goodbye)
 
     def new_line(self, number: int) -> Communicator:  # noqa: D102
         return _Line(self, number)
 
-    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
-        if len(ranks) == 1:
-            return SoloCommunicator()
-        key = tuple(self.ranks[rank] for rank in ranks), tuple(ranks)
-        if key not in self.kin:
-            self.kin[key] = MpiCommunicator(*key)
-        return self.kin[key]
+    def new_part(self, ranks: Sequence[int], names: Sequence[int]) -> Communicator:  # noqa: D102
+        return MpiCommunicator(ranks, names)
 
     @in_use
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         shares = self._mpi[Channel.WORDS].Split_type(MPI.COMM_TYPE_SHARED)
         first = self.allgather_object(shares.bcast(self.rank))
         shares.Free()
-        return [[rank for rank in range(self.size) if first[rank] == host] for host in sorted(set(first))]
+        return group_by_host(first)
 
     def check(self) -> None:  # noqa: D102
         if not hvd.is_initialized():
@@ -103,14 +99,13 @@ class MpiCommunicator(Communicator):
         out: Sequence[Tensor],
     ) -> None:
         """Moves payloads. The longest piece on any worker sets the number of MPI calls, the same on all."""
-        operation = "payloads to the server" if channel is Channel.UP else "the server's answers"
         # `out` (allgather) or `pieces` (alltoall) has all workers' sizes, so all find the same longest.
         longest = max(piece.numel() for piece in (*pieces, *out))
         most = max(1, CHUNK_BYTES // self.size)
         staging = self._staging[channel]
         if longest <= most and staging.direct(out[0].device):
             staging.ready(out[0].device)
-            self._wait(channel, start(pieces, out), operation)
+            self._wait(channel, start(pieces, out), PAYLOADS[channel])
             return
         for first in range(0, longest, most):
             places = [place[first : first + most] for place in out]
@@ -118,17 +113,12 @@ class MpiCommunicator(Communicator):
                 staging.leaving([piece[first : first + most] for piece in pieces]),
                 staging.room(places),
             )
-            self._wait(channel, start(leaving, landed), operation)
+            self._wait(channel, start(leaving, landed), PAYLOADS[channel])
             staging.landed(landed, places)
 
     def _wait(self, channel: Channel, request: Any, operation: str) -> None:
         """Waits until `request` is done. The request keeps its memory alive meanwhile."""
-        doing = self.doing.get(channel, "at the start")
-        self._watch.wait(request.Test, self._name(channel), f"{operation}, {doing}")
-
-    def _name(self, channel: Channel) -> str:
-        """Returns the watch's name of the channel on this line. WORDS is the same on all lines."""
-        return channel.name if self._line == 0 or channel is Channel.WORDS else f"{channel.name} {self._line}"
+        self._wait_until(request.Test, channel, operation)
 
     @in_use
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
@@ -137,8 +127,7 @@ class MpiCommunicator(Communicator):
         handle = hvd.allreduce_async_(
             tensor, name=f"hvd_saef.{self._line}.{name}", op=hvd.Average, process_set=self.process_set
         )
-        what = f"the mean of {name}, {self.doing.get(Channel.WORDS, 'at the start')}"
-        self._watch.wait(lambda: hvd.poll(handle), self._name(Channel.MEANS), what)
+        self._wait_until(lambda: hvd.poll(handle), Channel.MEANS, f"the mean of {name}")
         hvd.synchronize(handle)
 
     @in_use

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hvd_saef.transport.hosts import group_by_host
 from hvd_saef.transport.libraries import horovod, mpi4py
 
 _given: dict[tuple[int, ...], Any] = {}
@@ -41,7 +42,7 @@ def find_hosts(communicator: Any) -> list[list[int]]:
     shares = communicator.Split_type(mpi4py().COMM_TYPE_SHARED)
     first = communicator.allgather(shares.bcast(communicator.Get_rank()))
     shares.Free()
-    return [[rank for rank, host in enumerate(first) if host == own] for own in sorted(set(first))]
+    return group_by_host(first)
 
 
 def ranks_of(group: Any) -> list[int]:

@@ -26,11 +26,11 @@ def together(communicator: Communicator, prepare: Callable[[], T]) -> list[T]:
 
 
 def attempted(
-    communicator: Communicator, do: Callable[[], T], in_words: Callable[[Exception | None], str | None]
+    communicator: Communicator, do: Callable[[], T], words: Callable[[Exception | None], str | None]
 ) -> tuple[Exception | None, list[str | None], list[T]]:
     """Calls `do`, and tells all ranks what came of it. Collective.
 
-    Returns this rank's exception or None; every rank's exception, in the words of `in_words`, or None; and
+    Returns this rank's exception or None; every rank's exception, in the words of `words`, or None; and
     what `do` returned on every rank, where None stands for an exception.
     """
     outcome: T | None = None
@@ -39,7 +39,7 @@ def attempted(
         outcome = do()
     except Exception as error:
         failure = error
-    told: list[tuple[str | None, Any]] = communicator.allgather_object((in_words(failure), outcome))
+    told: list[tuple[str | None, Any]] = communicator.allgather_object((words(failure), outcome))
     return failure, [reason for reason, _ in told], [theirs for _, theirs in told]
 
 

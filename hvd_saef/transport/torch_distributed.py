@@ -33,6 +33,7 @@ from hvd_saef.transport.posts import Post
 from hvd_saef.transport.staging import Staging
 from hvd_saef.transport.stores import StorePost
 from hvd_saef.transport.watch import Patience, Watch, start
+from hvd_saef.transport.watched import PAYLOADS, WatchedCommunicator
 
 FOREVER = timedelta(days=365)
 """The timeout of our groups: the watch decides when to give up, by HVD_SAEF_STALL_ABORT_S."""
@@ -69,7 +70,7 @@ def communicator_of(group: Any) -> tuple[Communicator, bool]:
     return known, True
 
 
-class GroupCommunicator(Communicator):
+class GroupCommunicator(WatchedCommunicator):
     """The communicator of some ranks of a torch.distributed job, one worker a rank.
 
     `ranks` are their numbers in the job, and `backend` is the backend of payloads and means. Messages about
@@ -79,7 +80,7 @@ class GroupCommunicator(Communicator):
     def __init__(self, ranks: Sequence[int], backend: str, names: Sequence[int] | None = None) -> None:
         self.ranks, self.size = ranks, len(ranks)
         self.rank = list(ranks).index(dist.get_rank())
-        self._backend, self._line = backend, 0
+        self._backend = backend
         patience = Patience.of_environment()
 
         def watch(post: Post) -> Watch:
@@ -118,13 +119,8 @@ class GroupCommunicator(Communicator):
     def new_line(self, number: int) -> Communicator:  # noqa: D102
         return _Line(self, number)
 
-    def part(self, ranks: Sequence[int]) -> Communicator:  # noqa: D102
-        if len(ranks) == 1:
-            return SoloCommunicator()
-        key = tuple(self.ranks[rank] for rank in ranks), tuple(ranks)
-        if key not in self.kin:
-            self.kin[key] = GroupCommunicator(key[0], self._backend, key[1])
-        return self.kin[key]
+    def new_part(self, ranks: Sequence[int], names: Sequence[int]) -> Communicator:  # noqa: D102
+        return GroupCommunicator(ranks, self._backend, names)
 
     def find_hosts(self) -> list[list[int]]:  # noqa: D102
         return group_by_host(self.allgather_object(this_host()))
@@ -139,7 +135,7 @@ class GroupCommunicator(Communicator):
         return device.type == "cpu" or (device.type == "cuda" and "nccl" in self._backend)
 
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        staging, what = self._staging[channel], _operation(channel)
+        staging, what = self._staging[channel], PAYLOADS[channel]
         alike = len({place.numel() for place in out}) == 1
         if not alike:  # an all_gather wants pieces of one size
             self._all_to_all(channel, self.size * [payload], out)
@@ -162,7 +158,7 @@ class GroupCommunicator(Communicator):
             sizes = [place.numel() for place in landed], [piece.numel() for piece in leaving]
             return dist.all_to_all_single(_whole(landed), _whole(leaving), *sizes, group=group, async_op=True)
 
-        self._run(channel, _operation(channel), begin)
+        self._run(channel, PAYLOADS[channel], begin)
         staging.landed(landed, out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
@@ -210,18 +206,12 @@ class GroupCommunicator(Communicator):
 
         Raises StalledExchangeError if the connection to a rank is lost, or the watch gives up.
         """
-        doing = self.doing.get(Channel.WORDS if channel is Channel.MEANS else channel, "at the start")
-        name = self._name(channel)
         work = begin(self._groups[channel])
-        self._watch.wait(work.is_completed, name, f"{operation}, {doing}")
+        self._wait_until(work.is_completed, channel, operation)
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._watch.cut_off(name, error) from error
-
-    def _name(self, channel: Channel) -> str:
-        """Returns the watch's name of the channel on this line. WORDS is the same on all lines."""
-        return channel.name if self._line == 0 or channel is Channel.WORDS else f"{channel.name} {self._line}"
+            raise self._watch.cut_off(self._name(channel), error) from error
 
 
 class _Line(GroupCommunicator):
@@ -248,10 +238,6 @@ def _is_alive(communicator: Communicator) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _operation(channel: Channel) -> str:
-    return "payloads to the server" if channel is Channel.UP else "the server's answers"
 
 
 def _whole(views: Sequence[Tensor]) -> Tensor:
