@@ -14,9 +14,7 @@ from hvd_saef import kernels
 from hvd_saef.compression.blocks import BlockedTensor, Blocks, Memory
 from hvd_saef.compression.compressor import Compressor, Considered, Fused, check_dense_below
 from hvd_saef.kernels import Stretch
-
-PAGE = 1 << 16  # the number of elements that a uint16 offset can tell apart
-COUNT, OFFSET = torch.int32, torch.uint16
+from hvd_saef.kernels.topk_format import sections_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class TopKCompressor(Compressor):
 
     def payload_bytes(self, layout: Blocks) -> int:
         """Returns the bytes: a value and a two-byte offset for each kept entry, and the pages' counts."""
-        return sum(self._sections(layout))
+        return sum(sections_of(layout.table(self.kept), self._wire(layout.dtype)))
 
     def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
         """See :meth:`Compressor.fused`."""
@@ -101,17 +99,6 @@ class TopKCompressor(Compressor):
     def _wire(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype of the values that travel for x of `dtype`."""
         return self.value_dtype or dtype
-
-    def _sections(self, blocks: Blocks) -> list[int]:
-        """Returns the bytes of the payload's three parts: the pages' counts, the values, the offsets."""
-        sections = [0, 0, 0]
-        for run in blocks.runs:
-            kept, pages = self.kept(run.size), _pages(run.size)
-            sections[1] += run.count * kept * self._wire(blocks.dtype).itemsize
-            if kept < run.size:
-                sections[0] += run.count * pages * COUNT.itemsize if pages > 1 else 0
-                sections[2] += run.count * kept * OFFSET.itemsize
-        return sections
 
 
 @dataclass(frozen=True)
@@ -156,7 +143,3 @@ class _FusedTopK:
         ]
         m, minus = memories[0], [-weight for weight in weights]
         self.version.topk_decode(stretches, self.compressor._wire(m.blocks.dtype), m.alpha, m.beta, minus)
-
-
-def _pages(size: int) -> int:
-    return -(-size // PAGE)

@@ -27,6 +27,7 @@ from hvd_saef.kernels.on_triton.tables import (
 )
 from hvd_saef.kernels.operations import Stretches
 from hvd_saef.kernels.pieces import named
+from hvd_saef.kernels.topk_format import PAGE, pages_of
 
 TILE = 4096
 """How many elements a program encodes: those of a block, or a part of a larger one. A power of two, up to a
@@ -37,7 +38,7 @@ AT_ONCE = ("cpu",)
 """The device types that need not be waited for to know whether a payload was refused."""
 ADDED = 1024
 """How many values a program adds at once; a power of two."""
-LARGEST, PAGE, MOST_PASSES = 1 << 31, 1 << 16, 6
+LARGEST, MOST_PASSES = 1 << 31, 6
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -53,10 +54,10 @@ def _format_of(runs: tuple[tuple[int, int, int, int], ...], number: int) -> tupl
         before.append((counts, values, offsets))
         values += count * kept
         offsets += count * kept if kept < size else 0
-        counts += count * _pages(size) if kept < size and size > PAGE else 0
+        counts += count * pages_of(size) if kept < size and size > PAGE else 0
     head, tail = 4 * counts, 4 * counts + values * number
     sections = [
-        Sections(head + first * number, tail + 2 * second, mark, _pages(size))
+        Sections(head + first * number, tail + 2 * second, mark, pages_of(size))
         for (mark, first, second), (_, size, _, _) in zip(before, runs, strict=True)
     ]
     return tuple(sections), tail + 2 * offsets
@@ -260,7 +261,3 @@ def raise_refusals() -> None:
             "payloads: the page counts of a Top-K payload do not add up, or its offsets are not ascending, "
             "or lie beyond their block"
         )
-
-
-def _pages(size: int) -> int:
-    return -(-size // PAGE)

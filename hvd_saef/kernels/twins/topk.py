@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from hvd_saef.kernels.operations import Stretches
+from hvd_saef.kernels.topk_format import COUNT, OFFSET, PAGE, pages_of, sections_of
 from hvd_saef.kernels.twins.blocks import runs_of, top_k
-
-PAGE = 1 << 16  # the number of elements that a uint16 offset can tell apart
-COUNT, OFFSET = torch.int32, torch.uint16
 
 
 def topk_encode(
@@ -44,7 +42,7 @@ def _encode(memory: Tensor, runs: Tensor, payload: Tensor, value_dtype: torch.dt
     """Writes C(memory) into `payload` and leaves the rest in `memory`, in place."""
     counts, values, offsets = [], [], []
     for run in runs_of(memory, runs):
-        rows, pages = run.rows, _pages(run.size)
+        rows, pages = run.rows, pages_of(run.size)
         if run.whole:
             sent, rest = _rounded(rows, value_dtype)
             rows.copy_(rest)
@@ -63,7 +61,7 @@ def _encode(memory: Tensor, runs: Tensor, payload: Tensor, value_dtype: torch.dt
 
 def _add(memory: Tensor, runs: Tensor, payload: Tensor, value_dtype: torch.dtype, weight: float) -> None:
     """Adds weight·C(payload) to `memory`, in place."""
-    sections = _sections(runs, value_dtype)
+    sections = sections_of(runs, value_dtype)
     if payload.numel() != sum(sections):
         raise ValueError(f"a Top-K payload of {payload.numel()} bytes: {sum(sections)} were expected.")
     first, second = sections[0], sections[0] + sections[1]
@@ -71,7 +69,7 @@ def _add(memory: Tensor, runs: Tensor, payload: Tensor, value_dtype: torch.dtype
     values = payload[first:second].clone().view(value_dtype).to(memory.dtype) * weight
     offsets = payload[second:].clone().view(OFFSET).to(torch.int64)
     for run in runs_of(memory, runs):
-        pages, number = _pages(run.size), run.count * run.kept
+        pages, number = pages_of(run.size), run.count * run.kept
         sent, values = values[:number].view(run.count, run.kept), values[number:]
         if run.whole:
             run.rows.add_(sent)
@@ -92,22 +90,6 @@ def _rounded(values: Tensor, value_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     most = torch.finfo(value_dtype).max
     sent = values.clamp(-most, most).to(value_dtype)
     return sent, values - sent.to(values.dtype)
-
-
-def _sections(runs: Tensor, value_dtype: torch.dtype) -> list[int]:
-    """Returns the bytes of the payload's three parts: the pages' counts, the values, the offsets."""
-    sections = [0, 0, 0]
-    for _, size, count, kept in runs.tolist():
-        pages = _pages(size)
-        sections[1] += count * kept * value_dtype.itemsize
-        if kept < size:
-            sections[0] += count * pages * COUNT.itemsize if pages > 1 else 0
-            sections[2] += count * kept * OFFSET.itemsize
-    return sections
-
-
-def _pages(size: int) -> int:
-    return -(-size // PAGE)
 
 
 def _page_of_each(counts: Tensor, kept: int) -> Tensor:
