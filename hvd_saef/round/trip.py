@@ -169,6 +169,9 @@ class Trip:
                     bucket_state.s.zero_()
             if shows and not self.plain:
                 bucket_state.show(self._start_point())
+            elif shows:  # kernels write past autograd, which must know of it
+                for parameter in bucket_state.bucket.parameters:
+                    torch.autograd.graph.increment_version(parameter)
 
     def count(self) -> None:
         """Adds the bytes of the trip to the statistics. Local."""

@@ -284,24 +284,34 @@ def test_tied_frozen_and_unused(compression: Compressor, step_ahead: float) -> N
         assert torch.equal(tied.unused, normal(2))
 
 
-def test_writing_is_seen_by_autograd() -> None:
-    """A step raises every parameter's version, one without gradient too: a stale backward pass fails."""
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("compression", [Compression.sign, Compression.topk(0.2), Compression.none])
+def test_writing_is_seen_by_autograd(compression: Compressor, overlap: bool) -> None:
+    """Each step raises every parameter's version, one without gradient too: a stale backward pass fails."""
 
     def work(rank: int) -> None:
         model = Tied(two_names=False)
-        optimizer = hvd_saef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
-        model(normal(8, 4, seed=rank)).backward()
-        before = {name: p._version for name, p in model.named_parameters()}
-        loss = model(normal(8, 4, seed=rank))
-        optimizer.step()
-        after = {name: p._version for name, p in model.named_parameters()}
-        assert all((after[name] > before[name]) is (name != "frozen") for name in before)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+        optimizer = hvd_saef.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), compression=compression, model=model, overlap=overlap
+        )
+
+        def versions() -> dict[str, int]:
+            return {name: p._version for name, p in model.named_parameters() if name != "frozen"}
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(normal(8, 4, seed=rank)).backward()
+            before = versions()
+            loss = model(normal(8, 4, seed=rank))
+            optimizer.step()
+            assert all(after > before[name] for name, after in versions().items())
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            assert model.frozen._version == 0
         for move in (optimizer.eval, optimizer.train):
-            before = {name: p._version for name, p in model.named_parameters()}
+            before = versions()
             move()
-            after = {name: p._version for name, p in model.named_parameters()}
-            assert all((after[name] > before[name]) is (name != "frozen") for name in before)
+            assert all(after > before[name] for name, after in versions().items())
+        assert model.frozen._version == 0
 
     run_workers(2, work)
