@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from hvd_saef.round.model_hooks import ModelHooks, at_consensus
+from hvd_saef.round.owners import at_consensus
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,5 +41,7 @@ def bare_model(model: M) -> M:
 
 def _is_ours(value: object) -> bool:
     """Returns True if `value` is a hook of the library: a method of ModelHooks, or torch's wrapper of one."""
+    from hvd_saef.round.model_hooks import ModelHooks  # loads torch's compiler, as optimizers do too
+
     hook = getattr(value, "hook", value)
     return isinstance(getattr(hook, "__self__", None), ModelHooks)

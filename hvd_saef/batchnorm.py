@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hvd_saef.errors import ConfigurationMismatchError, who_has_what
-from hvd_saef.round.model_hooks import at_consensus
+from hvd_saef.round.owners import at_consensus
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.together import together

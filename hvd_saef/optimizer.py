@@ -26,7 +26,6 @@ from hvd_saef.memory.layout import ChooseCompressor, averages_gradients, build_l
 from hvd_saef.modules import advise_on_unused_rows, refuse_writing_modules
 from hvd_saef.other_steps import refuse_steps_past_ours, undo_horovods_initial_step
 from hvd_saef.round.determinism import check_compressors
-from hvd_saef.round.model_hooks import ModelHooks
 from hvd_saef.round.parameters import Parameters
 from hvd_saef.round.session import Session
 from hvd_saef.settings import Feedback, OnNonfinite, Server, Settings, Weights, check_passes
@@ -198,6 +197,8 @@ def DistributedOptimizer(
     undo_horovods_initial_step(wrapped)
     refuse_steps_past_ours(wrapped)
     if plan.models:
+        from hvd_saef.round.model_hooks import ModelHooks  # loads torch's compiler, as optimizers do too
+
         ModelHooks(session.modes, session.origin.parameters_replaced).attach(plan.models)
     if communicator.rank == 0 and included:
         give_advice(settings, compression, plan.models)

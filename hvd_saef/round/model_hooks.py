@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from hvd_saef.older_torch import copies_hold_numbers, register_load_state_dict_pre_hook
 from hvd_saef.round.modes import Modes
-from hvd_saef.round.owners import owners
 
 MOVED_SINCE = (
     "the parameters were moved between a forward pass and its backward pass, which needs them as they were "
@@ -153,18 +151,3 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
     elif is_dataclass(output):
         yield from _tensors(vars(output))
-
-
-@contextmanager
-def at_consensus(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Keeps at x, inside the context, all parameters of every optimizer that owns any of `parameters`."""
-    held = owners(parameters)
-    evaluating = [modes.evaluating for modes in held]
-    for modes in held:
-        modes.eval()
-    try:
-        yield
-    finally:
-        for modes, stays in zip(held, evaluating, strict=True):
-            if not stays:
-                modes.train()

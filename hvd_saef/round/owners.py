@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -32,3 +33,18 @@ def owners(parameters: Iterable[Tensor]) -> list[Modes]:
     """Returns the Modes of all optimizers that own any of these parameters."""
     found = (_of_parameters.get(id(parameter)) for parameter in parameters)
     return list({id(modes): modes for modes in found if modes is not None}.values())
+
+
+@contextmanager
+def at_consensus(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Keeps at x, inside the context, all parameters of every optimizer that owns any of `parameters`."""
+    held = owners(parameters)
+    evaluating = [modes.evaluating for modes in held]
+    for modes in held:
+        modes.eval()
+    try:
+        yield
+    finally:
+        for modes, stays in zip(held, evaluating, strict=True):
+            if not stays:
+                modes.train()
