@@ -11,15 +11,18 @@ docs/versions.md, from the records beside it. Needs Python alone.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
+from glob import glob
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
@@ -32,19 +35,18 @@ RECORDS = ROOT / "docs" / "versions.json"
 PLACE = "versions"
 WHOLE = ("--ignore=tests/cluster", "tests")
 """What `make test` runs."""
-KEYS = ("torch", "Python", "numpy", "Horovod", "MPI", "tests")
-"""What a record is of: a newer record of the same takes its place."""
+VERSIONS = ("torch", "Python", "numpy", "Horovod", "MPI")
+"""What a record is of, beside its tests."""
 ASK = """
-import importlib.metadata, json, platform, shutil, subprocess, sys
+import importlib.metadata, json, platform
+from hvd_saef.doctor import vendors
 def version(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-mpirun = shutil.which("mpirun")
-said = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout if mpirun else "none"
 print(json.dumps({"torch": version("torch"), "Python": platform.python_version(), "numpy": version("numpy"),
-    "Horovod": version("horovod"), "MPI": said.splitlines()[0].removeprefix("mpirun ")}))
+    "Horovod": version("horovod"), "MPI": vendors.name()}))
 """
 Record = dict[str, Any]
 
@@ -52,9 +54,7 @@ Record = dict[str, Any]
 def environment(torch: str, numpy: str | None, without_horovod: bool) -> Path:
     """The folder of the environment, which bootstrap.sh has made or found ready."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_saef"
-    parts = [f"torch{torch}", f"py{platform.python_version()}"]
-    parts += [f"numpy{numpy}"] * bool(numpy) + ["no-horovod"] * without_horovod
-    folder = cache / "environments" / "-".join(parts)
+    folder = cache / "environments" / name_of(torch, numpy, without_horovod)
     if numpy:  # before torch, which takes what is there
         if not folder.exists():
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -66,23 +66,51 @@ def environment(torch: str, numpy: str | None, without_horovod: bool) -> Path:
     return folder
 
 
-def run(folder: Path, tests: Sequence[str]) -> tuple[int, Record]:
-    """The exit code of pytest, and the record of what it ran."""
-    python = str(folder / "bin" / "python")
-    variables = os.environ | {
+def name_of(torch: str, numpy: str | None, without_horovod: bool) -> str:
+    """The name of an environment, which differs where what it is made of differs."""
+    parts = [f"torch{torch}", f"py{platform.python_version()}"]
+    parts += [f"numpy{numpy}"] * bool(numpy) + ["no-horovod"] * without_horovod
+    made_of = [sys.prefix]  # two interpreters of one version may have packages of their own
+    compiler = None if without_horovod else shutil.which("mpicxx")
+    if compiler:  # the MPI that bootstrap.sh builds for; without one it takes its own
+        folder = Path(compiler).parent
+        launcher = shutil.which("mpirun", path=str(folder))
+        said = _said_by(launcher, "--version") if launcher else ""
+        made_of += [str(folder.resolve()), said]
+    return "-".join([*parts, hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:8]])
+
+
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+
+
+def what_is_in(folder: Path) -> Record:
+    """The versions in an environment."""
+    asked = [str(folder / "bin" / "python"), "-c", ASK]
+    said = subprocess.run(asked, env=variables_of(folder), stdout=subprocess.PIPE, check=True).stdout
+    found: Record = json.loads(said)
+    return found
+
+
+def variables_of(folder: Path) -> dict[str, str]:
+    """The environment variables of what runs in an environment."""
+    return os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),  # the environment may know another checkout
         "OMP_NUM_THREADS": "1",
     }
-    ask = [python, "-c", ASK]
-    record: Record = json.loads(subprocess.run(ask, env=variables, stdout=subprocess.PIPE, check=True).stdout)
-    record["date"] = date.today().isoformat()
-    record["tests"] = " ".join(tests) if tuple(tests) != WHOLE else "all"
+
+
+def run(folder: Path, tests: Sequence[str]) -> tuple[int, Record]:
+    """The exit code of pytest, and what came of the tests."""
     with TemporaryDirectory() as where:
         report = Path(where) / "report.xml"
-        pytest = ["-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup", f"--junitxml={report}", *tests]
-        code = subprocess.run([python, *pytest], cwd=ROOT, env=variables, check=False).returncode
-        return code, record | counts(report)
+        pytest = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadgroup"]
+        found = [name for one in tests for name in sorted(glob(one, root_dir=ROOT)) or [one]]
+        command = [*pytest, f"--junitxml={report}", *found]
+        code = subprocess.run(command, cwd=ROOT, env=variables_of(folder), check=False).returncode
+        when = {"date": date.today().isoformat()}
+        return code, {"tests": list(tests) if tuple(tests) != WHOLE else ["tests"]} | counts(report) | when
 
 
 def counts(report: Path) -> Record:
@@ -100,28 +128,68 @@ def counts(report: Path) -> Record:
 
 
 def keep(record: Record, path: Path = RECORDS) -> None:
-    """Put the record in the place of the older one of the same, or add it; they are in order of versions."""
+    """Add a record, in order of versions. Older ones go when all their tests ran again."""
     records: list[Record] = json.loads(path.read_text()) if path.exists() else []
-    others = [one for one in records if any(one[key] != record[key] for key in KEYS)]
-    ordered = sorted([*others, record], key=lambda one: [_numbers(one["torch"]), *map(str, one.values())])
-    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    others = [one for one in records if _versions(one) == _versions(record)]
+    for one in others:
+        newer = [another for another in others if another is not one and another["date"] >= one["date"]]
+        again = [name for another in (record, *newer) for name in another["tests"]]
+        if _share_tests(one, record) and all(any(_is_part(name, a) for a in again) for name in one["tests"]):
+            records.remove(one)
+    records.append(record)
+    records.sort(key=lambda one: [_numbers(one["torch"]), *_versions(one), one["tests"]])
+    path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _versions(record: Record) -> tuple[str, ...]:
+    return tuple(record[name] for name in VERSIONS)
 
 
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".")]
 
 
+def _share_tests(record: Record, other: Record) -> bool:
+    pairs = [(one, another) for one in record["tests"] for another in other["tests"]]
+    return any(_is_part(one, another) or _is_part(another, one) for one, another in pairs)
+
+
+def _is_part(one: str, whole: str) -> bool:
+    """Whether a test, file or folder is one of those that the other names; "tests/test_*.py" are several."""
+    path = PurePath(one.partition("::")[0])
+    return one == whole or ("::" not in whole and any(part.match(whole) for part in (path, *path.parents)))
+
+
 def rows(path: Path = RECORDS) -> str:
-    """The table of all records."""
-    heads = ["torch", "Python", "numpy", "Horovod, MPI", "tests", "passed", "failed", "skipped", "date"]
-    lines = []
-    for one in json.loads(path.read_text()):
-        skipped = "; ".join(f"{number}: {reason}" for reason, number in one["skipped"].items())
-        mpi = f"{one['Horovod']}, {one['MPI']}" if one["Horovod"] != "none" else "none"
-        failed = ", ".join(f"`{name}`" for name in one["failed"]) or "0"
-        cells = (one["torch"], one["Python"], one["numpy"], mpi, one["tests"], str(one["passed"]), failed)
-        lines.append([*cells, skipped.replace("|", "\\|") or "0", one["date"]])
-    return table(heads, lines)
+    """The table of all records; those of the same versions that share no test are one row."""
+    together: list[list[Record]] = []
+    for record in json.loads(path.read_text()):
+        row = next((row for row in together if _fits(record, row)), None)
+        if row is None:
+            together.append([record])
+        else:
+            row.append(record)
+    heads = [*VERSIONS[:3], "Horovod, MPI", "tests", "passed", "failed", "skipped", "date"]
+    return table(heads, [_cells(row) for row in together])
+
+
+def _fits(record: Record, row: list[Record]) -> bool:
+    return _versions(record) == _versions(row[0]) and not any(_share_tests(record, one) for one in row)
+
+
+def _cells(row: list[Record]) -> list[str]:
+    """The row of a table, of records of the same versions."""
+    skipped = Counter[str]()
+    for record in row:
+        skipped.update(record["skipped"])
+    torch, python, numpy, horovod, mpi = _versions(row[0])
+    tests = [one.removeprefix("tests/") for record in row for one in record["tests"]]
+    failed = [f"`{name}`" for record in row for name in record["failed"]]
+    reasons = "; ".join(f"{number}: {reason}" for reason, number in sorted(skipped.items()))
+    cells = [torch, python, numpy, f"{horovod}, {mpi}" if horovod != "none" else "none"]
+    cells += ["all" if tests == ["tests"] else ", ".join(tests), str(sum(one["passed"] for one in row))]
+    cells += [", ".join(failed) or "0", reasons or "0", max(record["date"] for record in row)]
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,10 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.torch is None:
         fill(PAGE, PLACE, rows())
         return 0
+    if options.record and tuple(tests) != WHOLE and any(one.startswith("-") for one in tests):
+        parser.error(f"--record takes files, folders and names of tests, and no options of pytest's: {tests}")
     folder = environment(options.torch, options.numpy, options.without_horovod)
+    found = what_is_in(folder)
+    if found["torch"].partition("+")[0] != options.torch.partition("+")[0]:
+        parser.error(f"{sys.executable} has torch {found['torch']}, which is kept: take one without a torch")
     code, record = run(folder, tests)
     if options.record:
-        keep(record)
+        keep(found | record)
     return code
 
 
