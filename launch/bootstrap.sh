@@ -171,7 +171,7 @@ cached_wheel() {
     mv "$folder.tmp.$$.whl" "$folder/$(cd "$work/wheel" && echo ./*.whl)"   # whole or not at all
     rm -rf "$work"
   fi
-  pip install -q --no-deps "$folder"/*.whl
+  pip install -q --no-deps --force-reinstall "$folder"/*.whl   # what was built for another MPI has the same version
 }
 
 # Built wheels outlive the environment they were built in, so they must not look for MPI there:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,41 @@ def test_the_environment_sees_the_torch_of_another(tmp_path: Path) -> None:
     assert job.returncode == 1
     asked = [str(tmp_path / "venv" / "bin" / "python"), "-c", "import torch; print(torch.__version__)"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "2.3.1+of.the.site\n"
+
+
+def wheel(folder: Path, says: str) -> None:
+    """A built Horovod of always the same version, as the cache keeps it."""
+    folder.mkdir(parents=True)
+    about = "horovod-1.0.dist-info"
+    with zipfile.ZipFile(folder / "horovod-1.0-py3-none-any.whl", "w") as file:
+        file.writestr("horovod.py", f"built_for = {says!r}\n")
+        file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: horovod\nVersion: 1.0\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{about}/RECORD", f"horovod.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n{about}/RECORD,,\n"
+        )
+
+
+def test_what_was_built_for_another_mpi_is_replaced(tmp_path: Path) -> None:
+    """Both have the same name and version, for which pip alone would keep the one that is there."""
+    for mpi in ("one", "another"):
+        wheel(tmp_path / f"horovod-{mpi}", mpi)
+    venv = tmp_path / "venv"
+    quick = ["--without-pip", "--system-site-packages"]  # pip is that of the interpreter below
+    subprocess.run([PYTHON, "-m", "venv", *quick, str(venv)], check=True, timeout=LIMIT)
+    script = (ROOT / "launch" / "bootstrap.sh").read_text()
+    functions = re.findall(r"^(?:pip\(\) [^\n]*|cached_wheel\(\) \{.*?^\})$", script, re.MULTILINE | re.DOTALL)
+    commands = [f"venv={venv} cache={tmp_path}", *functions]
+    for mpi in ("one", "another"):
+        commands += [
+            f"cached_wheel horovod {mpi} no_build",
+            f"{venv}/bin/python -c 'import horovod; print(horovod.built_for)'",
+        ]
+    job = subprocess.run(
+        ["bash", "-euc", "\n".join(commands)], stdout=subprocess.PIPE, text=True, timeout=LIMIT
+    )
+    assert job.returncode == 0
+    assert job.stdout.split() == ["one", "another"]
 
 
 def test_no_python_and_wrong_option(tmp_path: Path) -> None:
