@@ -59,8 +59,8 @@ def test_pieces_that_share_no_test_are_one_row(tmp_path: Path) -> None:
     ]
     assert len(kept(path, *pieces)) == 3
     assert [row.split("|")[5:8] for row in versions.rows(path).splitlines()[2:]] == [
-        [" a, b/test_b.py, test_*.py ", " 4 ", " `a.b`, `a.b` "],
-        [" test_a.py ", " 7 ", " `a.b` "],
+        [" tests/a, tests/b/test_b.py, tests/ (its own files) ", " 4 ", " `a.b`, `a.b` "],
+        [" tests/test_a.py ", " 7 ", " `a.b` "],
     ]
     assert versions.rows(path).splitlines()[2].endswith("| 4: x\\|y | 2026-01-02 |")
 

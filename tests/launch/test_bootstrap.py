@@ -133,7 +133,9 @@ def test_what_was_built_for_another_mpi_is_replaced(tmp_path: Path) -> None:
     quick = ["--without-pip", "--system-site-packages"]  # pip is that of the interpreter below
     subprocess.run([PYTHON, "-m", "venv", *quick, str(venv)], check=True, timeout=LIMIT)
     script = (ROOT / "launch" / "bootstrap.sh").read_text()
-    functions = re.findall(r"^(?:pip\(\) [^\n]*|cached_wheel\(\) \{.*?^\})$", script, re.MULTILINE | re.DOTALL)
+    functions = re.findall(
+        r"^(?:pip\(\) [^\n]*|cached_wheel\(\) \{.*?^\})$", script, re.MULTILINE | re.DOTALL
+    )
     commands = [f"venv={venv} cache={tmp_path}", *functions]
     for mpi in ("one", "another"):
         commands += [
