@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +24,21 @@ def start_point(seed: int = 0) -> list[Array]:
     return [np.asarray(generator.standard_normal(shape)) for shape in SHAPES]
 
 
+@functools.cache
+def noise_of(worker: int, step: int, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+    """The noise in a worker's gradients of one step; drawn once, since tests ask for it thousands of times."""
+    generator = np.random.default_rng([7, worker, step])
+    return [np.asarray(generator.standard_normal(shape)) for shape in shapes]
+
+
 def curved_valley(worker: int, step: int, parameters: list[Array]) -> list[Array | None]:
     """Gradients of a curved problem with noise of the worker and step, none for parameter 1 at times."""
-    noise = np.random.default_rng([7, worker, step])
+    noise = noise_of(worker, step, tuple(parameter.shape for parameter in parameters))
     gradients: list[Array | None] = []
     for i, parameter in enumerate(parameters):
         center = np.cos(np.arange(parameter.size)).reshape(parameter.shape) + 0.2 * worker
         slope = parameter - center + 0.5 * np.sin(3 * parameter)
-        gradients.append(np.asarray(slope + 0.3 * noise.standard_normal(parameter.shape)))
+        gradients.append(np.asarray(slope + 0.3 * noise[i]))
         if i == 1 and (worker + step) % 5 == 0:
             gradients[-1] = None
     return gradients
