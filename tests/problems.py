@@ -26,7 +26,7 @@ def start_point(seed: int = 0) -> list[Array]:
 
 @functools.cache
 def noise_of(worker: int, step: int, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
-    """The noise in a worker's gradients of one step; drawn once, since tests ask for it thousands of times."""
+    """The noise in a worker's gradients of one step; drawn once, as tests ask for it many times."""
     generator = np.random.default_rng([7, worker, step])
     return [np.asarray(generator.standard_normal(shape)) for shape in shapes]
 
