@@ -22,8 +22,9 @@ train-torch:  # builds no Horovod; an environment that has it serves as well
 	@launch/bootstrap.sh --without-horovod
 	OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(NP) benchmarks/quickstart.py $(ARGS)
 
-test: setup  ## all tests but those of test-cluster
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist loadgroup --ignore=tests/cluster tests
+PROCESSES = $$(($$(nproc) + 1))
+test: setup  ## all tests but those of test-cluster; one process starts MPI jobs and waits for them
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadgroup --ignore=tests/cluster tests
 
 test-triton: setup  ## the Triton kernels, interpreted, on larger memory; and compiled for all GPUs that Triton knows here
 	HVD_SAEF_LONG=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto tests/kernels/test_triton.py tests/kernels/test_compiling.py

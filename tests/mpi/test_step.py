@@ -1,4 +1,4 @@
-"""benchmarks/step.py runs every method side by side, on MPI and gloo, and between hosts; not how fast."""
+"""benchmarks/step.py runs every method side by side, on MPI and gloo; not how fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import why_not
 from benchmarks.methods import METHODS
 from benchmarks.timings import Timing, read
 from tests.mpi.launch import HOROVODRUN, ROOT, run_job
@@ -51,20 +50,3 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     check(read(tmp_path / "a.csv"), 2)
     assert "x faster than float32" in (tmp_path / "a.txt").read_text()
     assert coloured_pixels(tmp_path / "a.png") > 100
-
-
-@pytest.mark.xdist_group("mpi")
-@pytest.mark.skipif(why_not() is not None, reason=f"cannot make hosts: {why_not()}")
-def test_between_hosts(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "benchmarks" / "cluster.py"), *SHORT, "2"]
-    script += ["--rates", "1gbit", "memory", "--hosts", "2", "--out", str(tmp_path)]
-    script += ["--methods", "local", "sign-dc", "hvd", "ddp"]
-    run(script, tmp_path)
-    timings = read(tmp_path / "tiny-1gbit-2.csv")
-    ring = [timing for timing in timings if timing.method == "DDP"]
-    # Few bytes, so the frames around them weigh more than they would; but they are of that order.
-    assert all(0.9 < timing.interface_bytes / timing.theory_bytes < 3 for timing in ring)
-    assert all(math.isnan(t.interface_bytes) for t in read(tmp_path / "tiny-memory-2.csv"))
-    before = (tmp_path / "tiny-1gbit-2.csv").stat().st_mtime_ns
-    assert "1gbit x2" in run(script, tmp_path)  # resumed: nothing is run again
-    assert (tmp_path / "tiny-1gbit-2.csv").stat().st_mtime_ns == before
