@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.pages import fill, table
-from hvd_saef.planning.plan import FEATURES, Constants, Job, Method, methods, predict
+from hvd_saef.planning.constants import FEATURES, Constants
+from hvd_saef.planning.plan import Job, Method, methods, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "nodes.md"

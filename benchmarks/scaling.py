@@ -6,6 +6,9 @@
 The latency-bandwidth-compute model is `hvd_saef.planning.plan`. It is fitted by least squares of the relative
 error on some pieces (a rate and a number of hosts each), then held against those that it has not seen. What
 it says of more workers than were measured is a prediction; every table and plot says so.
+
+Steps on two to four hosts do not tell what a message costs, so that is no part of the fit: it was measured by
+`hvd-saef calibrate` between such hosts (--known). What overlap hides was measured apart as well (--overlap).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +34,15 @@ from benchmarks.models import SHAPES
 from benchmarks.pictures import save
 from benchmarks.timings import LOCAL, Timing, read, summarize
 from hvd_saef.planning import plan
-from hvd_saef.planning.plan import CLOSE, FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict
+from hvd_saef.planning.constants import FEATURES, GENERAL, Constants
+from hvd_saef.planning.plan import CLOSE, METHODS, UNCOMPRESSED, Job, Method, predict
 
 LABEL = "MODEL, not a measurement"
 PLANNED = {method.name: method for method in METHODS}
-PROCESSOR = [name for name in FEATURES if name not in ("wire", "message", "fixed")]
+PROCESSOR = ["byte", "land", *(name for name in FEATURES if name not in GENERAL)]
 """Constants that grow where ranks share cores."""
+KNOWN = ("message", "collective", "latency", "mean")
+"""Constants that are not fitted, if they are known."""
 WORKERS = [2**power for power in range(1, 13)]
 BANDWIDTHS = [1e8, 1e9, 1e10, 1e11]
 
@@ -106,13 +112,33 @@ def reference(observations: Sequence[Observation]) -> Job:
     return min((o.job for o in observations), key=lambda job: (job.sizes != common, job.workers))
 
 
-def fit(observations: Sequence[Observation], source: str) -> Constants:
-    """The constants that are least wrong, relative to the step's time."""
+def fit(
+    observations: Sequence[Observation], source: str, known: Mapping[str, float] | None = None
+) -> Constants:
+    """The constants that are least wrong, relative to the step's time, beside those that are known."""
+    given = dict(known or {})
+    free = [name for name in FEATURES if name not in given]
     weights = np.array([1 / o.seconds for o in observations])
-    matrix = np.array([[o.features[name] for name in FEATURES] for o in observations]) * weights[:, None]
-    wanted = np.array([o.seconds - o.job.compute for o in observations]) * weights
-    found = nonnegative(matrix, wanted)
-    return Constants(dict(zip(FEATURES, map(float, found), strict=True)), source)
+    matrix = np.array([[o.features[name] for name in free] for o in observations]) * weights[:, None]
+    rest = [sum(o.features[name] * value for name, value in given.items()) for o in observations]
+    wanted = np.array([o.seconds - o.job.compute for o in observations]) - np.array(rest)
+    found = dict(zip(free, map(float, nonnegative(matrix, wanted * weights)), strict=True)) | given
+    return Constants(
+        {name: found[name] for name in FEATURES},
+        source,
+        device="processors, one thread a rank",
+        network="MPI over TCP",
+    )
+
+
+def hidden(timings: Sequence[Timing]) -> float:
+    """The share of the exchange that overlap hid: the median over rounds."""
+    rounds: dict[int, dict[str, float]] = {}
+    for timing in timings:
+        rounds.setdefault(timing.round, {})[timing.method] = timing.seconds
+    plain, behind = "sign DC", "sign DC, overlap"
+    shares = [1 - (turn[behind] - turn[LOCAL]) / (turn[plain] - turn[LOCAL]) for turn in rounds.values()]
+    return min(1.0, max(0.0, statistics.median(shares)))
 
 
 def check_table(title: str, observations: Sequence[Observation], constants: Constants) -> list[str]:
@@ -234,6 +260,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--unseen-rates", nargs="*", default=["10gbit"], help="not fitted on, but checked")
     parser.add_argument("--compute", type=float, help="seconds, for predictions; as measured if not given")
     parser.add_argument("--out", type=Path, default=runs / "scaling", help="folder for results")
+    results = ROOT / "benchmarks" / "results"
+    parser.add_argument(
+        "--known", type=Path, default=results / "scaling" / "calibrated.json", help="what is not fitted"
+    )
+    parser.add_argument(
+        "--overlap", type=Path, default=results / "overlap" / "overlap.csv", help="what overlap hides"
+    )
     parser.add_argument("--note", help="what is to be said of the runs wherever the fit is shown")
     parser.add_argument("--save", action="store_true", help="write hvd_saef/planning/plan.json as well")
     return parser.parse_args()
@@ -257,7 +290,11 @@ def main() -> int:
         return 1
     names = list(dict.fromkeys(o.piece for o in seen))
     source = f"{len(seen)} medians of benchmarks/cluster.py ({'; '.join(names)})"
-    constants = fit(seen, f"{source}, {args.note}" if args.note else source)
+    calibrated = Constants.load(args.known)
+    note = f"{source}, {args.note}" if args.note else source
+    note += f"; {', '.join(KNOWN)} {calibrated.source}; hidden of {args.overlap.name}"
+    constants = fit(seen, note, {name: calibrated.seconds[name] for name in KNOWN})
+    constants = dataclasses.replace(constants, hidden=hidden(read(args.overlap)))
     job = reference(seen)
     if args.compute is not None:
         job = dataclasses.replace(job, compute=args.compute)

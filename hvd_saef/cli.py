@@ -1,4 +1,7 @@
-"""The command `hvd-saef`: `plan` predicts which method saves time, `doctor` checks the environment."""
+"""The command `hvd-saef`: `plan` predicts which method saves time, with constants that `calibrate` measures.
+
+`doctor` checks the environment.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,19 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from hvd_saef.planning.plan import UNCOMPRESSED, Constants, Job, methods, predict, recommend
+import torch
+
+from hvd_saef.planning.constants import FEATURES, OF_DEVICES, Constants
+from hvd_saef.planning.plan import TENSOR, UNCOMPRESSED, Job, Method, methods, predict, recommend
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-TENSOR = 160_000
-"""The assumed elements of a tensor, where only the model's sum is known; it is ResNet-50's mean."""
+INSIDE = 1e11
+"""The bits a second that a rank sends inside a node, where nobody says otherwise."""
+LOCAL_STEPS = 8
+"""The H of the advice on local steps."""
 
 
 def count(text: str) -> int:
@@ -58,11 +67,11 @@ def constants(text: str) -> Constants:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def table(job: Job, known: Constants) -> str:
-    """Returns a table of all methods, the least lossy first: bytes sent, predicted step and gain."""
+def table(job: Job, known: Constants, choice: Sequence[Method]) -> str:
+    """Returns a table of the methods, the least lossy first: bytes sent, predicted step and gain."""
     plain = predict(UNCOMPRESSED, job, known)
     lines = [f"{'method':<25}{'p':>5}{'MB sent':>12}{'step':>12}{'exchange':>12}{'gain':>9}"]
-    for method in methods(job):
+    for method in choice:
         step = predict(method, job, known)
         sent = method.bytes_between_nodes(job) / 1e6
         lines.append(
@@ -72,8 +81,47 @@ def table(job: Job, known: Constants) -> str:
     return "\n".join(lines)
 
 
+def origin(known: Constants) -> list[str]:
+    """Returns lines that say whose constants these are, and how to get others."""
+    lines = [f"Its constants: {known.device}; {known.network}.", f"Where from: {known.source}."]
+    if known.estimated:
+        all_of_them = len(known.estimated) > len(FEATURES)
+        what = "all of them" if all_of_them else ", ".join(known.estimated)
+        lines.append(f"ESTIMATED, not measured: {what}.")
+    if not known.made:
+        others = " or ".join(f"--device {name}" for name in OF_DEVICES)
+        lines.append(f"{others} chooses; `hvd-saef calibrate`, started as your job is, measures your own.")
+    return lines
+
+
+def advice(job: Job, known: Constants, args: argparse.Namespace) -> list[str]:
+    """Returns the recommended method in words, and what overlap and local steps would make of it."""
+    best = recommend(job, known, args.local_steps, args.overlap)
+    plain = predict(UNCOMPRESSED, job, known)
+    if best is UNCOMPRESSED:
+        return [
+            "Advice: do not compress: no method is predicted to be more than 5 % faster than Horovod's "
+            "float32."
+        ]
+    gain = plain / predict(best, job, known)
+    lines = [
+        f"Advice: {best.name}, predicted {gain:.2f}× faster than Horovod's float32",
+        f"  {best.call}",
+    ]
+    if best.dense:
+        return lines
+    more = {} if best.overlap else {"overlap=True": replace(best, overlap=True)}
+    if best.local_steps == 1:
+        more[f"local_steps={LOCAL_STEPS}"] = replace(best, local_steps=LOCAL_STEPS)
+    lines += [
+        f"  With {words} as well: {predict(other, job, known):.4f} s a step." for words, other in more.items()
+    ]
+    return lines
+
+
 def plan(args: argparse.Namespace) -> str:
     """Returns what `hvd-saef plan` prints."""
+    known: Constants = args.constants
     tensors = max(1, round(args.parameters / TENSOR))
     sizes = [args.parameters // tensors] * (tensors - 1)
     job = Job(
@@ -90,22 +138,22 @@ def plan(args: argparse.Namespace) -> str:
             f"{args.workers} ranks, {args.ranks_per_node} a node, whose nodes send {args.bandwidth / 1e9:g} "
             f"Gbit/s (each rank {args.inside / 1e9:g} inside)"
         )
-    best = recommend(job, args.constants)
-    gain = predict(UNCOMPRESSED, job, args.constants) / predict(best, job, args.constants)
-    if best is UNCOMPRESSED:
-        advice = "do not compress: no method is predicted to be more than 5 % faster than Horovod's float32"
-    else:
-        advice = f"{best.name}, predicted {gain:.2f}× faster than Horovod's float32\n  {best.call}"
+    asked = f" every {args.local_steps} steps" if args.local_steps > 1 else ""
+    asked += ", with overlap" if args.overlap else ""
+    if asked:
+        where += f" (this library's methods{asked})"
     return "\n".join(
         [
             f"A step of {args.parameters / 1e6:g} M parameters on {where} and compute {args.compute:g} s:",
-            f"predictions of a MODEL, not measurements. Fitted on: {args.constants.source}.",
+            "predictions of a MODEL, not measurements.",
+            *origin(known),
             "",
-            table(job, args.constants),
+            table(job, known, methods(job, args.local_steps, args.overlap)),
             "",
-            f"Advice: {advice}.",
+            *advice(job, known, args),
             "It is the least lossy method whose step is within 5 % of the fastest; what a method costs in",
-            "convergence is not in the model. p is the averaging period (rounds).",
+            "convergence is not in the model. p is the averaging period (rounds). Horovod's allreduce runs",
+            f"behind backward; so does the exchange with overlap=True: {100 * known.hidden:.0f} % of it.",
         ]
     )
 
@@ -113,11 +161,23 @@ def plan(args: argparse.Namespace) -> str:
 def run_plan(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit code."""
     if args.constants is None:
-        args.constants = Constants.load()
+        args.device = args.device or ("gpu" if torch.cuda.is_available() else "cpu")
+        args.constants = OF_DEVICES[args.device]()
+    args.bandwidth = args.bandwidth or args.constants.bandwidth
+    args.inside = args.inside or args.constants.inside or INSIDE
+    if args.bandwidth is None:
+        args.fail("--bandwidth is needed: --bandwidth 10Gbit; a file of `calibrate` on several hosts has it")
     if args.workers % args.ranks_per_node:
         args.fail(f"--ranks-per-node {args.ranks_per_node}: a divisor of --workers {args.workers} is allowed")
     print(plan(args))
     return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measures the constants and writes them on rank 0; returns the exit code. Collective."""
+    from hvd_saef.planning import calibrate  # this import is not cheap, and no other command needs it
+
+    return calibrate.run(args.out, args.seconds)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -139,20 +199,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--parameters", type=count, required=True, help="of the model: 25.6M")
     command.add_argument("--workers", type=count, required=True, help="ranks that exchange")
-    command.add_argument("--bandwidth", type=bandwidth, required=True, help="that a node can send: 10Gbit")
+    command.add_argument(
+        "--bandwidth", type=bandwidth, help="that a node can send: 10Gbit; as calibrated if not given"
+    )
     command.add_argument("--ranks-per-node", type=count, default=1, help="which share that bandwidth")
     command.add_argument(
         "--inside",
         type=bandwidth,
-        default=1e11,
-        help="that a rank can send inside a node: 100Gbit if not given",
+        help="that a rank can send inside a node: as calibrated, or 100Gbit, if not given",
     )
     command.add_argument(
         "--compute", type=duration, required=True, help="seconds of a step without any exchange"
     )
-    command.add_argument(
-        "--constants", type=constants, help="a fit of benchmarks/scaling.py on your machines"
+    command.add_argument("--local-steps", type=count, default=1, help="H, of this library's methods")
+    command.add_argument("--overlap", action="store_true", help="of this library's methods")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--device", choices=OF_DEVICES, help="whose constants: what torch sees here if not given"
     )
+    which.add_argument("--constants", type=constants, help="a file that `hvd-saef calibrate` wrote")
     command.set_defaults(run=run_plan, fail=command.error)
     command = commands.add_parser(
         "doctor",
@@ -163,6 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="print everything as JSON")
     command.set_defaults(run=run_doctor)
+    command = commands.add_parser(
+        "calibrate",
+        help="measure plan's constants on your ranks",
+        description="Measures on the ranks of a job, within two minutes, what the model of `plan` is made "
+        "of: latencies, rates, allreduces, encoding, whole steps. Start it as the job is started: by srun, "
+        "mpirun, horovodrun or torchrun, on the same hosts. Rank 0 writes the file that `plan --constants` "
+        "takes.",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("constants.json"), help="the file, on rank 0 (constants.json)"
+    )
+    command.add_argument("--seconds", type=duration, default=60.0, help="it may take, about (60)")
+    command.set_defaults(run=run_calibrate)
     args = parser.parse_args(arguments)
     code: int = args.run(args)
     return code

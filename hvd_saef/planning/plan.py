@@ -2,80 +2,37 @@
 
 The model is linear: a step's time is the time of the compute, plus a term for each feature of the method
 (bytes over the bandwidth, messages, encoded parameters, decoded payloads). A term is the feature's number
-times a constant. `benchmarks/scaling.py` fits the constants on measured steps, and shows the model's errors
-on steps that the fit did not use. For other machines, networks and numbers of workers the model gives a
-prediction, not a measurement.
+times a constant of a device and a network (`hvd_saef.planning.constants`). Of that, backward hides a share
+with overlap; H local steps share one exchange. `benchmarks/scaling.py` fits the constants on measured steps,
+and shows the model's errors on steps that the fit did not use; `hvd-saef calibrate` measures them. For other
+machines, networks and numbers of workers the model gives a prediction, not a measurement.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 
 from hvd_saef.compression import BUILT_IN, Blocks, Compressor, Considered, DenseCompressor
+from hvd_saef.planning.constants import FEATURES, Constants
+from hvd_saef.round.team_means import TOGETHER
 from hvd_saef.settings import Settings
 
 CLOSE = 1.05
 """Methods within 5 % of the fastest count as equally fast; the least lossy of them is recommended."""
-
-
-GENERAL = ("wire", "byte", "message", "fixed")
-"""The features that every method has:
-
-- wire: the seconds that the sent bytes take at the bandwidth; the constant is 1 if the wire is always full;
-- byte: the bytes sent; the constant is the processor's time for each, whatever the bandwidth;
-- message: the messages that a worker sends one after the other;
-- fixed: 1 for a step with an exchange, however little is sent.
-"""
-FEATURES = (*GENERAL, *(cost for compressor in BUILT_IN for cost in compressor.costs))
-"""The features of a step's time: the general ones, and the `costs` of each compressor."""
-
-
-@dataclass(frozen=True)
-class Constants:
-    """The seconds that one unit of each feature takes; `wire` is a factor, since its feature is in seconds.
-
-    Raises ValueError if a feature is missing or unknown, or its constant is not a number >= 0.
-    """
-
-    seconds: Mapping[str, float]
-    """The seconds, by feature."""
-    source: str = ""
-    """The measurements on which the constants were fitted, in words."""
-
-    def __post_init__(self) -> None:
-        for name in (*self.seconds, *FEATURES):  # an unknown name tells more than a missing one
-            value = self.seconds.get(name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if name not in FEATURES or not number or not 0 <= float(value or 0) < math.inf:
-                raise ValueError(
-                    f"{name}={value!r}: a number >= 0 is allowed, for each of {', '.join(FEATURES)}."
-                )
-
-    def save(self, path: Path) -> None:
-        """Writes the constants to `path` as JSON."""
-        path.write_text(json.dumps({**self.seconds, "source": self.source}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path | None = None) -> Constants:
-        """Returns the constants in the file `path`; without a path, those that come with the package.
-
-        Raises ValueError if the file does not hold constants, OSError if it cannot be read.
-        """
-        file = path or resources.files("hvd_saef.planning") / "plan.json"
-        text = file.read_text()
-        try:
-            found = dict(json.loads(text))
-            return cls(source=str(found.pop("source", "")), seconds=found)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: no constants of the model: {error}") from None
+BACKWARD = 2 / 3
+"""The share of a step's compute that is backward, behind which an exchange can run."""
+TENSOR = 160_000
+"""The assumed elements of a tensor, where only the model's sum is known; it is ResNet-50's mean."""
+FUSED = 128 << 20
+"""The bytes of gradients that Horovod's default averages in one ring."""
+Work = dict[str, float]
+"""The number of units of each feature."""
 
 
 @dataclass(frozen=True)
@@ -118,33 +75,95 @@ class Method:
     averaging_period: int | None = None
     node: bool = False
     """True if each node is one worker: worker="node"."""
+    local_steps: int = 1
+    """H, the local steps between two exchanges. Horovod's allreduce has 1."""
+    overlap: bool = False
+    """True if the exchange runs behind backward. Horovod's allreduce always does."""
 
     @property
     def dense(self) -> bool:
-        """True if the method sends its numbers by Horovod's allreduce."""
+        """True if the method is Horovod's own allreduce."""
         return isinstance(self.compressor, DenseCompressor)
 
     @property
     def call(self) -> str:
         """The call by which a user asks for the method."""
-        arguments = [f"compression={self.compressor.call}"]
-        if self.dense:  # feedback "none" gives Horovod's own arithmetic
-            arguments += ['feedback="none"']
+        compression = f"compression={self.compressor.call}"
+        if self.dense:  # Horovod's own optimizer, which averages behind backward
+            return f"hvd.DistributedOptimizer({compression.replace('hvd_saef.', 'hvd.')})"
+        arguments = [compression]
         arguments += [] if self.double else ["double_compression=False"]
         arguments += [f"averaging_period={self.averaging_period}"] if self.averaging_period else []
+        arguments += [f"local_steps={self.local_steps}"] if self.local_steps > 1 else []
+        arguments += ["overlap=True"] if self.overlap else []
         arguments += ['worker="node"'] if self.node else []
         return f"hvd_saef.DistributedOptimizer({', '.join(arguments)})"
 
     def payload(self, sizes: Sequence[int]) -> int:
         """Returns the bytes of one worker's payload for tensors of `sizes` elements."""
-        return self.compressor.payload_bytes(Blocks.cut(list(sizes), None, torch.float32))
+        return _payload(self.compressor, tuple(sizes))
 
     def bytes_sent(self, sizes: Sequence[int], workers: int) -> float:
         """Returns the bytes that a worker sends in a step, without protocol overhead.
 
         They are the mean over workers and steps.
         """
-        return self._sent(sizes, workers) + self._averaged(sizes, workers)
+        return (self._sent(sizes, workers) + self._averaged(sizes, workers)) / self.local_steps
+
+    def bytes_between_nodes(self, job: Job) -> float:
+        """Returns the bytes that a node sends to others in a step. A ring enters and leaves a node once."""
+        return self._between_nodes(job) / self.local_steps
+
+    def features(self, job: Job) -> Work:
+        """Returns the number of units of each feature in a step."""
+        each_step, each_round = self.parts(job)
+        return {name: each_step[name] + each_round[name] / self.local_steps for name in FEATURES}
+
+    def parts(self, job: Job) -> tuple[Work, Work]:
+        """Returns the units of each feature in every step, and those that the exchange of a round adds."""
+        workers = job.workers // (job.ranks if self.node else 1)
+        each_step, each_round = dict.fromkeys(FEATURES, 0.0), dict.fromkeys(FEATURES, 0.0)
+        if self.node and job.ranks > 1:  # the node averages gradients before each local step
+            _add(each_step, MEAN.work(job.parameters, 0))
+            each_step["wire"] = 8 * 2 * (job.ranks - 1) / job.ranks * 4 * job.parameters / job.inside
+            each_step["mean"] = math.ceil(4 * job.parameters / TOGETHER)
+        if workers == 1:
+            return each_step, each_round
+        each_round["wire"] = 8 * self._between_nodes(job) / job.bandwidth
+        if self.dense:
+            rings = math.ceil(self.payload(job.sizes) / FUSED)
+            _add(each_round, self.compressor.work(job.parameters, 0))
+            _add(each_round, {"mean": rings, "latency": rings * 2 * (workers - 1)})
+            return each_step, each_round
+        # All workers agree before a local step and after it, each time by a tree.
+        _add(each_step, {"fixed": 1, "latency": 2 * math.ceil(math.log2(workers))})
+        _add(each_round, self._exchange(job, workers))
+        return each_step, each_round
+
+    def _exchange(self, job: Job, workers: int) -> Work:
+        """Returns the units of a round's exchange of payloads, but for the wire."""
+        size, shares = job.parameters, job.ranks if self.node else 1
+        buckets = math.ceil(4 * size / Settings.bucket_bytes)
+        collectives = buckets * (1 + self.double)
+        # DC: a server decodes K payloads of 1/K of the model, and each worker all answers.
+        # SC: each worker decodes K whole payloads.
+        found = self.compressor.work(
+            size * (1 + self.double / workers), (2 if self.double else workers) * size
+        )
+        _add(
+            found,
+            {
+                "byte": self._sent(job.sizes, workers) / shares,
+                "message": collectives * (workers - 1),
+                "collective": collectives * (2 if shares > 1 else 1),  # the node puts its slices together
+                "land": size,
+            },
+        )
+        if self.averaging_period:  # bucket by bucket: Horovod must not fuse errors
+            _add(found, MEAN.work(size / self.averaging_period, 0))
+            rings = buckets / self.averaging_period
+            _add(found, {"mean": rings, "latency": rings * 2 * (workers - 1)})
+        return found
 
     def _sent(self, sizes: Sequence[int], workers: int) -> float:
         if self.dense or self.double:
@@ -155,65 +174,51 @@ class Method:
         period = self.averaging_period
         return 2 * (workers - 1) / workers * 4 * sum(sizes) / period if period else 0.0
 
-    def bytes_between_nodes(self, job: Job) -> float:
-        """Returns the bytes that a node sends to others in a step. A ring enters and leaves a node once."""
+    def _between_nodes(self, job: Job) -> float:
         nodes = job.workers // job.ranks
         if self.node:
-            return self.bytes_sent(job.sizes, nodes)
+            return self._sent(job.sizes, nodes) + self._averaged(job.sizes, nodes)
         if nodes == 1:
             return 0.0
+        averaged = self._averaged(job.sizes, job.workers)
         if self.dense:
-            return self.bytes_sent(job.sizes, job.workers)
+            return self._sent(job.sizes, job.workers) + averaged
         outside = job.ranks * (job.workers - job.ranks) / (job.workers - 1)
-        return self._sent(job.sizes, job.workers) * outside + self._averaged(job.sizes, job.workers)
+        return self._sent(job.sizes, job.workers) * outside + averaged
 
-    def features(self, job: Job) -> dict[str, float]:
-        """Returns the number of units of each feature in a step."""
-        workers, size = job.workers // (job.ranks if self.node else 1), job.parameters
-        found = dict.fromkeys(FEATURES, 0.0)
 
-        def add(work: Mapping[str, float]) -> None:
-            for name, units in work.items():
-                found[name] += units
+@lru_cache
+def _payload(compressor: Compressor, sizes: tuple[int, ...]) -> int:
+    return compressor.payload_bytes(Blocks.cut(list(sizes), None, torch.float32))
 
-        if (
-            self.node and job.ranks > 1
-        ):  # the node averages gradients; payloads inside it cost next to nothing
-            add(MEAN.work(size, 0))
-            found["wire"] += 8 * 2 * (job.ranks - 1) / job.ranks * 4 * size / job.inside
-        if workers == 1:
-            return found
-        found["byte"] = self.bytes_sent(job.sizes, workers) / (job.ranks if self.node else 1)
-        found["wire"] += 8 * self.bytes_between_nodes(job) / job.bandwidth
-        found["fixed"] = 1.0
-        if self.dense:
-            add(self.compressor.work(size, 0))
-            found["message"] = 2 * (workers - 1)
-            return found
-        # DC: a server decodes K payloads of 1/K of the model, and each worker all answers.
-        # SC: each worker decodes K whole payloads.
-        add(self.compressor.work(size * (1 + self.double / workers), (2 if self.double else workers) * size))
-        buckets = math.ceil(4 * size / Settings.bucket_bytes)
-        found["message"] = buckets * (workers - 1) * (1 + self.double) + 2 * math.ceil(math.log2(workers))
-        if self.averaging_period:
-            add(MEAN.work(size / self.averaging_period, 0))
-            found["message"] += 2 * (workers - 1) / self.averaging_period
-        return found
+
+def _add(found: Work, more: Mapping[str, float]) -> None:
+    for name, units in more.items():
+        found[name] = found.get(name, 0.0) + units
 
 
 def seconds(features: Mapping[str, float], constants: Constants) -> float:
-    """Returns the seconds that the features take, by the model."""
+    """Returns the seconds that the features take, by the model, if nothing runs behind backward."""
     return float(sum(number * constants.seconds[name] for name, number in features.items()))
 
 
 def predict(method: Method, job: Job, constants: Constants) -> float:
-    """Returns the seconds of a step, by the model."""
-    return job.compute + seconds(method.features(job), constants)
+    """Returns the seconds of a step, by the model. With local steps it is the mean over a round."""
+    each_step, each_round = (seconds(part, constants) for part in method.parts(job))
+    share = constants.hidden if method.overlap else 0.0
+
+    def seen(exchange: float) -> float:
+        return exchange - min(share * exchange, BACKWARD * job.compute)
+
+    others = (method.local_steps - 1) * seen(each_step)
+    return job.compute + (others + seen(each_step + each_round)) / method.local_steps
 
 
 def _methods(considered: Considered) -> list[Method]:
     """Returns the methods of one setting: with each of its averaging periods, and without averaging."""
     plain = Method(considered.title, considered.compressor, considered.double_compression)
+    if plain.dense:
+        return [dataclasses.replace(plain, overlap=True)]
     return [
         *(
             dataclasses.replace(plain, name=f"{plain.name}, p = {period}", averaging_period=period)
@@ -235,23 +240,25 @@ MEAN = UNCOMPRESSED.compressor
 """The compressor of the allreduces that average the gradients on a node, and the errors."""
 
 
-def methods(job: Job) -> list[Method]:
+def methods(job: Job, local_steps: int = 1, overlap: bool = False) -> list[Method]:
     """Returns the methods for `job`, from the least lossy to the most.
 
-    With several ranks on a node, each method comes first with nodes as workers, then with ranks as workers.
+    This library's have `local_steps` and `overlap`. With several ranks on a node, each of them comes first
+    with nodes as workers, then with ranks as workers.
     """
-    if job.ranks == 1:
-        return list(METHODS)
-    pairs = [
-        [method]
-        if method.dense
-        else [dataclasses.replace(method, name=f"{method.name}, node", node=True), method]
-        for method in METHODS
-    ]
-    return [method for pair in pairs for method in pair]
+    found = []
+    for method in METHODS:
+        if method.dense:
+            found.append(method)
+            continue
+        asked = dataclasses.replace(method, local_steps=local_steps, overlap=overlap)
+        if job.ranks > 1:
+            found.append(dataclasses.replace(asked, name=f"{method.name}, node", node=True))
+        found.append(asked)
+    return found
 
 
-def recommend(job: Job, constants: Constants) -> Method:
+def recommend(job: Job, constants: Constants, local_steps: int = 1, overlap: bool = False) -> Method:
     """Returns the least lossy method whose predicted step is within 5 % of the fastest."""
-    times = {method: predict(method, job, constants) for method in methods(job)}
+    times = {method: predict(method, job, constants) for method in methods(job, local_steps, overlap)}
     return next(method for method in times if times[method] <= CLOSE * min(times.values()))

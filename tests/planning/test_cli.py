@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from hvd_saef.cli import bandwidth, count, duration, main
-from hvd_saef.planning.plan import FEATURES, METHODS, Constants
+from hvd_saef.planning.constants import FEATURES, Constants
+from hvd_saef.planning.plan import METHODS
 
 SLOW = ["--parameters", "25.6M", "--workers", "64", "--bandwidth", "100Mbit", "--compute", "0.12"]
 
@@ -29,7 +32,7 @@ def cheap(tmp_path: Path) -> str:
 def test_a_slow_wire_pays(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
     text = ask([*SLOW, "--constants", cheap], capsys)
     assert "MODEL" in text
-    assert "Fitted on: a test." in text
+    assert "Where from: a test." in text
     for method in METHODS:
         assert f"\n{method.name} " in text
     assert "hvd_saef.DistributedOptimizer(compression=hvd_saef.Compression." in text
@@ -56,7 +59,45 @@ def test_ranks_of_a_node(capsys: pytest.CaptureFixture[str], cheap: str) -> None
 
 
 def test_the_packages_own_constants(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Constants.load().source in ask(SLOW, capsys)
+    text = ask([*SLOW, "--device", "cpu"], capsys)
+    assert Constants.load().source in text
+    assert Constants.load().device in text
+    assert "ESTIMATED" not in text
+    assert "`hvd-saef calibrate`, started as your job is, measures your own" in text
+
+
+def test_constants_are_of_the_device_that_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, cpu = (ask([*SLOW, "--device", device], capsys) for device in ("gpu", "cpu"))
+    assert "ESTIMATED, not measured: all of them." in gpu
+    assert gpu != cpu
+    for there, expected in ((True, gpu), (False, cpu)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert ask(SLOW, capsys) == expected
+
+
+def test_the_advice_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """With one GPU a rank, 64 workers are told to compress at 10 Gbit/s."""
+    page = Path(__file__).parents[2].joinpath("README.md").read_text()
+    (command,) = re.findall(r"(?m)^hvd-saef (plan .*)$", page)
+    main(shlex.split(command))
+    text = capsys.readouterr().out
+    assert "ESTIMATED" in text
+    assert "Advice: sign DC" in text
+    assert "With overlap=True as well: " in text
+    assert "With local_steps=8 as well: " in text
+
+
+def test_local_steps_and_overlap(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    text = ask([*SLOW, "--local-steps", "4", "--overlap", "--constants", cheap], capsys)
+    assert "(this library's methods every 4 steps, with overlap)" in text
+    assert "local_steps=4, overlap=True)" in text
+    assert "as well" not in text
+    # 0.12 s, and a quarter of the sign payloads' 2·(63/64)·25.6 MB / 8 at 100 Mbit/s
+    (line,) = [line for line in text.splitlines() if line.startswith("sign DC  ")]
+    assert "0.2460 s" in line
+    assert "16.2480 s" in text  # Horovod's allreduce has neither
 
 
 @pytest.mark.parametrize(
@@ -97,11 +138,17 @@ def test_wrong_durations(text: str) -> None:
         (["--workers", "none"], "'none': a number >= 1"),
         (["--constants", "/no/such/file"], "No such file"),
         (["--bandwith", "1Gbit"], "--bandwith"),
+        (["--device", "abacus"], "invalid choice: 'abacus'"),
+        (["--device", "gpu", "--constants", "HERE"], "not allowed with argument --device"),
+        (["--constants", __file__], "test_cli.py: no constants of the model: "),
+        (["--local-steps", "0"], "'0': a number >= 1"),
     ],
 )
-def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], change: list[str], says: str) -> None:
+def test_mistakes_are_named(
+    capsys: pytest.CaptureFixture[str], cheap: str, change: list[str], says: str
+) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["plan", *SLOW, *change])
+        main(["plan", *SLOW, *(cheap if word == "HERE" else word for word in change)])
     assert end.value.code == 2
     assert says in capsys.readouterr().err
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import hvd_saef
-from benchmarks.scaling import Observation, fit, nonnegative, stops_paying
+from benchmarks.scaling import Observation, fit, hidden, nonnegative, stops_paying
+from benchmarks.timings import Timing
 from hvd_saef.compression import BUILT_IN
-from hvd_saef.planning import plan
-from hvd_saef.planning.plan import FEATURES, METHODS, UNCOMPRESSED, Constants, Job, Method, predict, recommend
+from hvd_saef.planning import constants, plan
+from hvd_saef.planning.constants import FEATURES, Constants, of_gpus
+from hvd_saef.planning.plan import METHODS, UNCOMPRESSED, Job, Method, predict, recommend
 
 SHAPES = [(40, 30), (30,), (7, 11), (64, 20), (3,)]
 SIZES = tuple(math.prod(shape) for shape in SHAPES)
 CHOSEN = [method for method in METHODS if not method.dense and method.averaging_period in (None, 16)]
+SIGN = next(method for method in METHODS if method.name == "sign DC")
 FREE = Constants(dict.fromkeys(FEATURES, 0.0), source="a test")
+
+
+ALL: dict[str, Any] = {"seconds": dict.fromkeys(FEATURES, 0.0)}
+"""A file that is right."""
 
 
 def changed(constants: Constants, **seconds: float) -> Constants:
@@ -34,7 +44,11 @@ REALISTIC = changed(
     wire=1.1,
     byte=1e-11,
     message=5e-5,
+    collective=1e-4,
+    latency=3e-5,
+    mean=1e-3,
     fixed=1e-3,
+    land=1e-9,
     float32=1e-9,
     float16=2e-9,
     sign_encode=4e-9,
@@ -43,7 +57,7 @@ REALISTIC = changed(
 
 
 def sent(method: Method, workers: int, rounds: int) -> float:
-    """Bytes a worker and round that stats() counts, the mean over workers."""
+    """Bytes a worker and step that stats() counts, the mean over workers; as many steps as `rounds`."""
 
     def train(rank: int) -> float:
         generator = torch.Generator().manual_seed(0)  # the global one is shared by the threads
@@ -53,6 +67,7 @@ def sent(method: Method, workers: int, rounds: int) -> float:
             compression=method.compressor,
             double_compression=method.double,
             averaging_period=method.averaging_period,
+            local_steps=method.local_steps,
         )
         for _ in range(rounds):
             for parameter in parameters:
@@ -77,6 +92,14 @@ def test_bytes_are_those_that_stats_counts(method: Method, workers: int) -> None
         assert other.bytes_sent(SIZES, workers) != pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:the largest block")
+@pytest.mark.filterwarnings("ignore:.*evaluat")
+def test_local_steps_share_the_bytes_that_stats_counts() -> None:
+    method = dataclasses.replace(SIGN, local_steps=4)
+    assert method.bytes_sent(SIZES, 3) == pytest.approx(sent(method, 3, rounds=8), rel=1e-3)
+    assert method.bytes_sent(SIZES, 3) == pytest.approx(sent(SIGN, 3, rounds=2) / 4, rel=1e-3)
+
+
 def test_one_worker_sends_nothing() -> None:
     job = Job(SIZES, 1, 1e9, 0.25)
     for method in METHODS:
@@ -88,16 +111,17 @@ def test_wire_time_by_hand() -> None:
     job = Job((25_000_000,), 4, 1e9, 0.1)
     # 2·(3/4)·100 MB at 8 bits a byte and 1 Gbit/s; sign is 32 times less, and a scale.
     assert predict(UNCOMPRESSED, job, WIRE_ONLY) == pytest.approx(0.1 + 1.2)
-    sign = next(method for method in METHODS if method.name == "sign DC")
-    assert predict(sign, job, WIRE_ONLY) == pytest.approx(0.1 + 1.2 / 32, rel=1e-5)
-    assert predict(sign, dataclasses.replace(job, bandwidth=math.inf), WIRE_ONLY) == 0.1
+    assert predict(SIGN, job, WIRE_ONLY) == pytest.approx(0.1 + 1.2 / 32, rel=1e-5)
+    assert predict(SIGN, dataclasses.replace(job, bandwidth=math.inf), WIRE_ONLY) == 0.1
 
 
 def test_a_constant_that_the_package_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a compressor was added that says what its work costs."""
-    monkeypatch.setattr(plan, "FEATURES", (*FEATURES, "nine_encode"))
+    monkeypatch.setattr(constants, "FEATURES", (*FEATURES, "nine_encode"))
     with pytest.raises(ValueError, match=r"plan\.json: no constants of the model: nine_encode=None"):
         Constants.load()
+    with pytest.raises(ValueError, match="nine_encode=None"):
+        of_gpus()
 
 
 def test_every_feature_costs() -> None:
@@ -139,13 +163,12 @@ def test_where_compression_stops_paying() -> None:
 def observations(truth: Constants) -> list[Observation]:
     """What would be measured if the model were exact."""
     found = []
-    for workers in (2, 4, 8):
-        for bandwidth in (1e8, 1e9, 1e10, math.inf):
-            job = Job(tuple([160_000] * 160), workers, bandwidth, 0.1)
-            for method in METHODS:
-                features = method.features(job)
-                seconds = predict(method, job, truth)
-                found.append(Observation(f"{bandwidth} {workers}", method, job, seconds, features))
+    for workers, bandwidth, tensors in itertools.product((2, 4, 8), (1e8, 1e9, math.inf), (10, 40)):
+        job = Job((640_000,) * tensors, workers, bandwidth, 0.1)
+        for method in METHODS:
+            features = method.features(job)
+            seconds = predict(method, job, truth)
+            found.append(Observation(f"{bandwidth} {workers}", method, job, seconds, features))
     return found
 
 
@@ -155,6 +178,10 @@ def test_the_fit_finds_the_constants_again() -> None:
         assert found.seconds[name] == pytest.approx(REALISTIC.seconds[name], rel=1e-6)
     other = fit(observations(changed(REALISTIC, message=1e-3)), "a test")
     assert other.seconds["message"] == pytest.approx(1e-3)  # the check can fail
+    known = {"message": REALISTIC.seconds["message"], "mean": REALISTIC.seconds["mean"]}
+    assert fit(observations(REALISTIC), "a test", known).seconds == pytest.approx(found.seconds, rel=1e-6)
+    wrong = fit(observations(REALISTIC), "a test", {"message": 1e-3})
+    assert wrong.seconds["message"] == 1e-3  # what is known is not fitted
 
 
 def test_no_negative_constants() -> None:
@@ -175,8 +202,132 @@ def test_constants_as_a_file(tmp_path: Path) -> None:
         changed(REALISTIC, message=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "no constants of the model: Expecting value"),
+        ("\x00\udcff", "no constants of the model"),
+        ("[1]", "'seconds' is missing"),
+        ('{"wire": 1.0}', "'seconds' is missing. `hvd-saef calibrate`"),
+        ('{"seconds": [1]}', "seconds=\\[1\\]: a JSON dict is allowed"),
+        ('{"seconds": {"wire": 1}}', "byte=None: a number >= 0"),
+        ('{"seconds": {"wire": 1}, "colour": 3}', "colour=3: not one of seconds, source"),
+        (ALL | {"hidden": 2}, "hidden=2: a number from 0 to 1"),
+        (ALL | {"bandwidth": "10Gbit"}, "bandwidth='10Gbit': a number above 0, in bits a second"),
+        (ALL | {"inside": 0}, "inside=0"),
+        (ALL | {"estimated": ["weather"]}, "estimated=\\['weather'\\]"),
+        (ALL | {"made": "today"}, "made='today': a JSON dict"),
+        (ALL | {"seconds": ALL["seconds"] | {"message": True}}, "message=True"),
+        (ALL | {"seconds": ALL["seconds"] | {"land": math.nan}}, "land=nan"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(text: str | dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    words = text if isinstance(text, str) else json.dumps(text)
+    path.write_bytes(words.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=named) as refused:
+        Constants.load(path)
+    assert str(path) in str(refused.value)
+
+
 def test_those_of_the_package_are_a_fit() -> None:
-    assert "cluster.py" in Constants.load().source
+    own = Constants.load()
+    assert "cluster.py" in own.source
+    assert own.device
+    assert own.network
+    assert not own.estimated
+
+
+def test_those_of_gpus_are_estimated_and_say_so() -> None:
+    gpus = of_gpus()
+    assert {*FEATURES, "hidden"} == set(gpus.estimated)
+    assert "ESTIMATED" in gpus.source
+    # 36 bytes a parameter over the memory, as the passes read and write; and what crosses to the host.
+    per = {name: seconds * 1.5e12 for name, seconds in gpus.seconds.items()}
+    assert per["land"] - 4 == pytest.approx(20)  # without the look at gradients
+    assert gpus.seconds["sign_encode"] == pytest.approx(16 / 1.5e12 + 0.5 / 25e9)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "bandwidth", "compute"), [(25_600_000, 1e10, 0.12), (7_000_000_000, 1e11, 1.0)]
+)
+def test_gpus_are_told_to_compress(parameters: int, bandwidth: float, compute: float) -> None:
+    """Not on a wire that is faster than the GPU's memory; and processors are told the same at 10 Gbit/s."""
+    job = Job((160_000,) * (parameters // 160_000), 64, bandwidth, compute)
+    for known in (of_gpus(), Constants.load()):
+        best = recommend(job, known)
+        assert not best.dense
+        fp16 = next(method for method in METHODS if method.name == "Horovod fp16")
+        assert predict(best, job, known) < predict(fp16, job, known)
+    assert recommend(dataclasses.replace(job, bandwidth=1e14), of_gpus()).dense
+
+
+CASES = [
+    Job((2_560_000,) * 10, workers, 1e9, compute, ranks, inside)
+    for workers, ranks, inside in ((2, 1, math.inf), (16, 8, 1e11), (64, 8, 1e10), (512, 1, math.inf))
+    for compute in (0.0, 0.1)
+]
+
+
+@pytest.mark.parametrize("known", [of_gpus(), REALISTIC, WIRE_ONLY], ids=["gpus", "realistic", "wire"])
+@pytest.mark.parametrize("job", CASES, ids=lambda job: f"{job.workers}-{job.ranks}-{job.compute}")
+def test_a_faster_wire_never_makes_compression_gain_more(job: Job, known: Constants) -> None:
+    known = dataclasses.replace(known, hidden=0.0)  # what Horovod hides may be more than others send
+    faster = [dataclasses.replace(job, bandwidth=rate) for rate in (1e8, 1e9, 1e10, 1e11, 1e14)]
+    for method in plan.methods(job):
+        if method.dense or not method.double:  # SC may send more than float32
+            continue
+        gains = [predict(UNCOMPRESSED, there, known) / predict(method, there, known) for there in faster]
+        assert all(slow >= fast * (1 - 1e-12) for slow, fast in itertools.pairwise(gains)), method.name
+        times = [predict(method, there, known) for there in faster]
+        assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("job", CASES, ids=lambda job: f"{job.workers}-{job.ranks}-{job.compute}")
+def test_local_steps_divide_the_exchange(job: Job) -> None:
+    for method in plan.methods(job):
+        if method.dense:
+            assert method.local_steps == 1
+            continue
+        each_step = plan.seconds(method.parts(job)[0], REALISTIC)
+        once = predict(method, job, REALISTIC) - job.compute - each_step
+        for steps in (2, 8, 100):
+            longer = dataclasses.replace(method, local_steps=steps)
+            assert predict(longer, job, REALISTIC) - job.compute - each_step == pytest.approx(once / steps)
+            assert longer.bytes_between_nodes(job) == pytest.approx(method.bytes_between_nodes(job) / steps)
+            assert f"local_steps={steps}" in longer.call
+        if method.node and job.ranks > 1:  # gradients are averaged inside the node before every local step
+            assert each_step > plan.seconds(dataclasses.replace(method, node=False).parts(job)[0], REALISTIC)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("job", CASES, ids=lambda job: f"{job.workers}-{job.ranks}-{job.compute}")
+def test_overlap_hides_no_more_than_backward_takes(job: Job, steps: int) -> None:
+    for share in (0.0, 0.5, 1.0):
+        known = dataclasses.replace(REALISTIC, hidden=share)
+        for method in plan.methods(job, steps):
+            without = dataclasses.replace(method, overlap=False)
+            behind = dataclasses.replace(method, overlap=True)
+            gained = predict(without, job, known) - predict(behind, job, known)
+            exchange = predict(without, job, known) - job.compute
+            assert 0 <= gained <= min(share * exchange, plan.BACKWARD * job.compute) + 1e-12
+            if steps == 1:
+                assert gained == pytest.approx(min(share * exchange, plan.BACKWARD * job.compute))
+    assert "overlap=True" in dataclasses.replace(SIGN, overlap=True).call
+    assert UNCOMPRESSED.overlap  # Horovod's allreduce always runs behind backward
+    assert UNCOMPRESSED.call == "hvd.DistributedOptimizer(compression=hvd.Compression.none)"
+
+
+def test_what_overlap_hid_is_told_from_its_rounds() -> None:
+    def turn(method: str, number: int, seconds: float) -> Timing:
+        return Timing("tiny", "1gbit", 2, method, number, 3, seconds, 0, 0, 0, 0)
+
+    timings = [
+        turn(method, number, seconds)
+        for number, behind in enumerate((0.175, 0.15, 0.1))
+        for method, seconds in (("no exchange", 0.1), ("sign DC", 0.2), ("sign DC, overlap", behind))
+    ]
+    assert hidden(timings) == pytest.approx(0.5)
 
 
 @pytest.mark.filterwarnings("ignore:the largest block")
