@@ -7,8 +7,8 @@ The latency-bandwidth-compute model is `hvd_saef.planning.plan`. It is fitted by
 error on some pieces (a rate and a number of hosts each), then held against those that it has not seen. What
 it says of more workers than were measured is a prediction; every table and plot says so.
 
-Steps on two to four hosts do not tell what a message costs, so that is no part of the fit: it was measured by
-`hvd-saef calibrate` between such hosts (--known). What overlap hides was measured apart as well (--overlap).
+Steps on two to four hosts do not tell what a message costs, so that is no part of the fit: it is estimated,
+or taken from a file of `hvd-saef calibrate` (--known). What overlap hides was measured apart (--overlap).
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ from benchmarks.models import SHAPES
 from benchmarks.pictures import save
 from benchmarks.timings import LOCAL, Timing, read, summarize
 from hvd_saef.planning import plan
-from hvd_saef.planning.constants import FEATURES, GENERAL, Constants
+from hvd_saef.planning.constants import ETHERNET, FEATURES, GENERAL, Constants
 from hvd_saef.planning.plan import CLOSE, METHODS, UNCOMPRESSED, Job, Method, predict
 
 LABEL = "MODEL, not a measurement"
 PLANNED = {method.name: method for method in METHODS}
 PROCESSOR = ["byte", "land", *(name for name in FEATURES if name not in GENERAL)]
 """Constants that grow where ranks share cores."""
-KNOWN = ("message", "collective", "latency", "mean")
-"""Constants that are not fitted, if they are known."""
 WORKERS = [2**power for power in range(1, 13)]
 BANDWIDTHS = [1e8, 1e9, 1e10, 1e11]
 
@@ -115,7 +113,7 @@ def reference(observations: Sequence[Observation]) -> Job:
 def fit(
     observations: Sequence[Observation], source: str, known: Mapping[str, float] | None = None
 ) -> Constants:
-    """The constants that are least wrong, relative to the step's time, beside those that are known."""
+    """The constants that are least wrong, relative to the step's time, beside those that are `known`."""
     given = dict(known or {})
     free = [name for name in FEATURES if name not in given]
     weights = np.array([1 / o.seconds for o in observations])
@@ -262,7 +260,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=runs / "scaling", help="folder for results")
     results = ROOT / "benchmarks" / "results"
     parser.add_argument(
-        "--known", type=Path, default=results / "scaling" / "calibrated.json", help="what is not fitted"
+        "--known",
+        type=Path,
+        help="a file of `hvd-saef calibrate`: what is not fitted; an estimate if not given",
     )
     parser.add_argument(
         "--overlap", type=Path, default=results / "overlap" / "overlap.csv", help="what overlap hides"
@@ -283,24 +283,26 @@ def main() -> int:
         if piece[0].workers in args.unseen_hosts or piece[0].rate in args.unseen_rates
     }
     everything = observe(pieces)
-    hidden = {o.piece for o in observe([piece for piece in pieces if id(piece) in unseen])}
-    seen = [o for o in everything if o.piece not in hidden]
+    kept_back = {o.piece for o in observe([piece for piece in pieces if id(piece) in unseen])}
+    seen = [o for o in everything if o.piece not in kept_back]
     if not seen:
         print(f"scaling.py: nothing to fit in {args.runs}: run benchmarks/cluster.py first", file=sys.stderr)
         return 1
     names = list(dict.fromkeys(o.piece for o in seen))
     source = f"{len(seen)} medians of benchmarks/cluster.py ({'; '.join(names)})"
-    calibrated = Constants.load(args.known)
     note = f"{source}, {args.note}" if args.note else source
-    note += f"; {', '.join(KNOWN)} {calibrated.source}; hidden of {args.overlap.name}"
-    constants = fit(seen, note, {name: calibrated.seconds[name] for name in KNOWN})
-    constants = dataclasses.replace(constants, hidden=hidden(read(args.overlap)))
+    known, estimated = dict(ETHERNET), tuple(ETHERNET)
+    if args.known:
+        known, estimated = {name: Constants.load(args.known).seconds[name] for name in ETHERNET}, ()
+    constants = dataclasses.replace(
+        fit(seen, note, known), hidden=hidden(read(args.overlap)), estimated=estimated
+    )
     job = reference(seen)
     if args.compute is not None:
         job = dataclasses.replace(job, compute=args.compute)
     blocks = [
         check_table("What it was fitted on", seen, constants),
-        check_table("What it had not seen", [o for o in everything if o.piece in hidden], constants),
+        check_table("What it had not seen", [o for o in everything if o.piece in kept_back], constants),
         *(prediction_table(_with(job, bandwidth=bandwidth), constants) for bandwidth in BANDWIDTHS),
         paying_table(job, constants),
     ]

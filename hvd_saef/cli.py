@@ -22,6 +22,8 @@ INSIDE = 1e11
 """The bits a second that a rank sends inside a node, where nobody says otherwise."""
 LOCAL_STEPS = 8
 """The H of the advice on local steps."""
+MANY_BUCKETS = 64
+"""More buckets than this are worth larger ones: each has its messages."""
 
 
 def count(text: str) -> int:
@@ -113,6 +115,11 @@ def advice(job: Job, known: Constants, args: argparse.Namespace) -> list[str]:
     more = {} if best.overlap else {"overlap=True": replace(best, overlap=True)}
     if best.local_steps == 1:
         more[f"local_steps={LOCAL_STEPS}"] = replace(best, local_steps=LOCAL_STEPS)
+    larger = best.bucket_bytes
+    while 4 * job.parameters > MANY_BUCKETS * larger:
+        larger *= 2
+    if larger > best.bucket_bytes:
+        more[f"bucket_bytes={larger}"] = replace(best, bucket_bytes=larger)
     lines += [
         f"  With {words} as well: {predict(other, job, known):.4f} s a step." for words, other in more.items()
     ]

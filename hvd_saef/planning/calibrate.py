@@ -12,7 +12,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from hvd_saef import kernels
 from hvd_saef.errors import SaefError, StalledExchangeError
-from hvd_saef.planning.codec import measure_codec, measured
+from hvd_saef.planning.codec import considered, measure_codec
 from hvd_saef.planning.constants import FEATURES, Constants
 from hvd_saef.planning.network import measure_network
-from hvd_saef.planning.steps import Steps, measure_steps
+from hvd_saef.planning.plan import predict
+from hvd_saef.planning.steps import METHOD, measure_steps
 from hvd_saef.planning.timing import Clock, Progress
 from hvd_saef.transport.communicator import Communicator
 from hvd_saef.transport.find import find_communicator
@@ -39,6 +40,8 @@ STAGES = 12
 """What is measured, at most, for the progress bar; the compressors' stages come on top."""
 SHARES = 20
 """Each call's turns take this part of the seconds asked for. There are some 25 calls; most take less."""
+OFF = 0.3
+"""The share by which the model may be off for the step that was timed, before the report says so."""
 ALONE = (
     "1 rank: there is no network to measure. Start it as the job is started: srun --mpi=pmix -N2 -n8 "
     "hvd-saef calibrate, mpirun -np 8 hvd-saef calibrate, or torchrun --nproc-per-node 4 --no-python "
@@ -46,33 +49,28 @@ ALONE = (
 )
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured."""
-
-    constants: Constants
-    steps: Steps
-
-    def report(self) -> str:
-        """Returns the constants as lines for readers, and how long a step took beside what the model says."""
-        known, made = self.constants, self.constants.made
-        where = f"{made['ranks']} ranks, {_hosts(made['hosts'])}"
-        lines = [f"Measured on {where}: {known.device}; {known.network}."]
-        for name, rate in (("a node to others", known.bandwidth), ("a rank inside its node", known.inside)):
-            lines += [f"  {name + ' sends':<32}{rate / 1e9:>10.3f} Gbit/s"] if rate else []
-        for name in FEATURES:
-            value, unit = _readable(name, known.seconds[name])
-            mark = "  ESTIMATED: these ranks cannot tell" if name in known.estimated else ""
-            lines.append(f"  {name:<32}{value:>10.3f} {unit}{mark}")
-        lines.append(f"  {'hidden by overlap':<32}{100 * known.hidden:>10.0f} %")
-        check = made["check"]
-        lines.append(
-            f"Check: a step of {check['parameters'] / 1e6:.1f} M parameters took {check['measured']:.4f} s "
-            f"({check['compute']:.4f} s without an exchange); the model says {check['model']:.4f} s."
-        )
-        if known.bandwidth is None:
-            lines.append("All ranks are on one host: pass --bandwidth of the network between hosts to plan.")
-        return "\n".join(lines)
+def report(known: Constants) -> str:
+    """Returns the constants that were measured as lines for readers, and a step's time beside the model's."""
+    made = known.made
+    where = f"{made['ranks']} ranks, {_hosts(made['hosts'])}"
+    lines = [f"Measured on {where}: {known.device}; {known.network}."]
+    for name, rate in (("a node to others", known.bandwidth), ("a rank inside its node", known.inside)):
+        lines += [f"  {name + ' sends':<32}{rate / 1e9:>10.3f} Gbit/s"] if rate else []
+    for name in FEATURES:
+        value, unit = _readable(name, known.seconds[name])
+        mark = "  ESTIMATED: these ranks cannot tell" if name in known.estimated else ""
+        lines.append(f"  {name:<32}{value:>10.3f} {unit}{mark}")
+    lines.append(f"  {'hidden by overlap':<32}{100 * known.hidden:>10.0f} %")
+    check = made["check"]
+    lines.append(
+        f"Check: a step of {check['parameters'] / 1e6:.1f} M parameters took {check['measured']:.4f} s "
+        f"({check['compute']:.4f} s without an exchange); the model says {check['model']:.4f} s."
+    )
+    if abs(check["model"] / check["measured"] - 1) > OFF:
+        lines.append("That is far off: did anything else run on these hosts? Then measure again.")
+    if known.bandwidth is None:
+        lines.append("All ranks are on one host: pass --bandwidth of the network between hosts to plan.")
+    return "\n".join(lines)
 
 
 def _hosts(hosts: Sequence[object]) -> str:
@@ -94,7 +92,7 @@ def calibrate(
     seconds: float,
     begin: Callable[[str], None],
     carrier: str,
-) -> Calibration:
+) -> Constants:
     """Measures for about so many `seconds`, and returns the same on all ranks. Collective.
 
     `begin` is told each stage as it begins, and `carrier` names what carries. Raises ValueError on one rank
@@ -114,10 +112,11 @@ def calibrate(
     hosts = communicator.find_hosts()
     clock = Clock(communicator, device, seconds / SHARES)
     network = measure_network(clock, hosts, begin)
-    known = network.seconds | measure_codec(clock, begin) | {"fixed": 0.0}
+    measured = network.seconds | measure_codec(clock, begin) | {"fixed": 0.0}
+    known = {name: measured[name] for name in FEATURES}
     made = _made(communicator, hosts, device, carrier)
     constants = Constants(
-        {name: known[name] for name in FEATURES},
+        known,
         source=f"measured by hvd-saef calibrate, {made['ranks']} ranks, {_hosts(hosts)}, {made['date']}",
         device=f"{made['device']}, kernels: {made['kernels']}",
         network=carrier + (" inside one host" if len(hosts) == 1 else " between hosts"),
@@ -128,15 +127,14 @@ def calibrate(
     )
     a_node = len(hosts[0]) if len({len(ranks) for ranks in hosts}) == 1 else 1
     steps = measure_steps(clock, constants, a_node, begin)
-    constants = replace(constants, seconds=constants.seconds | {"fixed": steps.fixed}, hidden=steps.hidden)
-    model = steps.taken * (1 + steps.error(constants))
+    constants = replace(constants, seconds=known | {"fixed": steps.fixed}, hidden=steps.hidden)
     check = {
         "parameters": steps.job.parameters,
         "compute": steps.job.compute,
         "measured": steps.taken,
-        "model": model,
+        "model": predict(METHOD, steps.job, constants),
     }
-    return Calibration(replace(constants, made=made | {"check": check}), steps)
+    return replace(constants, made=made | {"check": check})
 
 
 def _made(
@@ -220,17 +218,17 @@ def run(path: Path, seconds: float) -> int:
     first = communicator.rank == 0
     try:
         together(communicator, lambda: _check(path) if first else None)
-        progress = Progress(STAGES + len(measured()), speaks=first)
+        progress = Progress(STAGES + len(considered()), speaks=first)
         found = calibrate(communicator, device, seconds, progress.begin, carrier)
         progress.end()
-        together(communicator, lambda: _write(found.constants, path) if first else None)
+        together(communicator, lambda: _write(found, path) if first else None)
     except StalledExchangeError:
         raise  # only this rank may know: its end ends the job
     except (SaefError, OSError, ValueError) as error:
         return _fail(str(communicator.rank), error)
     if first:
         print(
-            f"{found.report()}\nWritten: {path}. Ask with it: hvd-saef plan --constants {path} ...",
+            f"{report(found)}\nWritten: {path}. Ask with it: hvd-saef plan --constants {path} ...",
             flush=True,
         )
     communicator.finish()

@@ -18,7 +18,7 @@ PAYLOADS = 4
 """The payloads that are decoded in one pass, beside a pass with one."""
 
 
-def measured() -> list[Considered]:
+def considered() -> list[Considered]:
     """Returns the compressors with payloads, one setting of each kind: the first that has two ways."""
     kinds = [kind for kind in BUILT_IN if not issubclass(kind, DenseCompressor)]
     return [next(one for one in kind.considered() if one.double_compression) for kind in kinds]
@@ -33,7 +33,7 @@ def measure_codec(clock: Clock, begin: Callable[[str], None]) -> dict[str, float
     begin("gradients: the look at numbers")
     look = clock.time(partial(kernels.squares_fit, bench.memory.parameter_memory)) / bench.elements
     passes: list[tuple[Compressor, float, float, float]] = []
-    for one in measured():
+    for one in considered():
         begin(f"{one.title}: encoding and decoding")
         passes.append((one.compressor, *bench.time(one.compressor, clock)))
     land = min(base for _, _, _, base in passes)
@@ -54,7 +54,7 @@ class _Bucket:
         self.elements = self.blocks.numel
         self._generator = torch.Generator(device).manual_seed(0)
         x, e, parameters = (self._numbers(device) for _ in range(3))
-        pieces = [piece.clone() for piece in parameters.split(TENSOR)]
+        pieces = [piece.clone() for piece in torch.split(parameters, TENSOR)]
         self.memory = Memory(self.blocks, x, e, None, pieces, alpha=1.0, beta=0.0)
 
     def _numbers(self, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_saef.compression import BUILT_IN, DenseCompressor
-from hvd_saef.planning.constants import of_gpus
+from hvd_saef.planning.constants import ETHERNET
 from hvd_saef.planning.timing import Clock
 from hvd_saef.transport.communicator import Communicator
 
@@ -97,7 +97,6 @@ def _latencies(
     levels = math.ceil(math.log2(whole.size))
     tree = clock.time(lambda: whole.combine(0), MANY)
     level = clock.time(lambda: pair.combine(0), MANY) if whole.size > 2 else tree
-    guess = of_gpus().seconds
     found: dict[str, float] = {}
     estimated = []
     for name, more, few, units in (
@@ -107,7 +106,7 @@ def _latencies(
         if units and more > few:
             found[name] = min(few, (more - few) / units)
         else:
-            found[name] = min(guess[name], few)
+            found[name] = min(ETHERNET[name], few)
             estimated.append(name)
     found["collective"] = max(0.0, two - found["message"])
     begin("means: the latency")

@@ -79,6 +79,8 @@ class Method:
     """H, the local steps between two exchanges. Horovod's allreduce has 1."""
     overlap: bool = False
     """True if the exchange runs behind backward. Horovod's allreduce always does."""
+    bucket_bytes: int = Settings.bucket_bytes
+    """The bytes of the parameters that travel together."""
 
     @property
     def dense(self) -> bool:
@@ -97,6 +99,8 @@ class Method:
         arguments += [f"local_steps={self.local_steps}"] if self.local_steps > 1 else []
         arguments += ["overlap=True"] if self.overlap else []
         arguments += ['worker="node"'] if self.node else []
+        if self.bucket_bytes != Settings.bucket_bytes:
+            arguments.append(f"bucket_bytes={self.bucket_bytes}")
         return f"hvd_saef.DistributedOptimizer({', '.join(arguments)})"
 
     def payload(self, sizes: Sequence[int]) -> int:
@@ -143,7 +147,7 @@ class Method:
     def _exchange(self, job: Job, workers: int) -> Work:
         """Returns the units of a round's exchange of payloads, but for the wire."""
         size, shares = job.parameters, job.ranks if self.node else 1
-        buckets = math.ceil(4 * size / Settings.bucket_bytes)
+        buckets = math.ceil(4 * size / self.bucket_bytes)
         collectives = buckets * (1 + self.double)
         # DC: a server decodes K payloads of 1/K of the model, and each worker all answers.
         # SC: each worker decodes K whole payloads.

@@ -11,7 +11,7 @@ from torch import nn
 
 from hvd_saef.optimizer import DistributedOptimizer
 from hvd_saef.planning.constants import Constants
-from hvd_saef.planning.plan import BACKWARD, METHODS, Job, Method, predict, seconds
+from hvd_saef.planning.plan import BACKWARD, METHODS, Job, Method, seconds
 from hvd_saef.planning.timing import Clock
 
 METHOD: Method = next(method for method in METHODS if method.name == "sign DC")
@@ -37,10 +37,6 @@ class Steps:
     """The larger model's job; its `compute` is the step without an exchange."""
     taken: float
     """The seconds of a step of that job, without overlap."""
-
-    def error(self, constants: Constants) -> float:
-        """Returns by which share the model is off for that job: 0.1 is 10 % too long."""
-        return predict(METHOD, self.job, constants) / self.taken - 1
 
 
 def measure_steps(clock: Clock, known: Constants, ranks: int, begin: Callable[[str], None]) -> Steps:

@@ -73,7 +73,8 @@ class Clock:
         for _ in range(turns):
             self.communicator.combine(0)  # all begin together
             taken.append(self._turn(call, calls))
-        return max(self.communicator.allgather_object(statistics.median(taken)))
+        everyone: list[float] = self.communicator.allgather_object(statistics.median(taken))
+        return max(everyone)
 
     def _turn(self, call: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 import hvd_saef
 from hvd_saef.cli import main
 from hvd_saef.errors import WorkerError
-from hvd_saef.planning import calibrate, codec, network, plan, steps
+from hvd_saef.planning import calibrate, network, plan, steps
 from hvd_saef.planning.constants import FEATURES, Constants
 from hvd_saef.planning.timing import Clock, Progress
 from hvd_saef.settings import Settings
@@ -30,10 +31,10 @@ def silent(stage: str) -> None:
     """What is told of progress."""
 
 
-def measured(workers: int, ranks: int = 1) -> list[calibrate.Calibration]:
+def measured(workers: int, ranks: int = 1) -> list[Constants]:
     """What each of some threads found, which stand for so many ranks on each of some hosts."""
 
-    def work(rank: int) -> calibrate.Calibration:
+    def work(rank: int) -> Constants:
         return calibrate.calibrate(find_communicator()[0], CPU, 0.0, silent, "threads")
 
     return hvd_saef.run_workers(workers, work, ranks=ranks)
@@ -42,7 +43,7 @@ def measured(workers: int, ranks: int = 1) -> list[calibrate.Calibration]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory and short messages: what is measured means nothing, but all of it is measured."""
-    monkeypatch.setattr(Settings, "bucket_bytes", 4 * 2 * codec.TENSOR)
+    monkeypatch.setattr(Settings, "bucket_bytes", 4 * 2 * plan.TENSOR)
     monkeypatch.setattr(network, "MOST", network.LEAST)
     monkeypatch.setattr(steps, "LARGE", {"cpu": (64, 4)})
 
@@ -52,8 +53,8 @@ def test_all_ranks_find_the_same_constants_of_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = measured(2, ranks=2)
-    assert all(one.constants == found[0].constants for one in found)
-    known = found[0].constants
+    known = found[0]
+    assert all(one == known for one in found)
     assert set(known.seconds) == set(FEATURES)
     for names in (("message", "collective"), ("latency",), ("land",), ("sign_encode",), ("topk_encode",)):
         assert sum(known.seconds[name] for name in names) > 0
@@ -78,15 +79,19 @@ def test_all_ranks_find_the_same_constants_of_everything(
     main([*ASK, str(path), "--bandwidth", "5Gbit"])
     assert "8 workers that send 5 Gbit/s" in capsys.readouterr().out
 
-    report = found[0].report()
+    report = calibrate.report(known)
     assert report.startswith("Measured on 4 ranks, 2 hosts: ")
     assert all(f"\n  {name} " in report for name in FEATURES)
     assert "Check: a step of 0.0 M parameters took " in report
+    off = dict(known.made, check={"parameters": 1, "compute": 1.0, "measured": 1.0, "model": 1.2})
+    assert "far off" not in calibrate.report(dataclasses.replace(known, made=off))
+    off["check"]["model"] = 1.4
+    assert "far off" in calibrate.report(dataclasses.replace(known, made=off))
 
 
 @pytest.mark.usefixtures("quick")
 def test_what_two_ranks_on_one_host_cannot_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = measured(1, ranks=2)[0].constants
+    known = measured(1, ranks=2)[0]
     assert set(known.estimated) == {"message", "latency"}
     assert known.bandwidth is None
     assert known.inside is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from hvd_saef.cli import bandwidth, count, duration, main
 from hvd_saef.planning.constants import FEATURES, Constants
 from hvd_saef.planning.plan import METHODS
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOW = ["--parameters", "25.6M", "--workers", "64", "--bandwidth", "100Mbit", "--compute", "0.12"]
 
 
@@ -62,7 +64,7 @@ def test_the_packages_own_constants(capsys: pytest.CaptureFixture[str]) -> None:
     text = ask([*SLOW, "--device", "cpu"], capsys)
     assert Constants.load().source in text
     assert Constants.load().device in text
-    assert "ESTIMATED" not in text
+    assert "ESTIMATED, not measured: message, collective, latency, mean." in text
     assert "`hvd-saef calibrate`, started as your job is, measures your own" in text
 
 
@@ -77,16 +79,35 @@ def test_constants_are_of_the_device_that_there_is(
         assert ask(SLOW, capsys) == expected
 
 
+PAGES = [ROOT / "README.md", ROOT / "docs" / "planning.md"]
+COMMANDS = [
+    command for page in PAGES for command in re.findall(r"(?m)^hvd-saef (plan .*)$", page.read_text())
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_pages(command: str, capsys: pytest.CaptureFixture[str], cheap: str) -> None:
+    mine = dataclasses.replace(Constants.load(Path(cheap)), bandwidth=1e10)  # as calibrated
+    mine.save(Path(cheap))
+    main([cheap if word == "mine.json" else word for word in shlex.split(command)])
+    assert "Advice: " in capsys.readouterr().out
+
+
 def test_the_advice_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     """With one GPU a rank, 64 workers are told to compress at 10 Gbit/s."""
-    page = Path(__file__).parents[2].joinpath("README.md").read_text()
-    (command,) = re.findall(r"(?m)^hvd-saef (plan .*)$", page)
-    main(shlex.split(command))
+    main(shlex.split(COMMANDS[0]))
     text = capsys.readouterr().out
     assert "ESTIMATED" in text
     assert "Advice: sign DC" in text
     assert "With overlap=True as well: " in text
     assert "With local_steps=8 as well: " in text
+
+
+def test_many_buckets_are_worth_larger_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["--parameters", "7B", "--workers", "64", "--bandwidth", "100Gbit", "--compute", "1"]
+    text = ask([*large, "--device", "gpu"], capsys)
+    assert "With bucket_bytes=536870912 as well: " in text
+    assert "bucket_bytes" not in ask([*SLOW, "--device", "gpu"], capsys)
 
 
 def test_local_steps_and_overlap(capsys: pytest.CaptureFixture[str], cheap: str) -> None:
@@ -154,5 +175,5 @@ def test_mistakes_are_named(
 
 
 def test_the_entry_point() -> None:
-    declared = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    declared = (ROOT / "pyproject.toml").read_text()
     assert 'hvd-saef = "hvd_saef.cli:main"' in declared
