@@ -216,15 +216,16 @@ def run(path: Path, seconds: float) -> int:
     except (RuntimeError, ValueError) as error:
         return _fail(os.environ.get("RANK", "0"), error)
     first = communicator.rank == 0
+    progress = Progress(STAGES + len(considered()), speaks=first)
     try:
         together(communicator, lambda: _check(path) if first else None)
-        progress = Progress(STAGES + len(considered()), speaks=first)
         found = calibrate(communicator, device, seconds, progress.begin, carrier)
-        progress.end()
+        progress.end(done=True)
         together(communicator, lambda: _write(found, path) if first else None)
     except StalledExchangeError:
         raise  # only this rank may know: its end ends the job
     except (SaefError, OSError, ValueError) as error:
+        progress.end(done=False)
         return _fail(str(communicator.rank), error)
     if first:
         print(

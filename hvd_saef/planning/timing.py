@@ -23,15 +23,11 @@ class Progress:
     def __init__(self, total: int, speaks: bool) -> None:
         self._total, self._begun, self._speaks = total, 0, speaks
         self._bar: Any = None
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        form = "{desc:<40}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
-        self._bar = tqdm(total=total, disable=not speaks, bar_format=form, ncols=100, file=sys.stderr)
 
     def begin(self, stage: str) -> None:
         """Says which stage begins."""
+        if self._speaks and not self._begun:
+            self._bar = _bar(self._total)
         if self._bar is not None:
             self._bar.update(self._begun - self._bar.n)
             self._bar.set_description_str(stage)
@@ -39,11 +35,21 @@ class Progress:
             print(f"{self._begun + 1}/{self._total}: {stage}", file=sys.stderr, flush=True)
         self._begun += 1
 
-    def end(self) -> None:
-        """Ends the bar."""
+    def end(self, done: bool) -> None:
+        """Ends the bar, at its end if all is `done`, else where it is."""
         if self._bar is not None:
-            self._bar.update(self._total - self._bar.n)
+            self._bar.update(self._total - self._bar.n if done else 0)
             self._bar.close()
+
+
+def _bar(total: int) -> Any:
+    """Returns tqdm's bar, or None without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    form = "{desc:<40}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+    return tqdm(total=total, bar_format=form, ncols=100, file=sys.stderr)
 
 
 class Clock:

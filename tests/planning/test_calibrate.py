@@ -254,7 +254,7 @@ def test_a_bar_counts_to_its_end(capsys: pytest.CaptureFixture[str], monkeypatch
         progress = Progress(2, speaks)
         progress.begin("one")
         progress.begin("two")
-        progress.end()
+        progress.end(done=speaks)
         assert capsys.readouterr().err == ("1/2: one\n2/2: two\n" if speaks else "")
 
 
