@@ -94,7 +94,7 @@ def topk_encode(
     if weights:
         _add(stretches, value_dtype, 0.0, 0.0, weights, names)
     tile = min(TILE, max(16, 1 << (tables.largest - 1).bit_length()))
-    passes, room = (6, 6144) if dtype is torch.float64 else (3, 4096)  # as in device/topk.py
+    passes, room = (6, 6144) if dtype is torch.float64 else (4, 768)  # as in device/digits.py
     blocks = tables.blocks.shape[0]
     digits = torch.zeros(blocks * room, dtype=torch.int32, device=device)
     constants = {"T": DTYPES[dtype], "VALUE": KINDS.get(value_dtype, 0) if value_dtype != dtype else 0}

@@ -113,7 +113,7 @@ def encode(
     for tile in range(tl.cdiv(elements, TILE)):
         lane = tl.arange(0, TILE)
         at = offset + tile * TILE
-        mask = at + lane < size
+        mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
         start = block * size + at
         delta = updated(run, start, lane, mask, numbers, T, UPDATES, ALPHA, BETA, NARROW)
         delta = _plus_terms(delta, run, addresses, columns, numbers, block, at, lane, mask, T, ALIGNED, TILE)
@@ -196,7 +196,7 @@ def settle(
             lane = tl.arange(0, TILE)
             at = offset + tile * TILE
             memory = pointer(run, MEMORY, block * size + at, T) + lane
-            mask = at + lane < size
+            mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
             values = tl.load(memory, mask=mask, other=0)
             tl.store(memory, _settled(values, run, addresses, block, T, ALIGNED), mask=mask)
 
@@ -226,7 +226,7 @@ def decode(
     for tile in range(tl.cdiv(tl.minimum(size - offset, TILE * TILES).to(tl.int32), TILE)):
         lane = tl.arange(0, TILE)
         at = offset + tile * TILE
-        mask = at + lane < size
+        mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
         start = block * size + at
         memory = pointer(run, MEMORY, start, T) + lane
         x = tl.load(memory, mask=mask, other=0)

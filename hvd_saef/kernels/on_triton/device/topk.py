@@ -155,7 +155,7 @@ def encode(
     payload = tl.load(addresses + tl.load(run + ADDRESSES))
     lane = tl.arange(0, TILE)
     at = nth * TILE
-    mask = at + lane < size
+    mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
     start = block * size + at
     values = updated(run, start, lane, mask, numbers, T, UPDATES, ALPHA, BETA, NARROW)
     if tl.load(run + KEPT) == size:
@@ -205,7 +205,7 @@ def count_digits(table, run_of, digits, known, T: tl.constexpr, PASS: tl.constex
         prefix, _ = _known(run, block, nth, digits, known, PASS, T)
         lane = tl.arange(0, TILE)
         at = nth * TILE
-        mask = at + lane < size
+        mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
         keys = keys_of(tl.load(pointer(run, MEMORY, block * size + at, T) + lane, mask=mask, other=0))
         counts = digits_of(keys, mask, prefix, T, PASS)
         of_block = digits + (tl.load(run + BLOCK) + block) * room(T)
@@ -228,7 +228,7 @@ def count_kept(
         key, _ = _known(run, block, nth, digits, known, PASS, T)
         lane = tl.arange(0, TILE)
         at = nth * TILE
-        mask = at + lane < size
+        mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
         keys = keys_of(tl.load(pointer(run, MEMORY, block * size + at, T) + lane, mask=mask, other=0))
         partial = partials + 2 * (tl.load(run + PARTIAL) + block * tl.load(run + EACH) + nth)
         tl.store(partial, tl.sum((mask & (keys > key)).to(tl.int32), axis=0))
@@ -288,7 +288,7 @@ def write(
         partial = partials + 2 * (tl.load(run + PARTIAL) + block * tl.load(run + EACH) + nth)
         lane = tl.arange(0, TILE)
         at = nth * TILE
-        mask = at + lane < size
+        mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
         start = block * size + at
         values = tl.load(pointer(run, MEMORY, start, T) + lane, mask=mask, other=0)
         keys, key = keys_of(values), tl.load(row)
