@@ -9,4 +9,4 @@ if os.environ.get("HVD_SAEF_WITHOUT"):
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # without a GPU; Triton looks at this when torch imports it
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at this when torch imports it; see tests.gpu

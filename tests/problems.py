@@ -124,9 +124,10 @@ def run_library(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = setup.lr(step)
-        at = [parameter.detach().double().numpy().copy() for parameter in parameters]
+        at = [parameter.detach().double().cpu().numpy().copy() for parameter in parameters]
         for parameter, slope in zip(parameters, gradient(rank, step, at), strict=True):
-            parameter.grad = None if slope is None else torch.tensor(slope, dtype=dtype)
+            like = {"dtype": dtype, "device": parameter.device}
+            parameter.grad = None if slope is None else torch.tensor(slope, **like)
         optimizer.step()
         each_step(step, optimizer)
     return outcome(optimizer, parameters)
@@ -134,15 +135,15 @@ def run_library(
 
 def outcome(optimizer: Any, parameters: list[torch.nn.Parameter]) -> Outcome:
     """What there is to compare, from public methods only."""
-    held = [parameter.detach().double().numpy().copy() for parameter in parameters]
+    held = [parameter.detach().double().cpu().numpy().copy() for parameter in parameters]
     state = optimizer.state_dict()["hvd_saef"]
     names = list(state["x"])
     return Outcome(
-        x=[state["x"][name].double().numpy() for name in names],
+        x=[state["x"][name].double().cpu().numpy() for name in names],
         parameters=held,
-        errors=[state["errors"][name].double().numpy() for name in names],
+        errors=[state["errors"][name].double().cpu().numpy() for name in names],
         server_error={
-            name: (piece["start"], piece["values"].double().numpy())
+            name: (piece["start"], piece["values"].double().cpu().numpy())
             for name, piece in state["server_errors"].items()
         },
         stats=optimizer.stats(),

@@ -164,7 +164,7 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def bits(value: Any, at: str = "") -> dict[str, bytes]:
     """Every leaf of nested dicts, lists and tensors by its path: equal only if equal to the bit."""
     if isinstance(value, Tensor):
-        held = value.detach().contiguous()  # one number is, whatever its stride
+        held = value.detach().cpu().contiguous()  # one number is, whatever its stride
         raw = held.as_strided((held.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
         return {at: f"{value.dtype} {tuple(value.shape)} ".encode() + raw}
     if isinstance(value, dict):

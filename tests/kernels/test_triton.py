@@ -6,10 +6,8 @@ The interpreter needs some milliseconds a program, so memory is small here and p
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from hvd_saef.errors import ExchangeError
 from hvd_saef.kernels import Stretch
 from hvd_saef.memory import algorithm
 from tests.kernels import test_kernels, test_kernels_sign, test_kernels_topk
+from tests.kernels.rounds import NARROW, NASTY, Copying, Worker
 from tests.kernels.test_kernels_sign import Case, same
 from tests.kernels.test_kernels_topk import PAGE, clustered, mostly_zeros, normal, ties
 from tests.kernels.versions import Direct, compiled
@@ -66,7 +65,6 @@ SMALL: list[list[tuple[int, int, bool]]] = [
     [(1000, 1, False), (300, 1, True), (7, 1, False)],
     [(1, 3, False)],
 ]
-NASTY = [0.0, -0.0, 1.0, 1 / 3, -1 / 3, 1e-40, -1e-40, 3e37, -3e37, 1.1754944e-38]
 
 
 @pytest.mark.parametrize("check", test_kernels_sign.CHECKS)
@@ -154,61 +152,6 @@ def test_topk_refuses_what_the_twins_refuse() -> None:
 
 
 # -- the rows around C ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Worker:
-    """A worker's memory: parts of one bucket, one after the other, with the parameters' own memory."""
-
-    memories: list[Memory]
-    parameters: list[Tensor]
-
-    @classmethod
-    def of(cls, parts: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], dtype: torch.dtype) -> Worker:
-        """Some state, the same in each call; the parameters' dtypes take turns."""
-        generator = torch.Generator().manual_seed(7)
-        memories, parameters = [], []
-        for sizes in parts:
-            blocks = Blocks.cut(list(sizes), 70, dtype)
-            x, e, s = (torch.randn(blocks.numel, generator=generator, dtype=dtype) / n for n in (1, 90, 50))
-            y = torch.randn(blocks.numel, generator=generator, dtype=dtype)
-            pieces = [p.to(dtypes[i % len(dtypes)]) for i, p in enumerate(y.split(list(sizes)))]
-            parameters += pieces
-            memories.append(Memory(blocks, x, e, s, pieces, 0.7, 0.4))
-        return cls(memories, parameters)
-
-    def round(self, rows: Fused, compressor: Compressor, weights: Sequence[float]) -> list[Tensor]:
-        """Everything that a round leaves behind."""
-        sizes = [compressor.payload_bytes(memory.blocks) for memory in self.memories]
-        sent, answers = ([torch.empty(size, dtype=torch.uint8) for size in sizes] for _ in range(2))
-        rows.send(self.memories, sent)
-        for memory, own, answer in zip(self.memories, sent, answers, strict=True):
-            s = BlockedTensor(torch.sin(torch.arange(memory.blocks.numel)).to(memory.x.dtype), memory.blocks)
-            rows.serve([own, own], weights, s, answer)
-        arrived = [[answer, own] for answer, own in zip(answers, sent, strict=True)]
-        rows.receive(self.memories, sent, arrived, weights)
-        flats = [flat for memory in self.memories for flat in (memory.x, memory.e)]
-        return [*sent, *answers, *flats, *(parameter.view(-1) for parameter in self.parameters)]
-
-
-class Copying(algorithm.PlainRows):
-    """PlainRows around copies of the parameters, as a trip makes them where they are of another dtype."""
-
-    def send(self, memories: Sequence[Memory], payloads: Sequence[Tensor]) -> None:
-        """See :meth:`Fused.send`."""
-        for m, payload in zip(memories, payloads, strict=True):
-            b = algorithm.step_ahead(m.x, m.e, m.s, m.alpha, m.beta)
-            sizes = [piece.numel() for piece in m.parameter_memory]
-            rounded = [
-                part.to(piece.dtype).to(b.dtype)
-                for part, piece in zip(b.split(sizes), m.parameter_memory, strict=True)
-            ]
-            y = torch.cat([piece.to(b.dtype) for piece in m.parameter_memory])
-            algorithm.add_update(m.e, torch.cat(rounded), y)
-            super().send([dataclasses.replace(m, parameter_memory=())], [payload])
-
-
-NARROW = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(
