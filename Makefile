@@ -8,7 +8,7 @@ export PYTHON
 
 SCRIPTS = .ci/run $(wildcard launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch) launch/mpich/mpirun
 
-.PHONY: setup train train-horovod train-torch test test-torch test-triton test-cluster machine sanitize lint docs format clean
+.PHONY: setup train train-horovod train-torch test test-torch test-triton test-gpu bench-gpu test-cluster machine sanitize lint docs format clean
 
 setup:  ## everything that hvd_saef needs, in .venv (idempotent)
 	@launch/bootstrap.sh
@@ -32,6 +32,12 @@ test-triton: setup  ## the Triton kernels, interpreted, on larger memory; and co
 OTHER = $(if $(NUMPY),--numpy $(NUMPY)) $(if $(filter no,$(HOROVOD)),--without-horovod) $(if $(RECORD),--record)
 test-torch:  ## the tests with another torch (PYTHON, NUMPY): make test-torch TORCH=2.3.1 HOROVOD=no ARGS=tests/kernels
 	$(PYTHON) -m tests.versions $(TORCH) $(OTHER) -- $(ARGS)
+
+test-gpu:  ## on a GPU, in 8 minutes, with the Python at hand (torch, Triton), no set-up: make test-gpu PYTHON=python3.12
+	$(PYTHON) -m tests.gpu $(ARGS)
+
+bench-gpu:  ## measures on a GPU, in 8 minutes, with the Python at hand, no set-up
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 test-cluster: setup  ## the tests that need a SLURM or hosts: as root, on a machine where apt-get works
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/cluster

@@ -34,22 +34,23 @@ from hvd_saef.compression import BUILT_IN, BlockedTensor, Blocks, Fused, Memory
 from hvd_saef.memory.algorithm import PlainRows
 
 WORKERS = 4
+CPU = torch.device("cpu")
 
 
-def fused(compressor: Compressor) -> Fused | None:
-    """The compressor's kernels for float32 on the CPU."""
-    return compressor.fused(torch.device("cpu"), torch.float32, True)
+def fused(compressor: Compressor, device: torch.device) -> Fused | None:
+    """The compressor's kernels for float32 on a device."""
+    return compressor.fused(device, torch.float32, True)
 
 
-COMPRESSORS: dict[str, Compressor] = {
-    found[0].title: found[0].compressor
-    for found in (
-        [one for one in compressor.considered() if one.double_compression and fused(one.compressor)]
+def compressors(device: torch.device) -> dict[str, Compressor]:
+    """Of each kind of compressor that has kernels for the device the first setting, by its title."""
+    kinds = (
+        [one for one in compressor.considered() if one.double_compression and fused(one.compressor, device)]
         for compressor in BUILT_IN
     )
-    if found
-}
-"""Of each kind of compressor that has kernels the first setting, by its title."""
+    return {found[0].title: found[0].compressor for found in kinds if found}
+
+
 Work = Callable[[], object]
 
 
@@ -77,18 +78,21 @@ HEADER = f"{'':<20}{'ms':>9}{'copies':>9}{'twin ms':>11}{'faster':>9}"
 
 
 class Bench:
-    """The memory of one bucket, and what is timed on it."""
+    """The memory of one bucket on a device, and what is timed on it. `points` is the parameters' dtype."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(
+        self, sizes: Sequence[int], device: torch.device, points: torch.dtype = torch.float32
+    ) -> None:
+        self.device = device
+        generator = torch.Generator(device).manual_seed(0)
         self.blocks = Blocks.cut(list(sizes), None, torch.float32)
 
         def numbers() -> Tensor:
-            return torch.randn(self.blocks.numel, generator=generator)
+            return torch.randn(self.blocks.numel, generator=generator, device=device)
 
         self.x, self.e, self.s = numbers(), numbers(), numbers()
-        points = [piece.clone() for piece in numbers().split(list(sizes))]
-        self.memory = Memory(self.blocks, self.x, self.e, None, points, alpha=1.0, beta=0.0)
+        parameters = [piece.to(points, copy=True) for piece in numbers().split(list(sizes))]
+        self.memory = Memory(self.blocks, self.x, self.e, None, parameters, alpha=1.0, beta=0.0)
         self.copied = torch.empty_like(self.x)
 
     def copy(self) -> None:
@@ -97,24 +101,29 @@ class Bench:
 
     def works(self) -> Iterator[tuple[str, Work, Work | None]]:
         """What is timed: its name, with kernels, and on the twins."""
-        for name, compressor in COMPRESSORS.items():
-            rows = fused(compressor)
+        for name, compressor in compressors(self.device).items():
+            rows = fused(compressor, self.device)
             assert rows is not None
             pairs = zip(
-                self._rows(compressor, rows), self._rows(compressor, PlainRows(compressor)), strict=True
+                self.rows(compressor, rows), self.rows(compressor, PlainRows(compressor)), strict=True
             )
             for (row, kernel), (_, twin) in pairs:
                 yield f"{name} {row}", kernel, twin
         look = partial(kernels.squares_fit, self.memory.parameter_memory)
         yield "look at numbers", look, look
-        magnitudes, kept = self.x.abs(), math.ceil(0.01 * self.blocks.numel)
-        yield "torch.topk of 1 %", partial(torch.topk, magnitudes, kept, sorted=False), None
+        yield "torch.topk of 1 %", self.topk(), None
 
-    def _rows(self, compressor: Compressor, rows: Fused) -> Iterator[tuple[str, Work]]:
+    def topk(self) -> Work:
+        """What others take for Top-K of 1 %."""
+        kept = math.ceil(0.01 * self.blocks.numel)
+        return partial(torch.topk, self.x.abs(), kept, sorted=False)
+
+    def rows(self, compressor: Compressor, rows: Fused) -> Iterator[tuple[str, Work]]:
+        """The rows of Algorithm 1 around the compressor, with payloads of WORKERS."""
         size = compressor.payload_bytes(self.blocks)
-        payloads = [torch.empty(size, dtype=torch.uint8) for _ in range(WORKERS)]
+        payloads = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(WORKERS)]
         for payload in payloads:
-            delta = BlockedTensor(torch.randn(self.blocks.numel), self.blocks)
+            delta = BlockedTensor(torch.randn(self.blocks.numel, device=self.device), self.blocks)
             compressor.encode(delta, payload)
         weights = WORKERS * [1 / WORKERS]
         sent, served = torch.empty_like(payloads[0]), BlockedTensor(self.s, self.blocks)
@@ -133,7 +142,7 @@ def seconds(work: Work) -> float:
 def measure(layout: str, sizes: Sequence[int], threads: int, turns: int, twin_turns: int) -> Iterator[Row]:
     """All kernels on one layout."""
     torch.set_num_threads(threads)
-    bench = Bench(sizes)
+    bench = Bench(sizes, CPU)
     copies = [seconds(bench.copy) for _ in range(turns + 1)][1:]
     yield Row(layout, bench.blocks.numel, threads, "copy_", statistics.median(copies), 1.0, math.nan)
     for name, kernel, twin in bench.works():

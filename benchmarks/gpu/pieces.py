@@ -1,4 +1,4 @@
-"""Runs a command's pieces one after the other, each in a process of its own, and keeps what they found.
+"""Runs a command's pieces, each in a process of its own, and keeps what they found.
 
 So a piece that crashes, hangs or loses the device takes no other with it. Each piece has a limit, and all of
 them together have one. Rows are written as they come, as JSON and as a table: what was found before an end of
@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,12 @@ class Command:
     """A row in a line, to be shown as it comes."""
     failed: Callable[[Row], bool] = lambda row: False
     """Whether a row makes the command fail."""
+    summary: Callable[[Sequence[Row]], Any] = lambda rows: None
+    """What follows from the rows; stands in the JSON, too."""
+    at_once: int = 1
+    """How many pieces may run at a time where there are four cores for each: what is timed runs alone."""
+    after: Callable[[Sequence[Row], Path], str] = lambda rows, folder: ""
+    """What is done last with all rows, in the folder of the files; returns what to say of it."""
 
     def main(self) -> int:
         """Runs the command, or in a child one piece; returns the exit code."""
@@ -125,30 +133,46 @@ class _Run:
             self.ended = {name: end for name, end in found["pieces"].items() if end["outcome"] == "done"}
             self.rows = [row for row in found["rows"] if row["piece"] in self.ended]
         self.bar = _Bar(len(options.only))
+        self.running: list[subprocess.Popen[bytes]] = []
+        self._writing = threading.Lock()
 
     def run(self) -> int:
         """Runs the pieces; returns 1 if any failed, 2 if there is no such device, else 0."""
         deadline = time.monotonic() + self.options.seconds
-        absent = self._absent()
-        for piece in self.command.pieces:
-            if piece.name not in self.options.only or piece.name in self.ended:
-                continue
-            left = deadline - time.monotonic() - END
-            self.bar.begins(piece.name)
-            if absent:
-                self._end(piece, "skipped", absent, 0.0)
-            elif left < END:
-                self._end(piece, "not run", f"no time was left of --seconds {self.options.seconds:g}", 0.0)
-            else:
-                self._run(piece, min(piece.seconds, left))
-            self.bar.ended()
+        pieces = [one for one in self.command.pieces if one.name in self.options.only]
+        first = [one for one in pieces if one is self.command.pieces[0]]  # it may build what others need
+        others = [one for one in pieces if one not in first]
+        cores = len(os.sched_getaffinity(0))
+        threads = ThreadPoolExecutor(max(1, min(self.command.at_once, cores // 4)))
+        try:
+            for group in (first, others):
+                list(threads.map(lambda piece: self._take_turn(piece, deadline), group))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in list(self.running):
+                _end_all(process)
         self.bar.close()
         self._save()
         print(f"\n{self._text()}\nWritten: {self.path} and {self.path.with_suffix('.txt')}")
-        if absent:
+        print(self.command.after(self.rows, self.path.parent), end="")
+        if self._absent():
             return 2
         outcomes = {self.ended[name]["outcome"] for name in self.options.only}
         return int(bool(outcomes - {"done"}) or any(map(self.command.failed, self.rows)))
+
+    def _take_turn(self, piece: Piece, deadline: float) -> None:
+        """Runs a piece, if there is any need, time and device."""
+        left, absent = deadline - time.monotonic() - END, self._absent()
+        if piece.name in self.ended:
+            pass
+        elif absent:
+            self._end(piece, "skipped", absent, 0.0)
+        elif left < END:
+            self._end(piece, "not run", f"no time was left of --seconds {self.options.seconds:g}", 0.0)
+        else:
+            self.bar.begins(piece.name)
+            self._run(piece, min(piece.seconds, left))
+        self.bar.ended()
 
     def _absent(self) -> str:
         """Why the device cannot be used, or nothing."""
@@ -174,6 +198,7 @@ class _Run:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            self.running.append(process)
             try:
                 with open(found) as lines:
                     while process.poll() is None and time.monotonic() - start < limit:
@@ -182,9 +207,8 @@ class _Run:
                     late = process.poll() is None
                     self._take(lines)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end_all(process)
+                self.running.remove(process)
         seconds = time.monotonic() - start
         if late:
             self._end(piece, "out of time", f"ended after its limit of {limit:.0f} s", seconds)
@@ -199,22 +223,19 @@ class _Run:
         return [*passed, *(["--tiny"] if self.options.tiny else [])]
 
     def _take(self, lines: Any) -> None:
-        """Takes the rows that are whole."""
-        while True:
-            place = lines.tell()
-            line = lines.readline()
-            if not line.endswith("\n"):
-                lines.seek(place)
-                return
-            self.rows.append(json.loads(line))
-            self.bar.says(self.command.line(self.rows[-1]))
-            self._save()
+        """Takes the rows that are there."""
+        for row in arrived(lines):
+            with self._writing:
+                self.rows.append(row)
+                self.bar.says(self.command.line(row))
+                self._save()
 
     def _end(self, piece: Piece, outcome: str, detail: str, seconds: float) -> None:
-        self.ended[piece.name] = {"outcome": outcome, "detail": detail, "seconds": round(seconds, 2)}
-        if outcome != "done":
-            self.bar.says(f"{piece.name}: {outcome}: {detail}")
-        self._save()
+        with self._writing:
+            self.ended[piece.name] = {"outcome": outcome, "detail": detail, "seconds": round(seconds, 2)}
+            if outcome != "done":
+                self.bar.says(f"{piece.name}: {outcome}: {detail}")
+            self._save()
 
     def _save(self) -> None:
         """Writes everything, each file whole or not at all."""
@@ -223,6 +244,7 @@ class _Run:
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "pieces": self.ended,
             "rows": self.rows,
+            "summary": self.command.summary(self.rows),
         }
         for path, text in (
             (self.path, json.dumps(found, indent=1)),
@@ -240,6 +262,24 @@ class _Run:
         return "\n".join(lines)
 
 
+def _end_all(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def arrived(lines: Any) -> Iterator[Row]:
+    """Yields the rows of a file that is being written, from where it was read last; not a row's beginning."""
+    while True:
+        place = lines.tell()
+        line = lines.readline()
+        if not line.endswith("\n"):
+            lines.seek(place)
+            return
+        yield json.loads(line)
+
+
 def environment(device: str) -> Mapping[str, str]:
     """What a process that works on the device is given beside the environment."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -255,7 +295,7 @@ class _Bar:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=pieces, unit="piece", file=sys.stderr)
+            self._bar = tqdm(total=pieces, unit="piece", file=sys.stderr, disable=None)
 
     def begins(self, name: str) -> None:
         """Names the piece under way."""

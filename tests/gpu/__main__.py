@@ -61,6 +61,7 @@ COMMAND = Command(
         *(Piece(name, seconds, partial(work, name)) for name, seconds in LIMITS.items()),
     ],
     name="test-gpu",
+    at_once=3,
     table=table,
     line=line,
     failed=lambda row: row.get("outcome") == "failed",

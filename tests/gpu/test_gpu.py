@@ -29,7 +29,7 @@ LEFT_OUT = ("4 ranks over gloo",)
 ROUNDS = (
     "sign: parameters of 16 bits",
     "Top-K 20 % in bfloat16: float32",
-    "Top-K 1 % in float16, small blocks dense: float64",
+    "Top-K 1 % in float16, small blocks dense: parameters of 16 bits",
 )
 """Of the checks of a round, whose names have a colon, these are enough here: test_triton.py has more."""
 EVERY = [

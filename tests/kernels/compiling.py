@@ -8,12 +8,14 @@ The kernels are those that real calls launch, with the same constants; nothing i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +41,76 @@ ACCESS = re.compile(r"^\s+@%p\d+ (ld\.global|st\.global)[.\w:]*?\.(v\d\.)?[bfsu]
 """Loads and stores with a mask: all but those that a whole program does once."""
 
 
-def launches(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The kernels that a step with sign and with Top-K launches: each with its arguments and constants."""
-    found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+Launched = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is compiled otherwise."""
+
+    sizes: tuple[int, ...]
+    points: torch.dtype | None
+    """The parameters' dtype; None is x's."""
+    odd: bool
+    """Whether payloads begin at an odd byte."""
+    beta: float
+    values: torch.dtype | None
+    """The dtype of Top-K's values; None is x's."""
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether x may be of this dtype."""
+        return self.points is None or dtype is torch.float32
+
+
+KINDS = {
+    "usual": Kind((200_000, 5), None, False, 0.0, None),
+    "small": Kind((40, 5), torch.float16, True, 0.5, torch.bfloat16),
+    "tiny": Kind((3,), torch.bfloat16, True, 0.5, torch.float16),
+    "small, wide": Kind((40, 5), None, True, 0.5, torch.float16),
+    "odd": Kind((200_000, 5), torch.bfloat16, True, 0.5, torch.bfloat16),
+}
+
+
+def launches(dtype: torch.dtype, kind: Kind = KINDS["usual"]) -> dict[str, Launched]:
+    """The kernels that a step with sign and with Top-K launches: each with its arguments and constants.
+
+    Kernels that are launched twice with other constants have a number after their names.
+    """
+    found: dict[str, Launched] = {}
 
     def launch(kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
-        module = kernel.__module__.rsplit(".", 1)[-1]
-        found[f"{module}.{kernel.__name__}"] = kernel, arguments, constants
+        name = f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
+        same = [one for one in found if one.split(" ")[0] == name]
+        runs = 0 not in (programs if isinstance(programs, tuple) else (programs,))
+        if runs and all(found[one][2] != constants for one in same):
+            found[f"{name} {len(same) + 1}" if same else name] = kernel, arguments, constants
 
     for module in (sign, topk, magnitudes):
         module.launch = launch  # type: ignore[attr-defined]
     topk.AT_ONCE = ()  # type: ignore[assignment]
-    blocks = Blocks.cut([200_000, 5], None, dtype)
-    memory, x, e, y = (torch.zeros(blocks.numel, dtype=dtype) for _ in range(4))
-    sign_table, topk_table = blocks.table(lambda size: 0), blocks.table(lambda size: max(1, size // 100))
-    size = sign.format_of(sign_table.tolist(), dtype.itemsize)[1]
-    payload = torch.zeros(size, dtype=torch.uint8)
-    sign.sign_settle([Stretch(memory, sign_table, payload)])
-    sign.sign_encode([Stretch(memory, sign_table, payload, x, None, [y])], 1.0)
-    landed = Stretch(x, sign_table, payload, e, None, [y], [payload])
-    sign.sign_decode([landed], 1.0, weights=[-1.0])
-    payload = torch.zeros(topk.format_of(topk_table.tolist(), dtype.itemsize)[1], dtype=torch.uint8)
-    topk.topk_encode([Stretch(memory, topk_table, payload, x, None, [y])], dtype, 1.0)
-    landed = Stretch(x, topk_table, None, e, None, [y], [payload])
-    topk.topk_decode([landed], dtype, 1.0, weights=[-1.0])
+    blocks = Blocks.cut(list(kind.sizes), None, dtype)
+    memory, x, e, s = (torch.zeros(blocks.numel, dtype=dtype) for _ in range(4))
+    s_or_none = s if kind.beta else None
+    y = [torch.zeros(blocks.numel, dtype=kind.points or dtype)]
+    number, values = dtype.itemsize, kind.values or dtype
+    for table, format_of, item in (
+        (blocks.table(lambda size: 0), sign.format_of, number),
+        (blocks.table(lambda size: max(1, size // 100)), topk.format_of, values.itemsize),
+    ):
+        size = format_of(table.tolist(), item)[1]
+        payload = torch.zeros(size + kind.odd, dtype=torch.uint8)[kind.odd :]
+        sending = [Stretch(memory, table, payload, x, s_or_none, y)]
+        serving = [Stretch(memory, table, payload, payloads=[payload, payload])]
+        landing = [Stretch(x, table, payload, e, s_or_none, y, [payload])]
+        if format_of is sign.format_of:
+            sign.sign_settle([Stretch(memory, table, payload)])
+            sign.sign_encode(sending, 1.0, kind.beta)
+            sign.sign_encode(serving, weights=[0.5, 0.5])
+            sign.sign_decode(landing, 1.0, kind.beta, [-1.0])
+        else:
+            topk.topk_encode(sending, values, 1.0, kind.beta)
+            topk.topk_encode(serving, values, weights=[0.5, 0.5])
+            topk.topk_decode(landing, values, 1.0, kind.beta, [-1.0])
     magnitudes.at_most([x], 1.0)
     return found
 
@@ -114,16 +162,19 @@ def main() -> None:
     parser.add_argument("targets", nargs="+", help="backend:architecture:threads of a warp")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"])
     parser.add_argument("--kernels", nargs="+", help="only these: a prefix of module.name")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["usual"])
     options = parser.parse_args()
-    for dtype in options.dtypes:
-        for name, (kernel, arguments, constants) in launches(getattr(torch, dtype)).items():
+    for kind, dtype in itertools.product(options.kinds, options.dtypes):
+        if not KINDS[kind].fits(getattr(torch, dtype)):
+            continue
+        for name, (kernel, arguments, constants) in launches(getattr(torch, dtype), KINDS[kind]).items():
             if options.kernels and not name.startswith(tuple(options.kernels)):
                 continue
             for target in options.targets:
                 backend, architecture, threads = target.split(":")
                 chip = int(architecture) if architecture.isdigit() else architecture
                 facts = compile_one(kernel, arguments, constants, GPUTarget(backend, chip, int(threads)))
-                line = {"kernel": name, "target": target, "dtype": dtype, **facts}
+                line = {"kernel": name, "kind": kind, "target": target, "dtype": dtype, **facts}
                 print(json.dumps(line), flush=True)
 
 

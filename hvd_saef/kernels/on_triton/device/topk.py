@@ -155,7 +155,7 @@ def encode(
     payload = tl.load(addresses + tl.load(run + ADDRESSES))
     lane = tl.arange(0, TILE)
     at = nth * TILE
-    mask = lane < tl.minimum(size - at, TILE).to(tl.int32)
+    mask = at + lane < size
     start = block * size + at
     values = updated(run, start, lane, mask, numbers, T, UPDATES, ALPHA, BETA, NARROW)
     if tl.load(run + KEPT) == size:
