@@ -126,8 +126,8 @@ def run_library(
             group["lr"] = setup.lr(step)
         at = [parameter.detach().double().cpu().numpy().copy() for parameter in parameters]
         for parameter, slope in zip(parameters, gradient(rank, step, at), strict=True):
-            like = {"dtype": dtype, "device": parameter.device}
-            parameter.grad = None if slope is None else torch.tensor(slope, **like)
+            device = parameter.device
+            parameter.grad = None if slope is None else torch.tensor(slope, dtype=dtype, device=device)
         optimizer.step()
         each_step(step, optimizer)
     return outcome(optimizer, parameters)

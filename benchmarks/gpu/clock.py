@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.pieces import Place
@@ -26,7 +27,7 @@ def seconds(place: Place, work: Work, turns: int) -> float:
         work()
         end.record()
     place.wait()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+    return float(statistics.median(begin.elapsed_time(end) for begin, end in events)) / 1e3
 
 
 def _turn(work: Work) -> float:
@@ -55,5 +56,5 @@ def launches(place: Place, work: Work) -> int:
         place.wait()
     events = profiler.events() or []
     if place.on_gpu:
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+        return sum(event.device_type == DeviceType.CUDA for event in events)
     return sum(event.name.startswith("aten::") for event in events)

@@ -72,7 +72,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, words, width] to the same shape."""
         parts = self.to_heads(self.norm(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)
-        attended = functional.scaled_dot_product_attention(*parts.unbind(2), is_causal=True)
+        queries, keys, values = parts.unbind(2)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.from_heads(attended.transpose(1, 2).flatten(2))
         out: Tensor = x + self.down(functional.gelu(self.up(self.norm_2(x)), approximate="tanh"))
         return out

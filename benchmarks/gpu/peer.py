@@ -38,12 +38,13 @@ class OneBit:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse."""
-        return (packed[:, None] & self.places).ne(0).view(-1)
+        signs: Tensor = (packed[:, None] & self.places).ne(0).view(-1)
+        return signs
 
     def send(self) -> Tensor:
         """The worker's side: the buffer and its error become signs and a scale."""
         self.buffer.add_(self.error)
-        scale = self.buffer.norm() / math.sqrt(self.buffer.numel())
+        scale: Tensor = self.buffer.norm() / math.sqrt(self.buffer.numel())
         self.bits = self.buffer.sign().add_(1).bool()
         self.error.copy_(self.buffer - scale * self.bits.float().add_(-0.5).mul_(2.0))
         return scale
@@ -53,7 +54,7 @@ class OneBit:
         signs = self.bits.view(self.workers, -1).float().add_(-0.5).mul_(2.0)
         mean = signs.mul_(self.scales / self.workers).sum(0)
         mean.add_(self.server_error)
-        scale = mean.norm() / math.sqrt(mean.numel())
+        scale: Tensor = mean.norm() / math.sqrt(mean.numel())
         signs = mean.sign().add_(1).bool().float().add_(-0.5).mul_(2.0)
         self.server_error.copy_(mean - scale * signs)
         return scale

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from benchmarks.gpu.pieces import Place
 from hvd_saef import kernels
 from tests.gpu.registry import best
-from tests.gpu.worker_checks import TOLERANCE, Training, exact, setups, trained
-from tests.oracle import Setup, run
+from tests.gpu.worker_checks import TOLERANCE, Training, exact, setups, trained, wanted
+from tests.oracle import run
 from tests.problems import curved_valley, run_library, same_bits, start_point, worst
 from tests.problems import schedule as decaying
 
@@ -39,7 +39,7 @@ def the_bits_of_threads_and_the_cpu(place: Place, steps: int) -> None:
     """And x has the same bits on all ranks."""
     workers, rank = dist.get_world_size(), dist.get_rank()
     for settings, server in setups(place):
-        setup = Setup(**{"workers": workers, "compressor": "sign", "lr": exact} | settings)
+        setup = wanted(workers, settings, lr=exact)
 
         def at(number: int, start: torch.Tensor) -> torch.Tensor:
             return start.to(place.device)
@@ -61,9 +61,7 @@ def the_oracle(place: Place, steps: int) -> None:
     """With momentum, and with means of floats."""
     workers, rank = dist.get_world_size(), dist.get_rank()
     for settings, server in setups(place, with_means=True)[-2:]:
-        setup = Setup(
-            **{"workers": workers, "compressor": "sign", "optimizer": "sgdm", "lr": decaying} | settings
-        )
+        setup = wanted(workers, settings, optimizer="sgdm", lr=decaying)
         truth = run(setup, start_point(), curved_valley, steps)
         outcome = run_library(
             setup,

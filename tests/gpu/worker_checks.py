@@ -49,6 +49,12 @@ def setups(place: Place, with_means: bool = False) -> list[tuple[dict[str, Any],
     return every[2:3] if place.tiny else every
 
 
+def wanted(workers: int, settings: dict[str, Any], **others: Any) -> Setup:
+    """An oracle's setup; sign, if the settings do not say otherwise."""
+    every: dict[str, Any] = {"workers": workers, "compressor": "sign", **others, **settings}
+    return Setup(**every)
+
+
 def trained(setup: Setup, devices: list[torch.device], steps: int, **options: Any) -> list[Outcome]:
     """What the library comes to, with each worker on its device."""
 
@@ -71,9 +77,7 @@ def the_oracle(place: Place) -> None:
     """With momentum, in float64, to 1e-10."""
     steps, workers = (3, 2) if place.tiny else (12, 3)
     for settings, server in setups(place, with_means=True):
-        setup = Setup(
-            **{"workers": workers, "compressor": "sign", "optimizer": "sgdm", "lr": decaying} | settings
-        )
+        setup = wanted(workers, settings, optimizer="sgdm", lr=decaying)
         truth = run(setup, start_point(), curved_valley, steps)
         with kernels.only(best(place)):
             outcomes = trained(setup, workers * [place.device], steps, server=server)
@@ -89,7 +93,7 @@ def the_bits_of_the_cpu(place: Place) -> None:
     steps, workers = (2, 2) if place.tiny else (8, 3)
     dtypes = (torch.float32,) if place.tiny else (torch.float32, torch.float64)
     for (settings, server), dtype in itertools.product(setups(place), dtypes):
-        setup = Setup(**{"workers": workers, "compressor": "sign", "lr": exact} | settings)
+        setup = wanted(workers, settings, lr=exact)
         with kernels.only("twins"):
             expected = trained(setup, workers * [CPU], steps, server=server, dtype=dtype)
         with kernels.only(best(place)):
@@ -122,7 +126,8 @@ class Training:
         cast = torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
         with cast:
             out = self.model(inputs.to(next(self.model.parameters()).dtype) if dtype is None else inputs)
-        return ((out.float() - inputs[:, :2].cos()) ** 2).mean()
+        loss: Tensor = ((out.float() - inputs[:, :2].cos()) ** 2).mean()
+        return loss
 
     def step(self, times: int = 1) -> Training:
         """Some steps."""

@@ -307,9 +307,9 @@ class Traffic:
 def test_bytes_of_a_parameter(
     compressor: Compressor, bytes_sent: int, bytes_received: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """36 bytes a float32 parameter for sign, and the bits. Top-K reads Δ four times more.
+    """36 bytes a float32 parameter for sign, and the bits. Top-K reads Δ five times more.
 
-    And programs of Top-K read its histograms, 4 bytes a parameter, which stay in a GPU's cache.
+    And programs of Top-K read its histograms, 1 byte a parameter, which stay in a GPU's cache.
     """
     numel = 1 << 17
     blocks = Blocks.cut([numel], None, torch.float32)
