@@ -35,7 +35,7 @@ from benchmarks.pictures import save
 from benchmarks.timings import LOCAL, Timing, read, summarize
 from hvd_saef.planning import plan
 from hvd_saef.planning.constants import ETHERNET, FEATURES, GENERAL, Constants
-from hvd_saef.planning.plan import CLOSE, METHODS, UNCOMPRESSED, Job, Method, predict
+from hvd_saef.planning.plan import METHODS, Job, Method, predict, stops_paying
 
 LABEL = "MODEL, not a measurement"
 PLANNED = {method.name: method for method in METHODS}
@@ -175,28 +175,6 @@ def _with(job: Job, workers: int | None = None, bandwidth: float | None = None) 
     return dataclasses.replace(job, workers=workers or job.workers, bandwidth=bandwidth or job.bandwidth)
 
 
-def stops_paying(job: Job, constants: Constants) -> tuple[float, str]:
-    """The bandwidth from which no compressed method gains 5 % on float32, and the last that did.
-
-    0 where none gains at 1 Mbit/s, infinity where one still does at 1 Tbit/s.
-    """
-
-    def best(bandwidth: float) -> tuple[float, str]:
-        there = _with(job, bandwidth=bandwidth)
-        time, name = min((predict(m, there, constants), m.name) for m in METHODS if not m.dense)
-        return predict(UNCOMPRESSED, there, constants) / time, name
-
-    low, high = 6.0, 12.0
-    if best(10**low)[0] < CLOSE:
-        return 0.0, "-"
-    if best(10**high)[0] >= CLOSE:
-        return math.inf, best(10**high)[1]
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if best(10**middle)[0] >= CLOSE else (low, middle)
-    return 10**low, best(10**low)[1]
-
-
 def paying_table(job: Job, constants: Constants) -> list[str]:
     """Where compression stops paying, by number of workers."""
     lines = [
@@ -205,7 +183,7 @@ def paying_table(job: Job, constants: Constants) -> list[str]:
         f"{'workers':>8}{'stops paying at':>22}   the last that pays",
     ]
     for workers in WORKERS:
-        bandwidth, name = stops_paying(_with(job, workers=workers), constants)
+        bandwidth, name = stops_paying(_with(job, workers=workers), constants, METHODS)
         text = {0.0: "never pays", math.inf: "pays at 1 Tbit/s"}.get(bandwidth, bandwidth_text(bandwidth))
         lines.append(f"{workers:>8}{text:>22}   {name}")
     return lines

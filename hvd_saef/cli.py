@@ -15,13 +15,24 @@ from pathlib import Path
 import torch
 
 from hvd_saef.planning.constants import FEATURES, OF_DEVICES, Constants
-from hvd_saef.planning.plan import TENSOR, UNCOMPRESSED, Job, Method, methods, predict, recommend
+from hvd_saef.planning.plan import (
+    TENSOR,
+    UNCOMPRESSED,
+    Job,
+    Method,
+    methods,
+    predict,
+    recommend,
+    stops_paying,
+)
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 INSIDE = 1e11
 """The bits a second that a rank sends inside a node, where nobody says otherwise."""
 LOCAL_STEPS = 8
 """The H of the advice on local steps."""
+MOST_TENSORS = 1000
+"""The most tensors that a model is assumed to have."""
 MANY_BUCKETS = 64
 """More buckets than this are worth larger ones: each has its messages."""
 
@@ -126,10 +137,20 @@ def advice(job: Job, known: Constants, args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def break_even(job: Job, known: Constants, choice: Sequence[Method]) -> str:
+    """Returns in words the bandwidth above which compression does not pay."""
+    bandwidth, name = stops_paying(job, known, choice)
+    if bandwidth == 0:
+        return "No compressed method gains 5 % on Horovod's float32 at any bandwidth."
+    if bandwidth == float("inf"):
+        return f"Compression gains 5 % on Horovod's float32 even at 1 Tbit/s ({name})."
+    return f"Above {bandwidth / 1e9:.3g} Gbit/s no compressed method gains 5 % on Horovod's float32."
+
+
 def plan(args: argparse.Namespace) -> str:
     """Returns what `hvd-saef plan` prints."""
     known: Constants = args.constants
-    tensors = max(1, round(args.parameters / TENSOR))
+    tensors = min(MOST_TENSORS, max(1, round(args.parameters / TENSOR)))
     sizes = [args.parameters // tensors] * (tensors - 1)
     job = Job(
         (*sizes, args.parameters - sum(sizes)),
@@ -149,18 +170,20 @@ def plan(args: argparse.Namespace) -> str:
     asked += ", with overlap" if args.overlap else ""
     if asked:
         where += f" (this library's methods{asked})"
+    choice = methods(job, args.local_steps, args.overlap)
     return "\n".join(
         [
             f"A step of {args.parameters / 1e6:g} M parameters on {where} and compute {args.compute:g} s:",
             "predictions of a MODEL, not measurements.",
             *origin(known),
             "",
-            table(job, known, methods(job, args.local_steps, args.overlap)),
+            table(job, known, choice),
             "",
             *advice(job, known, args),
-            "It is the least lossy method whose step is within 5 % of the fastest; what a method costs in",
-            "convergence is not in the model. p is the averaging period (rounds). Horovod's allreduce runs",
-            f"behind backward; so does the exchange with overlap=True: {100 * known.hidden:.0f} % of it.",
+            break_even(job, known, choice),
+            "The advice is the least lossy method whose step is within 5 % of the fastest; what a method",
+            "costs in convergence is not in the model. p is the averaging period (rounds). Horovod's allreduce",
+            f"runs behind backward; so does the exchange with overlap=True: {100 * known.hidden:.0f} % of it.",
         ]
     )
 

@@ -233,7 +233,7 @@ def run(path: Path, seconds: float) -> int:
             flush=True,
         )
     communicator.finish()
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return 0
 

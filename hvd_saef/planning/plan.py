@@ -266,3 +266,30 @@ def recommend(job: Job, constants: Constants, local_steps: int = 1, overlap: boo
     """Returns the least lossy method whose predicted step is within 5 % of the fastest."""
     times = {method: predict(method, job, constants) for method in methods(job, local_steps, overlap)}
     return next(method for method in times if times[method] <= CLOSE * min(times.values()))
+
+
+SLOWEST, FASTEST = 6.0, 12.0
+"""The powers of ten of the bits a second between which :func:`stops_paying` looks."""
+
+
+def stops_paying(job: Job, constants: Constants, choice: Sequence[Method]) -> tuple[float, str]:
+    """Returns the bandwidth from which no compressed method gains 5 % on float32, and the last that did.
+
+    The bandwidth is in bits a second: 0 if none gains at 1 Mbit/s, infinity if one still does at 1 Tbit/s.
+    """
+    compressed = [method for method in choice if not method.dense]
+
+    def best(power: float) -> tuple[float, str]:
+        there = dataclasses.replace(job, bandwidth=10**power)
+        time, name = min((predict(method, there, constants), method.name) for method in compressed)
+        return predict(UNCOMPRESSED, there, constants) / time, name
+
+    low, high = SLOWEST, FASTEST
+    if best(low)[0] < CLOSE:
+        return 0.0, "-"
+    if best(high)[0] >= CLOSE:
+        return math.inf, best(high)[1]
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if best(middle)[0] >= CLOSE else (low, middle)
+    return 10**low, best(low)[1]

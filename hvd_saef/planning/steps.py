@@ -20,7 +20,7 @@ SMALL = (64, 1)
 """The width and the number of layers of a model that has hardly anything to send."""
 LARGE = {"cpu": (512, 16), "cuda": (2048, 8)}
 """The same of a model with some 4 M parameters, on a GPU some 34 M."""
-FEWEST_ROWS, MOST_ROWS = 16, 1 << 16
+FEWEST_ROWS, MOST_ROWS = 16, 1 << 14
 """The batch: as many rows as make a step of LONG seconds, between these."""
 LONG = 0.2
 

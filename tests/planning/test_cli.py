@@ -46,6 +46,7 @@ def test_a_fast_wire_does_not(capsys: pytest.CaptureFixture[str], cheap: str) ->
     fast = [argument.replace("100Mbit", "100Tbit") for argument in SLOW]
     text = ask([*fast, "--constants", cheap], capsys)
     assert "Advice: do not compress" in text
+    assert re.search(r"Above \S+ Gbit/s no compressed method gains 5 %", text)
     assert "Advice: do not compress" not in ask([*SLOW, "--constants", cheap], capsys)
 
 
@@ -101,6 +102,13 @@ def test_the_advice_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Advice: sign DC" in text
     assert "With overlap=True as well: " in text
     assert "With local_steps=8 as well: " in text
+
+
+def test_where_compression_stops_paying_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "free.json"
+    Constants(dict.fromkeys(FEATURES, 0.0)).save(path)
+    assert "gains 5 % on Horovod's float32 at any bandwidth" in ask([*SLOW, "--constants", str(path)], capsys)
+    assert "float32 even at 1 Tbit/s (sign DC)" in ask([*SLOW, "--device", "cpu"], capsys)
 
 
 def test_many_buckets_are_worth_larger_ones(capsys: pytest.CaptureFixture[str]) -> None:

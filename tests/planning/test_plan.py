@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import hvd_saef
-from benchmarks.scaling import Observation, fit, hidden, nonnegative, stops_paying
+from benchmarks.scaling import Observation, fit, hidden, nonnegative
 from benchmarks.timings import Timing
 from hvd_saef.compression import BUILT_IN
 from hvd_saef.planning import constants, plan
 from hvd_saef.planning.constants import FEATURES, Constants, of_gpus
-from hvd_saef.planning.plan import METHODS, UNCOMPRESSED, Job, Method, predict, recommend
+from hvd_saef.planning.plan import METHODS, UNCOMPRESSED, Job, Method, predict, recommend, stops_paying
 
 SHAPES = [(40, 30), (30,), (7, 11), (64, 20), (3,)]
 SIZES = tuple(math.prod(shape) for shape in SHAPES)
@@ -149,7 +149,7 @@ def test_advice_follows_the_bandwidth() -> None:
 
 def test_where_compression_stops_paying() -> None:
     job = Job(tuple([160_000] * 160), 8, 1e9, 0.1)
-    bandwidth, name = stops_paying(job, REALISTIC)
+    bandwidth, name = stops_paying(job, REALISTIC, METHODS)
     method = next(m for m in METHODS if m.name == name)
 
     def gain(factor: float) -> float:
@@ -157,7 +157,7 @@ def test_where_compression_stops_paying() -> None:
         return predict(UNCOMPRESSED, there, REALISTIC) / predict(method, there, REALISTIC)
 
     assert gain(0.99) > plan.CLOSE > gain(1.01)
-    assert stops_paying(job, FREE) == (0.0, "-")
+    assert stops_paying(job, FREE, METHODS) == (0.0, "-")
 
 
 def observations(truth: Constants) -> list[Observation]:
