@@ -181,9 +181,9 @@ def plan(args: argparse.Namespace) -> str:
             "",
             *advice(job, known, args),
             break_even(job, known, choice),
-            "The advice is the least lossy method whose step is within 5 % of the fastest; what a method",
-            "costs in convergence is not in the model. p is the averaging period (rounds). Horovod's allreduce",
-            f"runs behind backward; so does the exchange with overlap=True: {100 * known.hidden:.0f} % of it.",
+            "The advice is the least lossy method whose step is within 5 % of the fastest. What a method",
+            "costs in convergence is not in the model. p is the averaging period (rounds).",
+            f"An exchange with overlap hides {100 * known.hidden:.0f} % of itself; Horovod always does.",
         ]
     )
 
