@@ -453,6 +453,18 @@ PROTECTIONS: dict[str, Protection] = {
         ],
         {"round.loaded:Loaded.updates": lambda loaded, state: []},
     ),
+    "written by hand": Protection(
+        "weights written by hand after loading, on some ranks or all",
+        "what was loaded overwrites them",
+        ["tests/round/test_loading.py::test_what_is_written_after_loading_is_kept[3-[0, 1]-{}-]"],
+        {"round.loaded:Loaded.with_writes": lambda loaded, modes: loaded},
+    ),
+    "one model a checkpoint": Protection(
+        "a checkpoint of ranks that train different parameters",
+        "it is saved, and replaces a good one",
+        ["tests/checkpoints/test_loadable.py::test_ranks_that_train_other_parameters_replace_no_checkpoint"],
+        {"checkpoints.checkpoint:check_configuration": nothing},
+    ),
     "read back": Protection(
         "what would not load is not saved",
         "neither tried nor read back",
@@ -491,6 +503,18 @@ PROTECTIONS: dict[str, Protection] = {
             "test_check[2-a_call_of_ddp_around_the_model_is_refused]"
         ],
         {"averaging_modules:_refuse_training": nothing},
+    ),
+    "versions": Protection(
+        "a backward pass that needs parameters as they were before a step",
+        "autograd does not hear of what kernels write",
+        ["tests/memory/test_parameters.py::test_writing_is_seen_by_autograd[compression0-False]"],
+        {"round.trip:torch.autograd.graph.increment_version": nothing},
+    ),
+    "hooks wait": Protection(
+        "step hooks with overlap=True",
+        "the optimizer steps once for each bucket, and so do the hooks",
+        ["tests/round/test_overlap_steps.py::test_a_moving_average_by_a_hook[{0, 1}]"],
+        {"round.overlap:Overlap._hooks_wait": nothing},
     ),
     "weak references": Protection(
         "wrappers that are dropped leave nothing",
