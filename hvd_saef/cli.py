@@ -170,7 +170,7 @@ def plan(args: argparse.Namespace) -> str:
     asked += ", with overlap" if args.overlap else ""
     if asked:
         where += f" (this library's methods{asked})"
-    choice = methods(job, args.local_steps, args.overlap)
+    choice, share = methods(job, args.local_steps, args.overlap), f"{100 * known.hidden:.0f} %"
     return "\n".join(
         [
             f"A step of {args.parameters / 1e6:g} M parameters on {where} and compute {args.compute:g} s:",
@@ -183,7 +183,7 @@ def plan(args: argparse.Namespace) -> str:
             break_even(job, known, choice),
             "The advice is the least lossy method whose step is within 5 % of the fastest. What a method",
             "costs in convergence is not in the model. p is the averaging period (rounds).",
-            f"An exchange with overlap hides {100 * known.hidden:.0f} % of itself; Horovod always does.",
+            f"With overlap, {share} of an exchange hides behind backward; Horovod always overlaps.",
         ]
     )
 
