@@ -28,7 +28,7 @@ from hvd_saef.planning.network import measure_network
 from hvd_saef.planning.plan import predict
 from hvd_saef.planning.steps import METHOD, measure_steps
 from hvd_saef.planning.timing import Clock, Progress
-from hvd_saef.transport.communicator import Communicator
+from hvd_saef.transport.communicator import Channel, Communicator
 from hvd_saef.transport.find import find_communicator
 from hvd_saef.transport.libraries import horovod, missing, mpi4py
 from hvd_saef.transport.together import together
@@ -109,10 +109,16 @@ def calibrate(
         raise ValueError(
             f"ranks compute on different devices: {who}. The slowest sets the pace: leave it out."
         )
+
+    def stage(words: str) -> None:
+        for channel in (Channel.WORDS, Channel.UP):  # messages about missing ranks say it
+            communicator.doing[channel] = f"calibrating {words}"
+        begin(words)
+
     hosts = communicator.find_hosts()
     clock = Clock(communicator, device, seconds / SHARES)
-    network = measure_network(clock, hosts, begin)
-    measured = network.seconds | measure_codec(clock, begin) | {"fixed": 0.0}
+    network = measure_network(clock, hosts, stage)
+    measured = network.seconds | measure_codec(clock, stage) | {"fixed": 0.0}
     known = {name: measured[name] for name in FEATURES}
     made = _made(communicator, hosts, device, carrier)
     constants = Constants(
@@ -126,7 +132,7 @@ def calibrate(
         made=made,
     )
     a_node = len(hosts[0]) if len({len(ranks) for ranks in hosts}) == 1 else 1
-    steps = measure_steps(clock, constants, a_node, begin)
+    steps = measure_steps(clock, constants, a_node, stage)
     constants = replace(constants, seconds=known | {"fixed": steps.fixed}, hidden=steps.hidden)
     check = {
         "parameters": steps.job.parameters,

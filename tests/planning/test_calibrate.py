@@ -19,6 +19,7 @@ from hvd_saef.planning import calibrate, network, plan, steps
 from hvd_saef.planning.constants import FEATURES, Constants
 from hvd_saef.planning.timing import Clock, Progress
 from hvd_saef.settings import Settings
+from hvd_saef.transport.communicator import Channel
 from hvd_saef.transport.find import find_communicator
 from tests.mpi.launch import MPIRUN, run_job
 from tests.torch_distributed.launch import run_ranks
@@ -35,7 +36,12 @@ def measured(workers: int, ranks: int = 1) -> list[Constants]:
     """What each of some threads found, which stand for so many ranks on each of some hosts."""
 
     def work(rank: int) -> Constants:
-        return calibrate.calibrate(find_communicator()[0], CPU, 0.0, silent, "threads")
+        communicator = find_communicator()[0]
+
+        def begin(stage: str) -> None:
+            assert communicator.doing[Channel.WORDS] == f"calibrating {stage}"  # in messages on lost ranks
+
+        return calibrate.calibrate(communicator, CPU, 0.0, begin, "threads")
 
     return hvd_saef.run_workers(workers, work, ranks=ranks)
 
