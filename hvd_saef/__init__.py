@@ -19,6 +19,7 @@ from hvd_saef.errors import (
     StalledExchangeError,
     WorkerError,
 )
+from hvd_saef.older_torch import load_numpy
 from hvd_saef.optimizer import DistributedOptimizer
 from hvd_saef.preemption import GracefulStop
 from hvd_saef.simulation import run_workers
@@ -48,3 +49,5 @@ __all__ = [
     "run_workers",
     "save_checkpoint",
 ]
+
+load_numpy()

@@ -28,3 +28,12 @@ def copies_hold_numbers() -> bool:
     Older compilers copy modules in this way while a forward pass is compiled.
     """
     return type(copy.deepcopy(torch.empty(0))) is Tensor
+
+
+def load_numpy() -> None:
+    """Lets torch look for NumPy now, which it does once a process, at its first use of a number.
+
+    torch 2.3 with NumPy 1 imports modules meanwhile, and if two threads begin with that at the same time,
+    one holds what the other waits for, for ever. So it is done before any thread of ours starts.
+    """
+    torch.empty(1).fill_(1.0).numpy()

@@ -27,6 +27,35 @@ def test_import_loads_neither_horovod_nor_mpi_nor_the_compiler() -> None:
     assert job.stdout == "[]\n", job.stderr
 
 
+FIRST_NUMBER = """
+import sys
+import torch
+import hvd_saef
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        found.append(name)
+
+found = []
+sys.meta_path.insert(0, Finder())
+torch.empty(1).uniform_(0.0, 1.0)
+print(found)
+"""
+
+
+def test_torch_has_loaded_numpy_before_workers_start() -> None:
+    """Older ones look for it with the first number: two threads that do so at once would hang."""
+    job = subprocess.run(
+        [sys.executable, "-c", FIRST_NUMBER],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert job.stdout == "[]\n", job.stderr
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_of_a_loader(method: str) -> None:
     job = start(2, "tests.mpi.loaders", method)
