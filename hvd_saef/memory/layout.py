@@ -144,6 +144,11 @@ class Layout:
         """The slots of all buckets, bucket by bucket."""
         return [slot for bucket in self.buckets for slot in bucket.slots]
 
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """The devices of the parameters, each once, in the order of the buckets; the CPU without any."""
+        return list(dict.fromkeys(bucket.device for bucket in self.buckets)) or [torch.device("cpu")]
+
     @property
     def dense(self) -> bool:
         """True if every bucket is dense, and every bucket of frozen parameters will be, once these train."""

@@ -14,6 +14,7 @@ from hvd_saef.memory.state import BucketState, State
 from hvd_saef.round.gradients import values
 from hvd_saef.round.partial_steps import LocalStep, Options, changed_option, options_of
 from hvd_saef.round.team_means import TeamMean
+from hvd_saef.transport.streams import Sources
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Armed:
     """The buckets that have not left, in the order of sending, each with the passes left per parameter."""
     watched: set[Tensor] = field(default_factory=set)
     """The parameters whose gradients are expected. Parameters that were unfrozen since are not among them."""
+    sources: Sources = field(default_factory=Sources)
+    """Where gradients are computed: each parameter's in the stream of its first forward pass."""
     means: deque[tuple[BucketState, TeamMean]] = field(default_factory=deque)
     """The buckets whose gradients are being averaged over the team, or are averaged but not yet used."""
     used: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)

@@ -35,8 +35,8 @@ def average_errors(
 
     With a narrower `wire_dtype`, the part of e that clamping and rounding remove stays in this worker's e.
     """
-    with statistics.phase("averaging"):
-        for bucket_state in buckets:
+    for bucket_state in buckets:
+        with statistics.phase("averaging", bucket_state.bucket.device):
             e = wire = bucket_state.e
             if wire_dtype is not None:
                 most = torch.finfo(wire_dtype).max / communicator.workers  # the sum must not overflow

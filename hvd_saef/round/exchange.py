@@ -14,15 +14,15 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.compression import BlockedTensor, Compression, Compressor, Draws
 from hvd_saef.memory import algorithm
-from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState, State
 from hvd_saef.round.agreement import agree_on_sizes
 from hvd_saef.round.averaging import average_errors, averages_next
 from hvd_saef.round.statistics import Statistics
 from hvd_saef.round.team_means import TeamMeans
-from hvd_saef.round.trip import HERE, FirstFailure, Trip
+from hvd_saef.round.trip import FirstFailure, Trip
 from hvd_saef.settings import Settings
-from hvd_saef.transport.background import Background
+from hvd_saef.transport.background import HERE, Background
+from hvd_saef.transport.buffers import Buffers
 from hvd_saef.transport.communicator import Channel, Communicator
 from hvd_saef.transport.lines import Lines
 
@@ -112,9 +112,9 @@ class Exchange:
                 self._take_down(state)
             self.depart(state, bucket_state)
         # The buckets sent during backward have arrived: a background thread is free to land half of them.
-        down = self.communicator.background(Channel.DOWN) if early else HERE
         for trip in early[1::2]:
-            trip.landed = down.submit(trip.land, self._shows(state, trip))
+            down, device = self.communicator.background(Channel.DOWN), trip.bucket_state.bucket.device
+            trip.landed = down.on(device, trip.land, self._shows(state, trip))
         while self._under_way:
             self._take_down(state)
         due = [one for one in state.buckets if averages_next(self.settings, state, one)]
@@ -161,15 +161,16 @@ class Exchange:
         trip = self._prepare(bucket_state, state.rounds)
         overlap, alone = self.settings.overlap, len(state.buckets) == 1
         up, down = (HERE if alone and not overlap else self.communicator.background(c) for c in BOTH_WAYS)
-        trip.encoded = (self._aside if overlap else HERE).submit(trip.encode, before)
-        trip.gathered = up.submit(trip.gather)
-        trip.arrived = down.submit(trip.serve)
+        device = bucket_state.bucket.device
+        trip.encoded = (self._aside if overlap else HERE).on(device, trip.encode, before)
+        trip.gathered = up.on(device, trip.gather)
+        trip.arrived = down.on(device, trip.serve)
         self._under_way.append(trip)
 
     def wait_until_encoded(self) -> None:
         """Waits until the background neither changes nor reads the parameters any more. Local."""
         for trip in self._under_way:
-            trip.encoded.result()
+            trip.encoded.result().take()
 
     def abandon(self, state: State) -> None:
         """Sends the buckets that have not left, and drops what arrives: all ranks gave up. Collective."""
@@ -177,7 +178,7 @@ class Exchange:
             self.depart(state, bucket_state)
         while self._under_way:
             trip = self._under_way.popleft()
-            trip.arrived.result()
+            trip.arrived.result().take()
             self._idle.append(trip.buffers)
         self.take_failure()
 
@@ -220,7 +221,7 @@ class Exchange:
         if trip.landed is None:
             trip.land(self._shows(state, trip))
         else:
-            trip.landed.result()
+            trip.landed.result().take()
         self._idle.append(trip.buffers)
         trip.count()
 

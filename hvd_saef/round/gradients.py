@@ -75,7 +75,7 @@ def average_gradients(
             continue
         torch._foreach_copy_(views, gradients)
         wire = flat.to(bucket.compressor.wire_dtype(bucket.dtype))
-        with statistics.phase("exchange"):
+        with statistics.phase("exchange", bucket.device):
             communicator.allreduce_mean(wire, f"gradient.{bucket.index}")
         flat.copy_(wire)
         torch._foreach_copy_(gradients, views)

@@ -98,7 +98,7 @@ class LocalSteps:
         word = Word.UNDER_WAY if self._overlap.under_way else Word.NOTHING
         try:
             kept = StateCopy(self._inner) if self.keeps else None
-            with self._statistics.phase("local_step"):
+            with self._statistics.phase("local_step", layout.devices[0]):
                 self._overlap.finish(local_step)
             # A scheduler that was made before wrapping watches the inner optimizer for steps.
             vars(self._inner)["_opt_called"] = True

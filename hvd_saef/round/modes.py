@@ -249,8 +249,8 @@ class Modes:
         if self.at_x:
             return None if self._reached is None else [tensor.clone() for tensor in self._reached]
         self._exchange.wait_until_encoded()
-        moved = self._tell_of_moves()
-        if self.state is None or (moved is None and self.progress.local_steps_done == 0):
+        moved = self._exchange.busy or self._tell_of_moves() is not None
+        if self.state is None or (not moved and self.progress.local_steps_done == 0):
             return None
         return [parameter.clone() for parameter in self._parameters(self.state)]
 
@@ -299,17 +299,17 @@ class Modes:
     def _tell_of_moves(self) -> str | None:
         """Returns the name of the first parameter that was moved by something else than steps, or None.
 
-        Warns once, except within a step or an exchange. Returns None after local steps, which move all.
+        Warns once, except within a step. Returns None after local steps and early ones: those move all.
         """
         if self.state is None:
             moved = None if self._unstepped is None else self._unstepped.moved()
             if moved is not None:
                 self._tell(NO_STEP, moved)
             return moved
-        if self.progress.local_steps_done:
+        if self.progress.local_steps_done or self._exchange.busy:
             return None
         moved = self._moved(self.state)
-        if moved is not None and not self._stepping and not self._exchange.busy:
+        if moved is not None and not self._stepping:
             self._tell(MOVED, moved)
         return moved
 

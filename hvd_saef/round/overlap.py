@@ -24,12 +24,12 @@ from hvd_saef import kernels
 from hvd_saef.memory.layout import takes_part
 from hvd_saef.memory.state import BucketState
 from hvd_saef.round.armed import Armed
+from hvd_saef.round.capture import refuse_capture
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.gradients import prepare_sparse, sparse_refused, takes_sparse_only
 from hvd_saef.round.modes import Modes
 from hvd_saef.round.partial_steps import LocalStep, StepCode, remove_hooks, step_elsewhere, step_here
 from hvd_saef.round.team_means import TeamMean
-from hvd_saef.transport.staging import so_far
 
 
 class NoOverlap:
@@ -193,7 +193,7 @@ class Overlap:
         if self._exchange.communicator.team.size > 1:
             here = [bucket_state for bucket_state, _ in armed.expected]
             for _, mean in [*armed.means, *map(self._mean, here)]:
-                mean.done.result()
+                mean.done.result().take()
         self._exchange.abandon(armed.state)
 
     @torch.no_grad()
@@ -212,12 +212,14 @@ class Overlap:
                 "a second backward pass reached a parameter that has taken its step: with overlap=True, say "
                 f"how many there are before step(): backward_passes_per_step={armed.passes} was given."
             )
+        armed.sources.note(parameter.device)
         for _, missing in armed.expected:
             if parameter in missing:
                 missing[parameter] -= 1
                 if not missing[parameter]:
                     del missing[parameter]
         while armed.expected and not armed.expected[0][1] and self._may_leave(armed, armed.expected[0][0]):
+            refuse_capture([parameter.device], "backward, during which overlap=True sends updates,")
             self._leave(armed, armed.expected.popleft()[0])
 
     def _may_leave(self, armed: Armed, bucket_state: BucketState) -> bool:
@@ -227,6 +229,7 @@ class Overlap:
 
     def _leave(self, armed: Armed, bucket_state: BucketState) -> None:
         parameters = bucket_state.bucket.parameters
+        armed.sources.join(bucket_state.bucket.device)
         for parameter in parameters:
             prepare_sparse(parameter, self._inner, self._exchange.settings.sparse_as_dense)
         armed.note_options(self._inner.param_groups)
@@ -256,17 +259,14 @@ class Overlap:
             self._take(armed, here, bucket.parameters, gradients.values())
             self._exchange.depart(armed.state, bucket_state)
             return
-        step, computed = step_elsewhere(inner, bucket.parameters), so_far(bucket.device)
+        step = step_elsewhere(inner, bucket.parameters)
         # Bumps the version counters now, so that autograd reports reuse as it would after an in-place step.
         for gradient in gradients:
             torch.autograd.graph.increment_version(gradient)  # one by one, as older torches want it
         self._modes.leave_early(bucket.parameters)
 
-        def before() -> None:
-            computed()
-            self._take(armed, step, bucket.parameters, gradients.values())
-
-        self._exchange.depart(armed.state, bucket_state, before)
+        take = partial(self._take, armed, step, bucket.parameters, gradients.values())
+        self._exchange.depart(armed.state, bucket_state, take)
 
     def _take(
         self, armed: Armed, step: LocalStep, parameters: list[Tensor], gradients: Iterable[Tensor]
@@ -279,7 +279,8 @@ class Overlap:
             armed.look(gradients)
             if armed.nonfinite or armed.failure:  # step() raises on all workers
                 return
-            with self._exchange.statistics.phase("local_step"), self._modes.early.step(parameters):
+            device = parameters[0].device
+            with self._exchange.statistics.phase("local_step", device), self._modes.early.step(parameters):
                 step()
             armed.overflowed = armed.overflowed or not kernels.squares_fit(parameters)
         except Exception as failure:
@@ -303,8 +304,8 @@ class Overlap:
         as_sparse = takes_sparse_only(self._inner)
         while armed.means and (wait or armed.means[0][1].done.done()):
             bucket_state, mean = armed.means.popleft()
-            with self._exchange.statistics.phase("node"):
-                mean.done.result()
+            with self._exchange.statistics.phase("node", bucket_state.bucket.device):
+                mean.done.result().take()
             if kernels.all_finite(list(mean.flats)):
                 self._exchange.means.take(mean, as_sparse)
             else:  # the ranks' own gradients stay, to tell which rank's was not finite

@@ -18,6 +18,7 @@ from hvd_saef.round.agreement import (
     raise_failure,
 )
 from hvd_saef.round.averaging import average_errors, average_moments, whole_server_errors
+from hvd_saef.round.capture import refuse_capture
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.guard import Guard
 from hvd_saef.round.local_steps import LocalSteps
@@ -105,7 +106,7 @@ class Session:
         self.check_process()  # first of all, as a forked process lacks torch's threads and may not compute
         loss, failure, word = None, None, Word.NOTHING
         try:
-            self._check()
+            self._check("step()")
             self.origin.check_whole()
             self.modes.before_step()
             self.overlap.check(closure, scale)
@@ -214,7 +215,7 @@ class Session:
         An earlier failed exchange forbids it too, unless `broken`: `what` mends such a failure.
         """
         try:
-            self._check()
+            self._check(what)
             if not broken:
                 self.origin.check_whole()
             self.refuse_under_way(what)
@@ -234,7 +235,8 @@ class Session:
         """Raises RuntimeError in a forked child process, before it waits for other ranks."""
         self._guard.check_process()
 
-    def _check(self) -> None:
+    def _check(self, what: str) -> None:
+        refuse_capture(self.parameters.layout.devices, what)
         self._guard.check(self.parameters.layout)
         self.communicator.check()
 

@@ -1,18 +1,25 @@
-"""Counts an optimizer's bytes and seconds. Local."""
+"""Counts an optimizer's bytes and seconds. Local.
+
+What a GPU does is timed by events in the stream that does it, and not by when the calls return.
+"""
 
 from __future__ import annotations
 
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from hvd_saef.transport import streams
 from hvd_saef.transport.communicator import Communicator
+from hvd_saef.transport.streams import Timestamp
 
 PHASES = ("agreement", "local_step", "encode", "exchange", "decode", "averaging", "node")
+HOST = torch.device("cpu")
 _adding = threading.Lock()  # buckets land in two threads, which both add seconds
 
 
@@ -36,15 +43,26 @@ class Statistics:
     """
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
+    _pending: deque[tuple[str, Timestamp, Timestamp]] = field(default_factory=deque)
+    """The beginnings and ends of phases whose seconds have not been added yet."""
+
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside the context to phase `name`."""
-        start = time.perf_counter()
+    def phase(self, name: str, device: torch.device = HOST) -> Iterator[None]:
+        """Adds to phase `name` the time that the work inside the context takes, on the `device`."""
+        start = streams.of(device).timestamp()
         try:
             yield
         finally:
+            end = streams.of(device).timestamp()
             with _adding:
-                self.seconds[name] += time.perf_counter() - start
+                self._pending.append((name, start, end))
+                self._add_seconds(wait=False)
+
+    def _add_seconds(self, wait: bool) -> None:
+        """Adds the seconds of phases that are over, up to the first one that is not; with `wait`, of all."""
+        while self._pending and (wait or self._pending[0][2].over):
+            name, start, end = self._pending.popleft()
+            self.seconds[name] += end.since(start)
 
     def count_payloads(
         self,
@@ -82,9 +100,14 @@ class Statistics:
         return self.ring_allreduce_bytes / sent if sent else 1.0
 
     def as_dict(self) -> dict[str, float]:
-        """Returns all of these numbers by name; the seconds are under `seconds_<phase>`."""
+        """Returns all of these numbers by name; the seconds are under `seconds_<phase>`.
+
+        Waits until a GPU has done what it is timed for.
+        """
+        with _adding:
+            self._add_seconds(wait=True)
         numbers: dict[str, float] = {
-            name: value for name, value in vars(self).items() if not isinstance(value, dict)
+            name: value for name, value in vars(self).items() if isinstance(value, (int, float))
         }
         numbers["compression_ratio"] = self.compression_ratio
         return numbers | {f"seconds_{name}": value for name, value in self.seconds.items()}

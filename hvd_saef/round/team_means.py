@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.layout import Bucket, Layout, is_gapless
 from hvd_saef.round.statistics import Statistics, ring_bytes
+from hvd_saef.transport.background import Done
+from hvd_saef.transport.buffers import Buffers
 from hvd_saef.transport.communicator import Channel, Communicator
 
 TOGETHER = 24 << 20
@@ -32,7 +33,7 @@ class TeamMean:
 
     All lie in one `memory`, which is used again after :meth:`TeamMeans.take`.
     """
-    done: Future[None]
+    done: Future[Done[None]]
     memory: Buffers
 
 
@@ -58,12 +59,12 @@ class TeamMeans:
             pack(bucket, flat)
         self._statistics.node_bytes_sent += ring_bytes(self._communicator.team.size, together.nbytes)
         work = self._communicator.background(Channel.MEANS)
-        done = work.submit(self._communicator.team.allreduce_mean, together, f"node.{first.index}")
+        done = work.on(first.device, self._communicator.team.allreduce_mean, together, f"node.{first.index}")
         return TeamMean(buckets, flats, done, memory)
 
     def take(self, mean: TeamMean, as_sparse: bool) -> None:
         """Waits for the mean and writes it into the gradients."""
-        mean.done.result()
+        mean.done.result().take()
         for bucket, flat in zip(mean.buckets, mean.flats, strict=True):
             unpack(bucket, flat, as_sparse)
         self._idle.append(mean.memory)
@@ -75,7 +76,7 @@ class TeamMeans:
         each `apart` or up to TOGETHER bytes in one mean; while one mean runs, the next one is packed.
         """
         under_way: deque[TeamMean] = deque()
-        with self._statistics.phase("node"):
+        with self._statistics.phase("node", layout.devices[0]):
             for buckets in _chunks(layout, 0 if apart else TOGETHER):
                 under_way.append(self.begin(buckets))
                 if len(under_way) > 1:

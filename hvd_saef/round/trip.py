@@ -2,42 +2,28 @@
 
 encode → gather (or alltoall to the sharded server) → serve → gather the answers → land. The steps between
 encoding and landing run in the background: one thread takes payloads up to the server, another serves and
-takes the answers down; each handles one bucket after the other. With overlap, a third thread encodes.
+takes the answers down; each handles one bucket after the other. With overlap, a third thread encodes. On a
+GPU each of these threads has a stream of its own, and what one step hands to the next is :class:`Done`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvd_saef.compression import BlockedTensor, Fused, Memory
 from hvd_saef.memory import algorithm
-from hvd_saef.memory.buffers import Buffers
 from hvd_saef.memory.state import BucketState
 from hvd_saef.round.statistics import Statistics
 from hvd_saef.settings import Settings
+from hvd_saef.transport.background import Done
+from hvd_saef.transport.buffers import Buffers
 from hvd_saef.transport.communicator import Channel, Communicator
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Here(Executor):
-    """Runs each function at once, in this thread. An exception is raised by :meth:`submit` itself."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:  # noqa: D102
-        future: Future[T] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-HERE = Here()
 
 
 class FirstFailure:
@@ -93,13 +79,13 @@ class Trip:
     settings: Settings
     statistics: Statistics
     failure: FirstFailure
-    encoded: Future[None] = field(default_factory=Future)
+    encoded: Future[Done[None]] = field(default_factory=Future)
     """Done when :meth:`encode` is done."""
-    gathered: Future[list[Tensor]] = field(default_factory=Future)
+    gathered: Future[Done[list[Tensor]]] = field(default_factory=Future)
     """What :meth:`gather` returns."""
-    arrived: Future[list[list[Tensor]]] = field(default_factory=Future)
+    arrived: Future[Done[list[list[Tensor]]]] = field(default_factory=Future)
     """What :meth:`serve` returns: for each part the payloads of row 6."""
-    landed: Future[None] | None = None
+    landed: Future[Done[None]] | None = None
     """Done when :meth:`land` is done, if the background does that; else None."""
 
     @torch.no_grad()
@@ -107,7 +93,7 @@ class Trip:
         """Calls `before`, then does row 4. Local."""
         before()
         bucket_state = self.bucket_state
-        with self.statistics.phase("encode"), self.failure.noting(self.sent):
+        with self.statistics.phase("encode", bucket_state.bucket.device), self.failure.noting(self.sent):
             if not self.plain:
                 y = bucket_state.bucket.new_flat()
                 torch._foreach_copy_(bucket_state.bucket.views(y), bucket_state.bucket.parameters)
@@ -120,7 +106,7 @@ class Trip:
     @torch.no_grad()
     def gather(self) -> list[Tensor]:
         """Returns the payloads that this worker's server needs, or (dense) their mean as the only payload."""
-        self.encoded.result()  # raises the exception of the encoding, if any
+        self.encoded.result().take()  # raises the exception of the encoding, if any
         bucket_state, communicator = self.bucket_state, self.communicator
         communicator.doing[Channel.UP] = self.what
         if self.wire is not None:
@@ -138,7 +124,7 @@ class Trip:
     @torch.no_grad()
     def serve(self) -> list[list[Tensor]]:
         """Does row 5' and returns the answers, part by part; or, single-way, the gathered payloads."""
-        payloads = self.gathered.result()
+        payloads = self.gathered.result().take()
         if self.served is None:
             return [payloads]
         bucket_state, device = self.bucket_state, self.bucket_state.bucket.device
@@ -156,11 +142,11 @@ class Trip:
     @torch.no_grad()
     def land(self, shows: bool) -> None:
         """Waits for the answers, does row 6, and also row 2 if it `shows` b in the parameters. Local."""
-        bucket_state = self.bucket_state
-        with self.statistics.phase("exchange"):
-            arrived = self.arrived.result()
+        bucket_state, device = self.bucket_state, self.bucket_state.bucket.device
+        with self.statistics.phase("exchange", device):
+            arrived = self.arrived.result().take()
         weights = [1.0] if self.served or self.wire else self.communicator.weights
-        with self.statistics.phase("decode"), self.failure.noting():
+        with self.statistics.phase("decode", device), self.failure.noting():
             memories = self.memories if shows else [replace(m, parameter_memory=()) for m in self.memories]
             self.rows.receive(memories, self.sent, arrived, weights)
             if self.settings.feedback == "none":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -139,7 +138,7 @@ class Communicator(abc.ABC):
     def new_line(self, number: int) -> Communicator:
         """Makes the communicator of line `number`, above 0; only :meth:`line` calls this. Collective."""
 
-    def background(self, channel: Channel) -> Executor:
+    def background(self, channel: Channel) -> Background:
         """Returns the channel's background thread, which does submitted work in order. Local."""
         if channel not in self._threads:
             self._threads[channel] = Background(f"hvd_saef {channel.name} {self.rank}")

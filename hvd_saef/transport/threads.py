@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_saef.errors import SaefError, StalledExchangeError
+from hvd_saef.transport import streams
 from hvd_saef.transport.communicator import Channel, Communicator, copy_pieces
 from hvd_saef.transport.watch import LOOK, Patience, Stall
 
@@ -142,25 +144,38 @@ class ThreadCommunicator(Communicator):
         doing = self.doing.get(channel, "at the start")
         return self._meetings[channel].exchange(self._own, operation, value, doing)
 
+    @contextmanager
+    def _shared(
+        self, channel: Channel, operation: str, tensors: Sequence[Tensor]
+    ) -> Iterator[list[list[Tensor]]]:
+        """Yields copies of the `tensors` of every rank, in rank order, to be read within the context.
+
+        On a GPU each thread has streams of its own, which the others do not know: so each waits until its
+        copies can be read. It has then read those of the last meeting too, which keeps them until now.
+        """
+        copies = [tensor.detach().clone() for tensor in tensors]
+        streams.of(tensors[0].device).so_far().wait()
+        with torch.no_grad():
+            yield self._meet(channel, operation, copies)
+
     def allgather(self, payload: Tensor, out: Sequence[Tensor], channel: Channel) -> None:  # noqa: D102
-        copy_pieces(self._meet(channel, "allgather", payload.clone()), out)
+        with self._shared(channel, "allgather", [payload]) as everyone:
+            copy_pieces([theirs for (theirs,) in everyone], out)
 
     def alltoall(self, pieces: Sequence[Tensor], out: Sequence[Tensor]) -> None:  # noqa: D102
-        everyone = self._meet(Channel.UP, "alltoall", [piece.clone() for piece in pieces])
-        copy_pieces([theirs[self.rank] for theirs in everyone], out)
+        with self._shared(Channel.UP, "alltoall", pieces) as everyone:
+            copy_pieces([theirs[self.rank] for theirs in everyone], out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        tensors = self._meet(Channel.MEANS, f"allreduce {name}", tensor.detach().clone())
-        total = tensors[0].clone()
-        for other in tensors[1:]:
-            total += other
-        with torch.no_grad():
+        with self._shared(Channel.MEANS, f"allreduce {name}", [tensor]) as everyone:
+            total = everyone[0][0].clone()
+            for (other,) in everyone[1:]:
+                total += other
             tensor.copy_(total / self.size)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:  # noqa: D102
-        tensors = self._meet(Channel.WORDS, "broadcast", tensor.detach().clone())
-        with torch.no_grad():
-            tensor.copy_(tensors[root])
+        with self._shared(Channel.WORDS, "broadcast", [tensor]) as everyone:
+            tensor.copy_(everyone[root][0])
 
     def allgather_object(self, value: Any) -> list[Any]:  # noqa: D102
         return self._meet(Channel.WORDS, "allgather_object", value)

@@ -1,7 +1,7 @@
 """Communication between the ranks of a torch.distributed group: gloo for CPU memory, NCCL for a GPU's.
 
-Each channel has a group of its own, since collectives of several threads must not meet on one group. Payloads
-on a GPU go through host memory unless the user's group has NCCL. NCCL and GPUs are UNTRIED here.
+Each channel has a group of its own, since collectives of several threads must not meet on one group. What
+lies on a GPU goes through host memory unless the user's group has NCCL.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class GroupCommunicator(WatchedCommunicator):
             self._watch = watch(post)
         elif reason:
             warnings.warn(f"rank {dist.get_rank()}: {reason}. {WITHOUT_BOXES}", RuntimeWarning, stacklevel=2)
-        self._staging = {channel: Staging(self._reaches) for channel in Channel}
+        self._staging = {channel: Staging(self._reaches, follows=True) for channel in Channel}
         owner = os.getpid()
         atexit.register(lambda: self._watch.say_goodbye() if os.getpid() == owner else None)
 
@@ -162,7 +162,20 @@ class GroupCommunicator(WatchedCommunicator):
         staging.landed(landed, out)
 
     def allreduce_mean(self, tensor: Tensor, name: str) -> None:  # noqa: D102
-        what = f"the mean of {name}"
+        staging, what = self._staging[Channel.MEANS], f"the mean of {name}"
+        if staging.direct(tensor.device):
+            self._mean(tensor, what)
+            return
+        held = tensor.detach().contiguous()
+        octets = held.view(-1).view(torch.uint8)
+        (copy,) = staging.leaving([octets])
+        self._mean(copy.view(tensor.dtype), what)
+        staging.landed([copy], [octets])
+        if held.data_ptr() != tensor.data_ptr():
+            with torch.no_grad():
+                tensor.copy_(held)
+
+    def _mean(self, tensor: Tensor, what: str) -> None:
         self._run(Channel.MEANS, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True))
         with torch.no_grad():
             tensor.div_(self.size)
@@ -220,7 +233,7 @@ class _Line(GroupCommunicator):
     def __init__(self, base: GroupCommunicator, number: int) -> None:
         self.rank, self.size, self.ranks = base.rank, base.size, base.ranks
         self._backend, self._line, self._watch = base._backend, number, base._watch
-        self._staging = {channel: Staging(self._reaches) for channel in Channel}
+        self._staging = {channel: Staging(self._reaches, follows=True) for channel in Channel}
         own = self._new_groups([channel for channel in Channel if channel is not Channel.WORDS])
         self._groups = {Channel.WORDS: base._groups[Channel.WORDS], **own}
 

@@ -25,8 +25,8 @@ from hvd_saef.kernels.operations import Stretch
 from hvd_saef.kernels.pieces import Pieces, named
 
 NUMBERS = (torch.float32, torch.float64)
-KEPT_TABLES = 512
-"""How many tables are kept; the least recently used ones go."""
+KEPT_TABLES = 1 << 14
+"""How many tables are kept, more than a model needs: the least recently used ones go, with their memory."""
 KINDS = {torch.float16: 1, torch.bfloat16: 2}
 """The numbers of the dtypes of points other than x's own, as in `device/common.py`."""
 

@@ -247,7 +247,7 @@ _pending: dict[torch.device, Tensor] = {}
 def refusals(device: torch.device) -> Tensor:
     """Returns the number, int32, that kernels on the device set to 1 when they refuse a payload."""
     if device not in _pending:
-        _pending[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        _pending[device] = torch.zeros(1, dtype=torch.int32).to(device)  # is over before other streams use it
     return _pending[device]
 
 

@@ -114,16 +114,17 @@ def _plan(table: bytes, dtype: torch.dtype, device: torch.device) -> _Plan:
             number_of += range(numbers + 1, numbers + 1 + run.count)
         numbers += run.numbers
     bits = sum(run.count * run.octets for run in runs if not run.whole)
-    plus = torch.zeros(1, dtype=torch.bool, device=device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
+    # All is made on the CPU: a copy to a GPU is over when it returns, and so before other streams use it.
+    plus = torch.zeros(1, dtype=torch.bool).to(device)
+    shifts = torch.arange(8, dtype=torch.uint8)
     return _Plan(
         runs,
         numbers,
         numbers * dtype.itemsize + bits,
-        torch.zeros(LANES, dtype=dtype, device=device),
-        torch.full((1,), -0.0, dtype=dtype, device=device),
-        shifts,
-        1 << shifts,
+        torch.zeros(LANES, dtype=dtype).to(device),
+        torch.full((1,), -0.0, dtype=dtype).to(device),
+        shifts.to(device),
+        (1 << shifts).to(device),
         stages(lines, device),
         torch.tensor(block_sizes, dtype=torch.float64).to(device),
         torch.tensor(sizes, dtype=torch.int64).to(device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -12,10 +12,17 @@ ALIGNMENT = 64
 """The alignment of a piece, in bytes: it suits every dtype and is the length of a cache line."""
 
 
+def memory_of(device: torch.device, size: int) -> Tensor:
+    """Returns `size` bytes of the device's memory, [size] uint8, uninitialized."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 class Buffers:
     """Holds buffers that are used again and again: each grows to the largest size asked for, and is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, new: Callable[[torch.device, int], Tensor] = memory_of) -> None:
+        """Use `new(device, size)` to get a buffer that pieces for the device are to lie in."""
+        self._new = new
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
     def pieces(self, name: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
@@ -26,5 +33,5 @@ class Buffers:
         starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < starts[-1]:
-            buffer = self._buffers[name, device] = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+            buffer = self._buffers[name, device] = self._new(device, starts[-1])
         return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
