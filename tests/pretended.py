@@ -68,7 +68,7 @@ class Group:
 
 
 def _inside(tensor: Tensor) -> Tensor:
-    return tensor.inner if isinstance(tensor, OnGpu) else tensor
+    return tensor.held if isinstance(tensor, OnGpu) else tensor
 
 
 def _all_gather(out: Sequence[Tensor], mine: Tensor, group: Group, async_op: bool) -> Work:
@@ -158,7 +158,7 @@ def run_pretended(ranks: int, backend: str, fn: Callable[[int], Any]) -> list[An
 
     def work(rank: int) -> Any:
         communicator = Pretended(meetings, everyone, rank, [[one] for one in everyone], backend)
-        set_thread_communicator(communicator)  # type: ignore[arg-type]
+        set_thread_communicator(communicator)
         try:
             return fn(rank)
         finally:

@@ -267,7 +267,7 @@ class Recorder:
                 if not waits and any(self._block_of(one) is None for one in tensors if one.numel()):
                     self.complaints.append(f"{func} does not wait, but the host's memory is not page-locked")
             self.submit(str(func), device, tensors, written, waits)
-        known = {id(one.inner): one for one in ours}
+        known = {id(one.held): one for one in ours}
 
         def outside(one: Any) -> Any:
             if not isinstance(one, Tensor):
@@ -334,7 +334,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _inside(value: Any) -> Any:
     if isinstance(value, OnGpu):
-        return value.inner
+        return value.held
     return type(value)(map(_inside, value)) if isinstance(value, list | tuple) else value
 
 
@@ -362,15 +362,15 @@ def site_of(file: str, code: CodeType, line: int) -> str:
 
 
 class OnGpu(Tensor):
-    """A tensor that claims to lie on a GPU, and a tensor `inner` on the CPU that has its numbers."""
+    """A tensor that claims to lie on a GPU, and a tensor `held` on the CPU that has its numbers."""
 
-    inner: Tensor
+    held: Tensor
     block: Block
     _claimed: torch.device
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device, block: Block) -> OnGpu:  # noqa: ANN001, D102
-        made: OnGpu = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: OnGpu = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -378,7 +378,7 @@ class OnGpu(Tensor):
             dtype=inner.dtype,
             device=torch.device("cpu"),  # for torch's own code, which would look for a driver
         )
-        made.inner, made.block, made._claimed = inner, block, device
+        made.held, made.block, made._claimed = inner, block, device
         return made
 
     @property
@@ -386,23 +386,25 @@ class OnGpu(Tensor):
         """See torch."""
         return self._claimed
 
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)
+    is_cuda = property(lambda self: True)
 
     def cpu(self) -> Tensor:  # type: ignore[override]
         """See torch."""
         CURRENT.submit("a copy to the host", self.device, [self], [], waits=True)
-        return self.inner.detach().clone()
+        return self.held.detach().clone()
 
     def tolist(self) -> Any:
         """See torch."""
         return self.cpu().tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnGpu({self.inner!r})"
+        return f"OnGpu({self.held!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return CURRENT.run(func, args, kwargs or {})
 
 

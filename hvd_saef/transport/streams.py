@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+cuda: Any = torch.cuda
+
 
 class Moment:
     """A point in a device's work: the end of all that one thread has submitted. The CPU's are always over."""
@@ -33,11 +35,11 @@ class _Event(Moment):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._event: Any = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
-        self._event.record(torch.cuda.current_stream(device))
+        self._event: Any = cuda.Event(blocking=True)  # who waits for it leaves the core to others
+        self._event.record(cuda.current_stream(device))
 
     def order(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        cuda.current_stream(self._device).wait_event(self._event)
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -63,8 +65,8 @@ class _GpuTimestamp(Timestamp):
     """The point in time at which a GPU has done what this thread had submitted."""
 
     def __init__(self, device: torch.device) -> None:
-        self._event: Any = torch.cuda.Event(enable_timing=True, blocking=True)
-        self._event.record(torch.cuda.current_stream(device))
+        self._event: Any = cuda.Event(enable_timing=True, blocking=True)
+        self._event.record(cuda.current_stream(device))
 
     @property
     def over(self) -> bool:
@@ -129,15 +131,15 @@ class _GpuWork(Work):
         return _GpuTimestamp(self._device)
 
     def new_stream(self) -> Any:
-        return torch.cuda.Stream(self._device)
+        return cuda.Stream(self._device)
 
     @contextmanager
     def within(self, stream: Any) -> Iterator[None]:
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with cuda.device(self._device), cuda.stream(stream):
             yield
 
     def stream(self) -> Any:
-        return torch.cuda.current_stream(self._device)
+        return cuda.current_stream(self._device)
 
     def join(self, streams: set[Any]) -> None:
         own = self.stream()
@@ -145,12 +147,12 @@ class _GpuWork(Work):
             own.wait_stream(other)
 
     def host_memory(self, size: int) -> Tensor:
-        with torch.cuda.device(self._device):  # else memory of the first GPU might be taken as well
+        with cuda.device(self._device):  # else memory of the first GPU might be taken as well
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def is_captured(self) -> bool:
-        with torch.cuda.device(self._device):
-            return torch.cuda.is_current_stream_capturing()
+        with cuda.device(self._device):
+            return bool(cuda.is_current_stream_capturing())
 
 
 OVER = Moment()

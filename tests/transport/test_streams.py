@@ -100,12 +100,12 @@ def looks_between(rank: int, on_gpu: bool, **options: Any) -> list[Tensor]:
 
 
 def abandoned(rank: int, on_gpu: bool, **options: Any) -> list[Tensor]:
-    """A step that all ranks give up, since one of them has a number that is not finite."""
+    """A step that all ranks give up, since one has a number that is not finite. One bucket has not left."""
     training = Training(rank, on_gpu, overlap=True, **options)
     training.steps(1)
     training.optimizer.zero_grad()
-    training.backward(slice(1, None))
-    parameter = training.parameters[0]
+    training.backward(slice(2, None))
+    parameter = training.parameters[1]
     (parameter * training.put(torch.full(parameter.shape, torch.inf if rank == 0 else 1.0))).sum().backward()
     with pytest.raises(hvd_saef.NonFiniteUpdateError):
         training.optimizer.step()
