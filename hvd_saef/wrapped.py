@@ -100,7 +100,8 @@ class SaefMethods:
         together. So is ring_allreduce_bytes, the bytes that a float32 ring allreduce would have sent in the
         same rounds; compression_ratio is these bytes divided by all bytes sent. node_bytes_sent are the bytes
         that this rank sent to the rest of its team. error_norm and server_error_norm are the Euclidean norms
-        of e and of this rank's part of s. seconds_<phase> are seconds spent in each phase.
+        of e and of this rank's part of s. seconds_<phase> are seconds spent in each phase; on a GPU, by its
+        own clock, and this call waits for it.
         """
         return self._saef.stats()
 

@@ -3,7 +3,7 @@
 `operations.py` says which operations there are. Every version of the kernels is a module that has them all:
 
 * `compiled.py` calls kernels in C++ (`csrc`), which make one pass over memory on all of torch's threads;
-* `on_triton` has kernels in Triton, for GPUs, untried on one so far;
+* `on_triton` has kernels in Triton, for GPUs;
 * `twins` does the same in plain torch on any device, slower.
 
 All give the same bits. :func:`version_for` returns the first version that can work on some memory. The
