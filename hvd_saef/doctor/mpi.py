@@ -115,7 +115,7 @@ def check_cuda_aware(job: Job) -> Finding | None:
         fix = f"unset HVD_SAEF_CUDA_AWARE_MPI, or {vendors.vendor().cuda}"
         return failure("CUDA-aware MPI", "HVD_SAEF_CUDA_AWARE_MPI=1, but this MPI is not", fix)
     if aware and torch.cuda.is_available() and not asked:
-        fix = "set HVD_SAEF_CUDA_AWARE_MPI=1 to try it: launch/README.md, GPUs"
+        fix = "set HVD_SAEF_CUDA_AWARE_MPI=1 to try it: docs/gpus.md"
         return warning("CUDA-aware MPI", "yes, but payloads go through host memory", fix)
     return ok("CUDA-aware MPI", ("yes" if aware else "no") + (", asked for" if asked else ", not asked for"))
 
