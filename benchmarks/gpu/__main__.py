@@ -20,6 +20,7 @@ TITLES = {
     "peer": "DeepSpeed's chain of operations for the same job; its passes are those of sign above",
     "launches": "launches of a bucket and step",
     "copies": "payloads to page-locked host memory and back",
+    "codec": "constants of the device for hvd-saef plan, as hvd-saef calibrate measures them",
     "alone": "a step of one worker: nothing is on the wire; added is what it takes beyond no exchange",
     "together": "a step of two processes that share the device, over gloo",
 }
@@ -32,6 +33,7 @@ def line(row: Row) -> str:
     name = " ".join(str(row[key]) for key in ("layout", "model", "method", "name") if row.get(key))
     if "skipped" in row:
         return f"{name}: skipped, this machine lacks {row['skipped']}"
+    row = {**row, **row.get("constants", {})}
     numbers = {key: row[key] for key in row if isinstance(row[key], (int, float)) and key != "elements"}
     return f"{name:<54}" + "".join(f"  {key} {value:.6g}" for key, value in numbers.items())
 
@@ -55,6 +57,7 @@ COMMAND = Command(
         Piece("peer", 40.0, kernels.peer),
         Piece("launches", 40.0, kernels.counted),
         Piece("copies", 30.0, steps.copies),
+        Piece("codec", 40.0, wire.codec),
         Piece("alone", 150.0, steps.alone),
         Piece("together", 120.0, steps.together),
     ],

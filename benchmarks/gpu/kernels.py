@@ -92,8 +92,7 @@ def _kernels(place: Place, layout: str, bench: Bench, copies: Copies) -> Iterato
         for row, kernel in bench.rows(compressor, rows):
             moved = passes(compressor, row, point) * numel + payloads(row) * size
             taken = seconds(place, kernel, turns(place, kernel))
-            found = row_of(layout, f"{title} {row}", taken, moved, copies)
-            yield found | {"row": row, "costs": list(compressor.costs), "elements": numel}
+            yield row_of(layout, f"{title} {row}", taken, moved, copies)
         if wide and layout.startswith(("resnet50", "tiny")):
             with kernels.only("twins"):
                 for row, twin in bench.rows(compressor, PlainRows(compressor)):

@@ -6,14 +6,19 @@ that fits behind it: the truth lies between. Ours hides nothing, and its payload
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.pieces import Row
+from benchmarks.gpu.pieces import Place, Row
 from benchmarks.gpu.steps import DDP, NO_EXCHANGE, OURS
-from hvd_saef.planning.plan import FEATURES, Constants
+from hvd_saef import run_workers
+from hvd_saef.planning.codec import measure_codec
+from hvd_saef.planning.constants import Constants, of_gpus
+from hvd_saef.planning.timing import Clock
+from hvd_saef.transport.find import find_communicator
 
 WORKERS = (8, 64)
 GIGABITS = (1, 10, 25, 100, 400)
@@ -85,40 +90,39 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{row['model']:<10}{row['method']:<18}{row['workers']:>4}{limits}{times}"
 
 
-def constants(rows: Sequence[Row]) -> Constants | None:
-    """What `hvd-saef plan --constants` takes, as far as one GPU can tell; None without kernels' times.
+def codec(place: Place) -> Iterator[Row]:
+    """The constants of `hvd-saef plan` that belong to the device, measured as `hvd-saef calibrate` does."""
 
-    The price of a message, which no single machine has, is that of the package's own constants.
-    """
-    layout = next((row["layout"] for row in rows if row.get("costs")), None)
-    if layout is None:
+    def measure(rank: int) -> dict[str, float]:
+        communicator, _ = find_communicator()
+        return measure_codec(Clock(communicator, place.device, 0.02 if place.tiny else 1.0), lambda _: None)
+
+    (found,) = run_workers(1, measure)
+    yield {"name": "seconds an element", "constants": found}
+
+
+def constants(rows: Sequence[Row]) -> Constants | None:
+    """What `hvd-saef plan --constants` takes: what one GPU can tell, and estimates; None without a codec."""
+    found = next((row["constants"] for row in rows if "constants" in row), None)
+    if found is None:
         return None
-    seconds = dict.fromkeys(FEATURES, 0.0) | {"wire": 1.0, "message": Constants.load().seconds["message"]}
-    taken: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if row.get("costs") and row["layout"] == layout:
-            taken[row["costs"][0], row["row"]] = row["ms"] / 1e3 / row["elements"]
-            encode, decode = row["costs"]
-            if row["row"] == "send":
-                seconds[encode] = taken[encode, "send"]
-            if row["row"] == "receive":  # a step decodes what the server gathers, and the answers
-                seconds[decode] = (taken[encode, "receive"] + taken[encode, "serve"]) / 2
-    host = host_seconds(rows)
-    seconds["byte"] = 0.0 if math.isnan(host) else host
-    added = [methods["sign DC"] for methods in steps(rows).values() if "sign DC" in methods]
-    if added:
-        kernels = 2 * seconds["sign_encode"] + 2 * seconds["sign_decode"]
-        seconds["fixed"] = max(0.0, added[0]["added ms"] / 1e3 - kernels * added[0]["elements"])
+    host, estimates = host_seconds(rows), of_gpus()
+    measured = dict(found) | ({} if math.isnan(host) else {"byte": host})
     gpu = next((row["gpu"] for row in rows if "gpu" in row), "no GPU")
-    source = f"make bench-gpu on one {gpu}, without a network: the price of a message is not of this machine"
-    return Constants({name: float(value) for name, value in seconds.items()}, source)
+    return dataclasses.replace(
+        estimates,
+        seconds={**estimates.seconds, **measured},
+        source=f"make bench-gpu on one device, without a network; the rest is {estimates.source}",
+        device=f"{gpu}, one a rank",
+        estimated=[name for name in estimates.estimated if name not in measured],
+    )
 
 
 def save(rows: Sequence[Row], folder: Path) -> str:
     """Writes the constants; returns a line that says so, or why there are none."""
     found, path = constants(rows), folder / "plan-constants.json"
     if found is None:
-        return "No constants for hvd-saef plan: no kernel was timed.\n"
+        return "No constants for hvd-saef plan: they were not measured.\n"
     found.save(path)
     return f"Constants for hvd-saef plan --constants: {path}\n"
 

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from benchmarks.gpu.pieces import Place, Row
 from benchmarks.models import SHAPES
 from hvd_saef import Compression, kernels
 from hvd_saef.compression import Blocks
-from hvd_saef.planning.plan import Constants
+from hvd_saef.planning import codec
+from hvd_saef.planning.constants import Constants, of_gpus
+from tests.gpu.registry import without_triton
 
 HERE = Place(torch.device("cpu"), tiny=True)
 
@@ -32,9 +35,8 @@ def test_resnet_50_is_that_of_the_other_benchmarks() -> None:
 
 @pytest.mark.parametrize("version", ["", "triton"])
 def test_kernels(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels.load("on_triton")
-    if version and (isinstance(found, str) or not found.takes(HERE.device, torch.float32)):
-        pytest.skip("needs Triton's interpreter")
+    if version and without_triton(HERE):
+        pytest.skip(without_triton(HERE))
     monkeypatch.setattr(timed, "sizes_of", lambda layout, place: [40, 3])
     monkeypatch.setattr(timed, "turns", lambda *_, **__: 1)
     with kernels.only(version):
@@ -101,13 +103,9 @@ def test_steps_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def measured() -> list[Row]:
     """Rows of one model as a GPU might give them: round numbers."""
     step = {"model": "m", "workers": 1, "elements": 1_000_000, "backward ms": 4.0, "payload": 125_000}
-    kernel = {"layout": "m", "elements": 1_000_000, "costs": ["sign_encode", "sign_decode"]}
     return [
         {"piece": "machine", "gpu": "a GPU"},
-        *(
-            {"piece": "kernels", "name": row, "row": row, "ms": ms, **kernel}
-            for row, ms in (("send", 2.0), ("serve", 1.0), ("receive", 3.0))
-        ),
+        {"piece": "codec", "constants": {"sign_encode": 2e-9, "land": 1e-9}},
         {"piece": "copies", "name": "", "bytes": 1000, "seconds": 4e-6},
         {"piece": "alone", "method": "no exchange", "ms": 10.0, "added ms": 0.0, **step},
         {"piece": "alone", "method": "DDP", "ms": 11.0, "added ms": 1.0, **step},
@@ -131,15 +129,22 @@ def test_the_break_even_bandwidth() -> None:
 
 
 def test_constants_for_plan(tmp_path: Path) -> None:
-    said = wire.save(measured(), tmp_path)
+    """What was measured replaces estimates, and is no longer called one."""
+    assert "plan-constants.json" in wire.save(measured(), tmp_path)
     constants = Constants.load(tmp_path / "plan-constants.json")
-    assert "plan-constants.json" in said
-    assert math.isclose(constants.seconds["sign_encode"], 2e-9)
-    assert math.isclose(constants.seconds["sign_decode"], 2e-9)
+    assert (constants.seconds["sign_encode"], constants.seconds["land"]) == (2e-9, 1e-9)
     assert math.isclose(constants.seconds["byte"], 4e-9)
-    assert math.isclose(constants.seconds["fixed"], 20e-3 - 8e-3)
-    assert "a GPU" in constants.source
+    assert constants.seconds["message"] == of_gpus().seconds["message"]
+    assert not {"sign_encode", "land", "byte"} & set(constants.estimated)
+    assert {"message", "topk_encode", "hidden"} <= set(constants.estimated)
+    assert constants.device.startswith("a GPU")
     assert wire.save([], tmp_path).startswith("No constants")
+
+
+def test_constants_are_those_of_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "Settings", SimpleNamespace(bucket_bytes=4 * codec.TENSOR))
+    (row,) = wire.codec(HERE)
+    assert set(row["constants"]) == {"land", "sign_encode", "sign_decode", "topk_encode", "topk_decode"}
 
 
 def test_every_piece_has_its_place_in_the_table() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu.pieces import Place, Row
 from hvd_saef import kernels
+from tests.kernels.versions import without_interpreter
 
 Check = Callable[[Place], None]
 CHECKS: dict[str, dict[str, Check]] = {}
@@ -32,18 +33,25 @@ def check(piece: str, name: str = "") -> Callable[[Check], Check]:
     return register
 
 
-def best(place: Place) -> str:
-    """What to ask of HVD_SAEF_KERNELS on the device: Triton where it is, else what is there."""
+def without_triton(place: Place) -> str:
+    """Why Triton's kernels do not work on the device, or nothing."""
     version = kernels.load("on_triton")
-    takes = not isinstance(version, str) and version.takes(place.device, torch.float32)
-    return "triton" if takes else ""
+    if isinstance(version, str):
+        return version
+    if not version.takes(place.device, torch.float32):
+        return "its interpreter is off, or on"
+    return "" if place.on_gpu else without_interpreter()
+
+
+def best(place: Place) -> str:
+    """What to ask of HVD_SAEF_KERNELS on the device: Triton where it works, else what is there."""
+    return "" if without_triton(place) else "triton"
 
 
 def needs_triton(place: Place) -> None:
     """Skips where Triton's kernels do not work on the device."""
-    if best(place) != "triton":
-        found = kernels.load("on_triton")
-        raise Lacking(f"Triton: {found if isinstance(found, str) else 'its interpreter is off'}")
+    if why := without_triton(place):
+        raise Lacking(f"Triton: {why}")
 
 
 def needs_memory(place: Place, gigabytes: float) -> None:

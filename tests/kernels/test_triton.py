@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,14 +24,14 @@ from tests.kernels import test_kernels, test_kernels_sign, test_kernels_topk
 from tests.kernels.rounds import NARROW, NASTY, Copying, Worker
 from tests.kernels.test_kernels_sign import Case, same
 from tests.kernels.test_kernels_topk import PAGE, clustered, mostly_zeros, normal, ties
-from tests.kernels.versions import Direct, compiled
+from tests.kernels.versions import Direct, compiled, without_interpreter
 from tests.oracle import Setup, run
 from tests.problems import curved_valley, run_library, schedule, start_point, worst
 from tests.workers import NO_MODEL, Run, caught, together
 
-_triton = pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
-if _triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-    pytest.skip("the interpreter of Triton 3.6 needs NumPy 2.3 or older", allow_module_level=True)
+pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
+if without_interpreter():
+    pytest.skip(without_interpreter(), allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings(NO_MODEL)
 LONG = os.environ.get("HVD_SAEF_LONG") == "1"
 CPU = torch.device("cpu")

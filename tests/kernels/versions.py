@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ from hvd_saef.kernels import Stretch, Version
 _loaded = kernels.load("compiled")
 compiled: Any = None if isinstance(_loaded, str) else _loaded
 """The version in C++, or None where it is not built."""
+
+
+def without_interpreter() -> str:
+    """Why Triton's interpreter cannot run here, though Triton loads; or nothing."""
+    triton: Any = sys.modules.get("triton")
+    if triton and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return "the interpreter of Triton 3.6 needs NumPy 2.3 or older"
+    return ""
 
 
 class Direct:
