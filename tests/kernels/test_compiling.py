@@ -19,12 +19,16 @@ from tests.mpi.launch import LIMIT, ROOT
 pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
 NVIDIA = ["cuda:80:32", "cuda:90:32", "cuda:100:32"]
 AMD = ["hip:gfx90a:64", "hip:gfx942:64"]
+SIGN = ["sign.encode", "sign.reduce", "sign.settle", "sign.decode", "magnitudes.look"]
+TOPK = [f"topk.{name}" for name in ("encode", "count_digits", "count_kept", "place_kept", "write")]
+ADDED = ["topk_added.index_pages", "topk_added.add 2"]
+ODD = ["--kinds", "odd", "small", "tiny", "small, wide"]
 RUNS: list[list[str]] = (
-    [[*NVIDIA, *AMD]]
+    [[*NVIDIA, *AMD], [NVIDIA[1], *ODD]]
     if os.environ.get("HVD_SAEF_LONG") == "1"
     else [
-        [*NVIDIA, AMD[1], "--dtypes", "float32", "--kernels", "sign", "magnitudes"],
-        [NVIDIA[1], "--dtypes", "float32", "--kernels", "topk"],
+        [*NVIDIA, AMD[1], "--dtypes", "float32", "--kernels", *SIGN],
+        [NVIDIA[1], "--dtypes", "float32", "--kernels", *TOPK, *ADDED],
     ]
 )
 
@@ -60,30 +64,52 @@ def test_nothing_spills_and_nothing_is_fused(compiled: list[dict[str, Any]]) -> 
     assert [one for one in compiled if one["fused"]] == []
 
 
-def words(one: dict[str, Any], kind: str) -> int:
-    """How many numbers of the state's dtype a thread loads or stores for each element, in all branches."""
+Count = tuple[int, int]
+"""How many numbers of the state's dtype a thread loads and stores for an element."""
+TOUCHED: dict[str, tuple[Count, Count]] = {
+    "sign.encode": ((3, 1), (1, 2)),  # e, x, y; Δ. Of whole blocks: values that are added; those sent, and 0
+    "sign.encode 2": ((1, 1), (1, 2)),  # the server's
+    "sign.settle": ((1, 1), (0, 0)),
+    "sign.decode": ((2, 3), (1, 0)),  # x, e; x, e, b. Of whole blocks: the values
+    "topk.encode": ((3, 1), (0, 5)),  # as sign's. Whole and small blocks: what is left, and what is sent
+    "topk.encode 2": ((1, 0), (0, 4)),
+    "topk.count_digits": ((1, 0), (0, 0)),
+    "topk.count_kept": ((1, 0), (0, 0)),
+    "topk.write": ((1, 0), (0, 2)),  # Δ. Of what is kept: the value, and the rest
+    "topk_added.add": ((0, 0), (4, 2)),  # of what is kept, and of whole blocks: the value, and the memory
+    "topk_added.add 2": ((2, 1), (4, 2)),  # x, e; b
+    "magnitudes.look": ((1, 0), (0, 0)),
+}
+"""What each kernel does with every element of a large block; and, in other branches, with some elements."""
+
+
+def touched(one: dict[str, Any]) -> Count:
+    """What the compiled code loads and stores for an element, in all branches."""
     bits = one["dtype"].removeprefix("float")
     elements: int = one["tile"] // (one["warps"] * 32)
-    accesses: int = one["accesses"].get(f"{kind}.global {bits}", 0)
-    return accesses // elements
+    loads, stores = (one["accesses"].get(f"{kind}.global {bits}", 0) // elements for kind in ("ld", "st"))
+    return loads, stores
 
 
 def test_each_pass_touches_memory_once(compiled: list[dict[str, Any]]) -> None:
-    """36 bytes a float32 parameter, both ways: e, x, y and Δ; then x, e, and x, e and b.
-
-    The branch for blocks that travel whole, which other blocks do not take, loads the payload's values when
-    it adds them, and when it encodes stores them and zeros.
-    """
-    looked = 0
+    looked = set()
     for one in compiled:
-        if one["kernel"] == "sign.encode" and one["target"] in NVIDIA and one["dtype"] == "float32":
-            assert (words(one, "ld") - 1, words(one, "st") - 2) == (3, 1), one
-            looked += 1
-        if one["kernel"] == "sign.decode" and one["target"] in NVIDIA and one["dtype"] == "float32":
-            assert (words(one, "ld") - 1, words(one, "st")) == (2, 3), one
-            looked += 1
-        passes = ("topk.count_digits", "topk.count_kept")
-        if one["kernel"] in passes and one["target"] in NVIDIA and one["dtype"] == "float32":
-            assert (words(one, "ld"), words(one, "st")) == (1, 0), one
-            looked += 1
-    assert looked >= 2 * len(NVIDIA) + 2
+        name = one["kernel"] if one["kernel"] in TOUCHED else one["kernel"].split(" ")[0]
+        if one["target"] in NVIDIA and one["kind"] == "usual" and name in TOUCHED:
+            (loads, stores), (more_loads, more_stores) = TOUCHED[name]
+            assert touched(one) == (loads + more_loads, stores + more_stores), one
+            looked.add((name, one["target"]))
+    assert {name for name, _ in looked} >= {"sign.encode", "sign.settle", "sign.decode", "topk.encode"}
+    assert {target for _, target in looked} == set(NVIDIA)
+    assert len(looked) >= 4 * len(NVIDIA) + 5
+
+
+def test_these_are_the_bytes_that_are_promised() -> None:
+    """36 bytes a float32 parameter for sign both ways; 36 to send and 12 to receive for Top-K."""
+
+    def numbers(*kernels: str) -> int:
+        return sum(sum(TOUCHED[kernel][0]) for kernel in kernels)
+
+    assert 4 * numbers("sign.encode", "sign.decode") == 36
+    assert 4 * numbers("topk.encode", *(3 * ["topk.count_digits"]), "topk.count_kept", "topk.write") == 36
+    assert 4 * numbers("topk_added.add 2") == 12

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_saef import Compression, Compressor, kernels
 from hvd_saef.compression import BlockedTensor, Blocks, Fused, Memory, SignCompressor, TopKCompressor
+from hvd_saef.compression.sign import _FusedSign
+from hvd_saef.compression.topk import _FusedTopK
 from hvd_saef.errors import ExchangeError
 from hvd_saef.kernels import Stretch
 from hvd_saef.memory import algorithm
@@ -26,7 +28,7 @@ from tests.kernels.test_kernels_sign import Case, same
 from tests.kernels.test_kernels_topk import PAGE, clustered, mostly_zeros, normal, ties
 from tests.kernels.versions import Direct, compiled, without_interpreter
 from tests.oracle import Setup, run
-from tests.problems import curved_valley, run_library, schedule, start_point, worst
+from tests.problems import Outcome, curved_valley, run_library, same_bits, schedule, start_point, worst
 from tests.workers import NO_MODEL, Run, caught, together
 
 pytest.importorskip("triton", "3.6", reason="needs Triton 3.6 or newer")
@@ -330,43 +332,69 @@ def test_bytes_of_a_parameter(
 
 # -- whole steps ---------------------------------------------------------------------------------------
 
+WHOLE: list[tuple[dict[str, Any], str]] = [
+    ({"compressor": "sign"}, "sharded"),
+    ({"compressor": "sign", "server_step_ahead": 1.0, "step_ahead": 0.5}, "replicated"),
+    ({"compressor": "topk", "local_steps": 2}, "sharded"),
+    ({"compressor": "topk", "double_compression": False, "feedback": "ef"}, "auto"),
+    ({"compressor": "topk", "averaging_period": 2, "warmup_steps": 1}, "replicated"),
+]
+MORE: list[tuple[dict[str, Any], str]] = [
+    ({"compressor": compressor, "optimizer": "adamw", **mode}, server)
+    for compressor in ("sign", "topk")
+    for mode, server in (
+        ({}, "replicated"),
+        ({"averaging_period": 2, "local_steps": 2}, "sharded"),
+        ({"server_step_ahead": 0.5}, "replicated"),
+        ({"double_compression": False, "step_ahead": 0.3}, "auto"),
+        ({"feedback": "none"}, "sharded"),
+    )
+]
 
-@pytest.mark.parametrize("compressor", ["sign", "topk"])
-@pytest.mark.parametrize("server", ["replicated", "sharded"])
-def test_the_oracle(compressor: str, server: str, few: None) -> None:
-    """Few steps of two workers, with all that there is."""
-    steps = 8 if LONG else 3
-    setup = Setup(workers=2, compressor=compressor, block_size=17, lr=schedule, optimizer="sgdm")
+
+def wanted(workers: int, settings: dict[str, Any]) -> Setup:
+    """An oracle's setup."""
+    every: dict[str, Any] = {"workers": workers, "block_size": 17, "lr": schedule, "optimizer": "sgdm"}
+    return Setup(**(every | settings))
+
+
+def agrees(outcomes: Sequence[Outcome], setup: Setup, steps: int) -> None:
+    """All that the oracle has."""
     truth = run(setup, start_point(), curved_valley, steps)
-    with kernels.only("triton"):
-        outcomes = together(
-            2, lambda rank: run_library(setup, rank, start_point(), steps=steps, server=server)
-        )
     for k, outcome in enumerate(outcomes):
         assert worst(outcome.x, truth.x) < 1e-10
         assert worst(outcome.errors, truth.errors[k]) < 1e-10
         assert worst(outcome.parameters, truth.parameters[k]) < 1e-10
 
 
-class Kinds(SignCompressor):
-    """Sign by the version of the kernels that this worker has."""
+@pytest.mark.parametrize(("settings", "server"), WHOLE + MORE * LONG)
+def test_the_oracle(settings: dict[str, Any], server: str, few: None) -> None:
+    """Few steps of two workers, with all that there is."""
+    steps, setup = 8 if LONG else 4, wanted(2, settings)
+    with kernels.only("triton"):
+        outcomes = together(
+            2, lambda rank: run_library(setup, rank, start_point(), steps=steps, server=server)
+        )
+    agrees(outcomes, setup, steps)
+
+
+class Kind:
+    """What a compressor is by the version of the kernels that its worker has."""
 
     kind = ""
-
-    @property
-    def description(self) -> str:
-        """The same for all."""
-        return "sign by any version"
+    description = "by any version"
 
     @property
     def version(self) -> Any:
         """The version of the kernels."""
         return kernels.load(self.kind)
 
+
+class SignKind(Kind, SignCompressor):
+    """Sign."""
+
     def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
         """See :meth:`Compressor.fused`."""
-        from hvd_saef.compression.sign import _FusedSign
-
         return _FusedSign(self, self.version) if self.version.FUSES else None
 
     def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
@@ -381,26 +409,57 @@ class Kinds(SignCompressor):
         self.version.sign_decode([stretch], weights=[weight])
 
 
-def kinds(names: Sequence[str]) -> list[Kinds]:
-    """A compressor for each of the workers."""
-    return [type(name, (Kinds,), {"kind": name, "__qualname__": "Kinds"})() for name in names]
+class TopKKind(Kind, TopKCompressor):
+    """Top-K."""
+
+    def fused(self, device: torch.device, dtype: torch.dtype, alike: bool) -> Fused | None:
+        """See :meth:`Compressor.fused`."""
+        return _FusedTopK(self, self.version) if self.version.FUSES else None
+
+    def encode(self, delta: BlockedTensor, payload: Tensor) -> None:
+        """See :meth:`Compressor.encode`."""
+        stretch = Stretch(delta.flat, delta.blocks.table(self.kept), payload)
+        self.version.topk_encode([stretch], self._wire(delta.blocks.dtype))
+
+    def decode_add(self, payload: Tensor, out: BlockedTensor, weight: float) -> None:
+        """See :meth:`Compressor.decode_add`."""
+        stretch = Stretch(out.flat, out.blocks.table(self.kept), payloads=[payload])
+        self.version.topk_decode([stretch], self._wire(out.blocks.dtype), weights=[weight])
 
 
-@pytest.mark.parametrize("server", ["replicated", "sharded"])
-def test_workers_of_mixed_kinds(server: str, few: None) -> None:
-    """On workers with C++, Triton and the twins, x has the same bits: those that one kind alone gives."""
-    mixed = kinds(["compiled", "on_triton", "twins"] if compiled else ["on_triton", "twins"] * 2)[:3]
-    alone = kinds(len(mixed) * ["twins"])
+def kinds(compressor: str, names: Sequence[str]) -> list[Compressor]:
+    """A compressor for each of the workers; all say that they are the same."""
+    base, arguments = (SignKind, ()) if compressor == "sign" else (TopKKind, (0.1,))
+    return [type(name, (base,), {"kind": name, "__qualname__": "Kinds"})(*arguments) for name in names]
 
-    def x(compressors: list[Kinds]) -> list[Any]:
-        def fn(rank: int) -> Any:
-            run = Run(rank, compression=compressors[rank], server=server).step(3)
-            return [tensor.numpy().tobytes() for tensor in run.x()]
 
-        return together(len(compressors), fn)
+MIXED = ["compiled", "on_triton", "twins"] if compiled else ["on_triton", "twins", "on_triton"]
 
-    found = x(mixed)
-    assert found == x(alone)
+
+@pytest.mark.parametrize(("settings", "server"), WHOLE[:4] + (WHOLE[4:] + MORE) * LONG)
+def test_workers_of_mixed_kinds(settings: dict[str, Any], server: str, few: None) -> None:
+    """With C++, Triton and the twins in one job: the oracle, and in float32 the bits of one kind alone."""
+    steps, setup = 8 if LONG else 2, wanted(len(MIXED), settings)
+
+    def outcomes(names: Sequence[str], server: str, dtype: torch.dtype) -> list[Outcome]:
+        compressors = kinds(setup.compressor, names)
+
+        def fn(rank: int) -> Outcome:
+            options: dict[str, Any] = {"server": server, "compression": compressors[rank]}
+            return run_library(setup, rank, start_point(), steps=steps, dtype=dtype, **options)
+
+        return together(len(names), fn)
+
+    agrees(outcomes(MIXED, server, torch.float64), setup, steps)
+    servers = (
+        {server} if setup.server_step_ahead or not setup.double_compression else {"sharded", "replicated"}
+    )
+    alone = outcomes(len(MIXED) * ["twins"], server, torch.float32)
+    for one in servers:
+        for mine, theirs in zip(outcomes(MIXED, one, torch.float32), alone, strict=True):
+            assert same_bits(mine.x, theirs.x)
+            assert same_bits(mine.errors, theirs.errors)
+            assert same_bits(mine.parameters, theirs.parameters)
 
 
 def test_a_refused_payload_is_told_to_all(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
