@@ -19,7 +19,7 @@ from benchmarks.gpu.pieces import Place, Row
 from benchmarks.models import SHAPES
 from hvd_saef import Compression, kernels
 from hvd_saef.compression import Blocks
-from hvd_saef.planning import codec
+from hvd_saef.planning import codec, plan
 from hvd_saef.planning.constants import Constants, of_gpus
 from tests.gpu.registry import without_triton
 
@@ -142,7 +142,7 @@ def test_constants_for_plan(tmp_path: Path) -> None:
 
 
 def test_constants_are_those_of_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "Settings", SimpleNamespace(bucket_bytes=4 * codec.TENSOR))
+    monkeypatch.setattr(codec, "Settings", SimpleNamespace(bucket_bytes=4 * plan.TENSOR))
     (row,) = wire.codec(HERE)
     assert set(row["constants"]) == {"land", "sign_encode", "sign_decode", "topk_encode", "topk_decode"}
 
