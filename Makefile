@@ -18,9 +18,9 @@ train: train-$(TRANSPORT)  ## the quick start on NP ranks: make train NP=4 ARGS=
 train-horovod: setup
 	launch/horovodrun.sh -np $(NP) python benchmarks/quickstart.py $(ARGS)
 
-train-torch:  # builds no Horovod; an environment that has it serves as well
+train-torch:  # builds no Horovod; as a module, since a torch of another environment leaves no torchrun in this one
 	@launch/bootstrap.sh --without-horovod
-	OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(NP) benchmarks/quickstart.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NP) benchmarks/quickstart.py $(ARGS)
 
 PROCESSES = $$(($$(nproc) + 1))
 test: setup  ## all tests but those of test-cluster; one process starts MPI jobs and waits for them

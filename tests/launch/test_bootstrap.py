@@ -158,3 +158,9 @@ def test_no_python_and_wrong_option(tmp_path: Path) -> None:
     assert job.returncode == 1
     assert "--gpu" in job.stderr
     assert "--cuda" in job.stderr
+
+
+def test_make_starts_only_programs_that_the_set_up_installs() -> None:
+    """Those of torch and Horovod may belong to another environment, which leaves no scripts in this one."""
+    started = set(re.findall(r"\.venv/bin/([\w-]+)", (ROOT / "Makefile").read_text()))
+    assert started == {"python", "ruff", "mypy", "shellcheck", "hadolint", "sphinx-build"}
