@@ -22,6 +22,17 @@ def register_load_state_dict_pre_hook(module: nn.Module, hook: Callable[..., Non
     return earlier(hook, with_module=True)
 
 
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Notes a step for schedulers that were made before wrapping: they watch this one and no other.
+
+    Before torch 2.4 they count its steps.
+    """
+    noted = vars(optimizer)
+    noted["_opt_called"] = True
+    if "_step_count" in noted:
+        noted["_step_count"] += 1
+
+
 def copies_hold_numbers() -> bool:
     """Returns False where a deep copy of a tensor is fake: a shape without numbers.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.errors import NonFiniteUpdateError
 from hvd_saef.memory.layout import Layout
+from hvd_saef.older_torch import note_step
 from hvd_saef.round.agreement import Word, agree, raise_failure
 from hvd_saef.round.exchange import Exchange
 from hvd_saef.round.gradients import prepare_sparse, sparse_refused, values
@@ -100,8 +101,7 @@ class LocalSteps:
             kept = StateCopy(self._inner) if self.keeps else None
             with self._statistics.phase("local_step", layout.devices[0]):
                 self._overlap.finish(local_step)
-            # A scheduler that was made before wrapping watches the inner optimizer for steps.
-            vars(self._inner)["_opt_called"] = True
+            note_step(self._inner)
             fits = kernels.squares_fit(self._late(layout))
             if self._overlap.overflowed:
                 fits = False

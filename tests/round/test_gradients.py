@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_saef import Compression, NonFiniteUpdateError
+from tests.older_torch import needs_optimizer
 from tests.problems import curved_valley, start_point
 from tests.workers import NO_MODEL, Run, adamw, bits, everything, sgd, together, warned
 
@@ -84,7 +85,9 @@ def fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("options", [{}, {"feedback": "ef", "local_steps": 2}, DENSE], ids=str)
-@pytest.mark.parametrize("make", [sgd, adamw, fused])
+@pytest.mark.parametrize(
+    "make", [sgd, adamw, pytest.param(fused, marks=needs_optimizer("AdamW", fused=True))]
+)
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscaled by the user"])
 def test_grad_scaler(options: dict[str, Any], make: Make, unscale: bool) -> None:
     """Scales are powers of two, so that runs with and without a scaler agree to the bit."""
