@@ -139,12 +139,14 @@ class Event:
 
     def synchronize(self) -> None:
         """See torch."""
+        CURRENT.check_capture()
         if CURRENT.waits():
             with CURRENT.lock:
                 CURRENT.thread().learn(self.known)
 
     def query(self) -> bool:
         """See torch."""
+        CURRENT.check_capture()
         known = CURRENT.thread().known
         return all(known.get(actor, 0) >= tick for actor, tick in self.known.items())
 
@@ -205,6 +207,11 @@ class Recorder:
             if index not in self._defaults:
                 self._defaults[index] = Stream(torch.device("cuda", index))
             return thread.streams.get(index, self._defaults[index])
+
+    def check_capture(self) -> None:
+        """Raises RuntimeError, as CUDA does, if this thread asks about the device during a capture."""
+        if self.captured:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     def waits(self) -> bool:
         """Notes who waits; returns False if this wait is taken away."""
@@ -301,6 +308,7 @@ class Recorder:
             stream.time += SECONDS
             self._note(stream, what, tensors, written)
             if waits:
+                self.check_capture()
                 thread.learn(stream.known)
 
     def on_host(
@@ -416,6 +424,7 @@ CURRENT = Recorder()
 def stand_in(without: str = "") -> Iterator[Recorder]:
     """Within, there are GPUs as far as hvd_saef can tell. The waits at the site `without` are taken away."""
     global CURRENT
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # older torches look at torch.cuda when they make the first one
     before, CURRENT = CURRENT, Recorder(without)
     with pytest.MonkeyPatch.context() as patch:
         _replace_cuda(patch)

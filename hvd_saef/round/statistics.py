@@ -55,8 +55,11 @@ class Statistics:
         finally:
             end = streams.of(device).timestamp()
             with _adding:
-                self._pending.append((name, start, end))
-                self._add_seconds(wait=False)
+                if end.at_once:  # without a look at what is pending, which a capture of a graph forbids
+                    self.seconds[name] += end.since(start)
+                else:
+                    self._pending.append((name, start, end))
+                    self._add_seconds(wait=False)
 
     def _add_seconds(self, wait: bool) -> None:
         """Adds the seconds of phases that are over, up to the first one that is not; with `wait`, of all."""

@@ -48,6 +48,9 @@ class _Event(Moment):
 class Timestamp:
     """A point in time: of the host, as the CPU's work is done when a call returns."""
 
+    at_once = True
+    """True if the time is known at once, and never waited for."""
+
     def __init__(self) -> None:
         self._time = time.perf_counter()
 
@@ -63,6 +66,8 @@ class Timestamp:
 
 class _GpuTimestamp(Timestamp):
     """The point in time at which a GPU has done what this thread had submitted."""
+
+    at_once = False
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = cuda.Event(enable_timing=True, blocking=True)
