@@ -89,6 +89,8 @@ class Command:
         """Runs the command, or in a child one piece; returns the exit code."""
         options = self._arguments()
         device = torch.device(options.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
         if options.piece:
             place = Place(device, options.tiny or device.type == "cpu")
             piece = next(piece for piece in self.pieces if piece.name == options.piece)
@@ -284,7 +286,8 @@ def environment(device: str) -> Mapping[str, str]:
     """What a process that works on the device is given beside the environment."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     on_cpu = torch.device(device).type == "cpu"
-    return {"PYTHONPATH": path, "TRITON_INTERPRET": "1" if on_cpu else "0"}
+    same_bits = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # of products of matrices, in each run
+    return {"PYTHONPATH": path, "TRITON_INTERPRET": "1" if on_cpu else "0"} | same_bits
 
 
 class _Bar:

@@ -131,7 +131,7 @@ def alone(place: Place) -> Iterator[Row]:
     backend = "nccl" if place.on_gpu and dist.is_nccl_available() else "gloo"
     store = dist.HashStore()  # type: ignore[attr-defined]
     if place.on_gpu:
-        torch.cuda.set_device(torch.cuda.current_device() if place.device.index is None else place.device)
+        torch.cuda.set_device(place.device)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     warnings.simplefilter("ignore")
     for task in tasks(place):

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class Pieces(tuple[Tensor, ...]):
     @cached_property
     def tables(self) -> dict[torch.dtype, array[int]]:
         """The tables, by the dtype that all pieces have: address and number of elements of each in turn."""
+        return {}
+
+    @cached_property
+    def looks(self) -> dict[type, Any]:
+        """What other versions know of the pieces once they have looked at them, by its type."""
         return {}
 
     def __reduce__(self) -> tuple[type[Pieces], tuple[Sequence[Tensor]]]:

@@ -115,6 +115,13 @@ def launches(dtype: torch.dtype, kind: Kind = KINDS["usual"]) -> dict[str, Launc
     return found
 
 
+def type_of(value: Any) -> str:
+    """An argument's type, as a launch finds it."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 def compile_one(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget
 ) -> dict[str, Any]:
@@ -122,9 +129,17 @@ def compile_one(
     constants = dict(constants)
     warps = constants.pop("warps")
     names = [name for name in kernel.arg_names if name not in constants]
-    types = [POINTERS[a.dtype] if isinstance(a, torch.Tensor) else "i64" for a in arguments]
-    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    given = dict(zip(names, arguments, strict=True))
+    constants |= {name: value for name, value in given.items() if type(value) is int and value == 1}
+    types = {name: type_of(value) for name, value in given.items() if name not in constants}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [
+        (place,)
+        for place, name in enumerate(kernel.arg_names)
+        if name in types and (types[name].startswith("*") or given[name] % 16 == 0)
+    ]
+    hints: dict[tuple[int, ...], Any] = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": max(1, warps * 32 // target.warp_size), "enable_fp_fusion": False}
     made = triton.compile(source, target=target, options=options)
     facts: dict[str, Any] = {"warps": warps, "tile": constants.get("TILE")}

@@ -300,6 +300,31 @@ class Traffic:
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
 
 
+def test_points_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters' memory does not move, so a step takes no time for each of them; new memory is seen."""
+    from hvd_saef.kernels.on_triton import seen, sign
+
+    looks: list[int] = []
+    look = seen.Seen.of
+    monkeypatch.setattr(seen.Seen, "of", lambda tensor: looks.append(tensor.data_ptr()) or look(tensor))
+    launched: list[Any] = []
+    monkeypatch.setattr(sign, "launch", lambda kernel, programs, table, *_, **__: launched.append(table))
+    worker, other = (Worker.of([20 * [3]], [torch.float32], torch.float32) for _ in range(2))
+    size = Compression.sign.payload_bytes(worker.memories[0].blocks)
+    with kernels.only("triton"):
+        rows = Compression.sign.fused(CPU, torch.float32, True)
+        assert rows is not None
+        counts = []
+        for memories in (worker.memories, worker.memories, other.memories):
+            looks.clear()
+            rows.send(memories, [torch.zeros(size, dtype=torch.uint8)])
+            counts.append(len(looks))
+    assert counts[0] == counts[2] == counts[1] + 20
+    tables = launched[::2]  # of encode
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
 @pytest.mark.parametrize(
     ("compressor", "bytes_sent", "bytes_received"),
     [(Compression.sign, 16, 20), (TopKCompressor(1e-3), 36, 12)],

@@ -21,8 +21,9 @@ import torch
 import triton
 from torch import Tensor
 
+from hvd_saef.kernels.on_triton.seen import Seen, SeenPoints
 from hvd_saef.kernels.operations import Stretch
-from hvd_saef.kernels.pieces import Pieces, named
+from hvd_saef.kernels.pieces import named
 
 NUMBERS = (torch.float32, torch.float64)
 KEPT_TABLES = 1 << 14
@@ -39,33 +40,6 @@ _TURN = threading.Lock() if INTERPRETED else contextlib.nullcontext()
 
 PER_WARP = 2 if torch.version.hip else 1
 """A warp's threads, in units of 32: AMD's have 64."""
-
-
-class Seen(NamedTuple):
-    """What the tables must know of a tensor."""
-
-    address: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Seen:
-        """Looks at a tensor."""
-        return cls(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-    def flat(self, name: str, dtypes: Sequence[torch.dtype], length: int, device: torch.device) -> Seen:
-        """Returns itself; raises ValueError, with the tensor's `name`, if it does not fit."""
-        if self.device != device or (not self.address and self.shape != (0,)):
-            raise ValueError(f"{name}: a tensor on {device} is needed")
-        if self.dtype not in dtypes:
-            raise ValueError(f"{name} is {named(self.dtype)}; {' or '.join(map(named, dtypes))} is needed")
-        if len(self.shape) != 1 or (self.stride != (1,) and self.shape[0] > 1):
-            raise ValueError(f"{name}: a contiguous tensor of one dimension is needed")
-        if self.shape[0] != length:
-            raise ValueError(f"{name} has {self.shape[0]} elements; {length} are needed")
-        return self
 
 
 class Sections(NamedTuple):
@@ -91,7 +65,7 @@ class SeenStretch(NamedTuple):
     memory: Seen
     other: Seen | None
     s: Seen | None
-    points: tuple[Seen, ...]
+    points: SeenPoints
 
     @classmethod
     def of(cls, stretch: Stretch) -> SeenStretch:
@@ -101,9 +75,8 @@ class SeenStretch(NamedTuple):
         if not right or table.shape[1] != 4:
             raise ValueError("runs: a contiguous int64 tensor [n, 4] on the CPU is needed")
         other, s = (None if one is None else Seen.of(one) for one in (stretch.other, stretch.s))
-        points = Pieces.of(stretch.points)
         runs = table.numpy().tobytes()
-        return cls(runs, Seen.of(stretch.memory), other, s, tuple(map(Seen.of, points)))
+        return cls(runs, Seen.of(stretch.memory), other, s, SeenPoints.of(stretch.points))
 
     def check(self, numel: int, form: Form) -> int:
         """Returns `numel`; raises ValueError unless the memories have so many elements and one dtype."""
