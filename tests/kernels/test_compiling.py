@@ -67,8 +67,8 @@ def test_nothing_spills_and_nothing_is_fused(compiled: list[dict[str, Any]]) -> 
 Count = tuple[int, int]
 """How many numbers of the state's dtype a thread loads and stores for an element."""
 TOUCHED: dict[str, tuple[Count, Count]] = {
-    "sign.encode": ((3, 1), (1, 2)),  # e, x, y; Δ. Of whole blocks: values that are added; those sent, and 0
-    "sign.encode 2": ((1, 1), (1, 2)),  # the server's
+    "sign.encode": ((3, 1), (0, 2)),  # e, x, y; Δ. Of whole blocks: what is sent, and 0
+    "sign.encode 2": ((1, 1), (1, 2)),  # the server's; of whole blocks also values that are added
     "sign.settle": ((1, 1), (0, 0)),
     "sign.decode": ((2, 3), (1, 0)),  # x, e; x, e, b. Of whole blocks: the values
     "topk.encode": ((3, 1), (0, 5)),  # as sign's. Whole and small blocks: what is left, and what is sent

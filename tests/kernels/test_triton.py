@@ -306,7 +306,12 @@ def test_points_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     looks: list[int] = []
     look = seen.Seen.of
-    monkeypatch.setattr(seen.Seen, "of", lambda tensor: looks.append(tensor.data_ptr()) or look(tensor))
+
+    def noted(tensor: Tensor) -> seen.Seen:
+        looks.append(tensor.data_ptr())
+        return look(tensor)
+
+    monkeypatch.setattr(seen.Seen, "of", noted)
     launched: list[Any] = []
     monkeypatch.setattr(sign, "launch", lambda kernel, programs, table, *_, **__: launched.append(table))
     worker, other = (Worker.of([20 * [3]], [torch.float32], torch.float32) for _ in range(2))

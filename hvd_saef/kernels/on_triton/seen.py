@@ -46,9 +46,10 @@ class SeenPoints(tuple[Seen, ...]):
     def of(cls, points: Sequence[Tensor]) -> SeenPoints:
         """Looks at the points, or takes what was seen before if they are pieces, which do not move."""
         looks = points.looks if isinstance(points, Pieces) else {}
-        if cls not in looks:
-            looks[cls] = cls(map(Seen.of, points))
-        return looks[cls]
+        seen: SeenPoints | None = looks.get(cls)
+        if seen is None:
+            seen = looks[cls] = cls(map(Seen.of, points))
+        return seen
 
     @functools.cached_property
     def _hash(self) -> int:
