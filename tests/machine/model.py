@@ -273,7 +273,7 @@ class Reference:
         part.local_step(self.gradients)
         self._hooks_look("post")
         for seat in part.seats:
-            seat.mode = "either" if seat.mode == "visit" else seat.mode
+            seat.mode = "train" if seat.mode == "visit" else seat.mode  # step() ends where training is
         self.complete(number, at_least=self.options.local_steps)
         for rank in range(self.size):
             self.stale(rank)
