@@ -52,7 +52,7 @@ class Staging:
         They are valid until the next call.
         """
         copies = self._memory("leaving", pieces)
-        self._copy(pieces, copies)
+        self._copy(pieces, copies, pieces[0].device)
         self.ready(pieces[0].device)
         return copies
 
@@ -66,7 +66,7 @@ class Staging:
     def landed(self, pieces: Sequence[Tensor], places: Sequence[Tensor]) -> None:
         """Copies the received `pieces`, which lie in memory of this object, into `places`, in place."""
         # The copy is over before the memory is received into again: that comes after the next `leaving`.
-        self._copy(pieces, places)
+        self._copy(pieces, places, places[0].device)
 
     def _memory(self, name: str, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         sizes = [piece.numel() for piece in pieces]
@@ -77,6 +77,6 @@ class Staging:
         return memory_of(device, size) if self.direct(device) else streams.of(device).host_memory(size)
 
     @staticmethod
-    def _copy(pieces: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    def _copy(pieces: Sequence[Tensor], places: Sequence[Tensor], device: torch.device) -> None:
         for piece, place in zip(pieces, places, strict=True):
-            place.copy_(piece, non_blocking=True)
+            place.copy_(piece, non_blocking=not streams.of(device).waits)

@@ -83,7 +83,13 @@ class _GpuTimestamp(Timestamp):
 
 
 class Work:
-    """The work on one device's memory and its order; this one, the CPU's, is done at once."""
+    """The work on one device's memory and its order; this one, the CPU's, is done at once.
+
+    It also serves devices with one stream for all threads (Apple's).
+    """
+
+    waits = True
+    """True if copies to and from the host are over when they return. False if they are work in a stream."""
 
     def so_far(self) -> Moment:
         """Returns the end of all that this thread has submitted to the device so far."""
@@ -125,6 +131,8 @@ class Work:
 
 class _GpuWork(Work):
     """The work on a GPU's memory."""
+
+    waits = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

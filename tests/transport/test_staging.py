@@ -47,6 +47,15 @@ def test_memory_of_the_cpu_needs_neither_streams_nor_locks() -> None:
     assert not recorder.pinned
 
 
+def test_copies_from_other_devices_are_waited_for() -> None:
+    with stand_in() as recorder:
+        channel = Staging(reaches_mpi)
+        copies = channel.leaving([recorder.to_gpu(piece, torch.device("mps")).add_(1) for piece in pieces()])
+        assert all(torch.equal(copy, piece + 1) for copy, piece in zip(copies, pieces(), strict=True))
+        assert not recorder.pinned
+        assert not recorder.complaints
+
+
 @pytest.mark.parametrize(("value", "reached"), [("1", True), ("0", False), (None, False)])
 def test_a_cuda_aware_mpi_is_asked_for(value: Any, reached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HVD_SAEF_CUDA_AWARE_MPI", raising=False)
