@@ -108,12 +108,12 @@ def constants(rows: Sequence[Row]) -> Constants | None:
         return None
     host, estimates = host_seconds(rows), of_gpus()
     measured = dict(found) | ({} if math.isnan(host) else {"byte": host})
-    gpu = next((row["gpu"] for row in rows if "gpu" in row), "no GPU")
+    gpu = next((row["gpu"] for row in rows if "gpu" in row), "no GPU but the CPU")
     return dataclasses.replace(
         estimates,
         seconds={**estimates.seconds, **measured},
         source=f"make bench-gpu on one device, without a network; the rest is {estimates.source}",
-        device=f"{gpu}, one a rank",
+        device=f"{gpu}, for each rank",
         estimated=[name for name in estimates.estimated if name not in measured],
     )
 

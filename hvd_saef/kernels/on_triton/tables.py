@@ -7,7 +7,6 @@ checked when it is made.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import itertools
 import math
@@ -34,8 +33,9 @@ KINDS = {torch.float16: 1, torch.bfloat16: 2}
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if Triton's interpreter runs the kernels, on the CPU."""
-_TURN = threading.Lock() if INTERPRETED else contextlib.nullcontext()
-"""While a kernel runs, the interpreter changes Triton's functions, which are those of all threads."""
+_TURN = threading.Lock()
+"""Held at each launch: a first one compiles, and nothing says that Triton may do that in two threads at once;
+and while a kernel runs, the interpreter changes Triton's functions, which are those of all threads."""
 
 
 PER_WARP = 2 if torch.version.hip else 1
