@@ -50,7 +50,8 @@ def check_horovod_arguments(op: Any, predivide: float) -> None:
 
 
 ADAPTIVE = (
-    torch.optim.Adam,  # AdamW is a subclass
+    torch.optim.Adam,
+    torch.optim.AdamW,  # a subclass of Adam in newer torches alone
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.Adamax,
