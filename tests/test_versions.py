@@ -16,6 +16,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_two"><failure message="no">text</failure></testcase>
 <testcase classname="tests.test_a" name="test_three"><skipped message="needs Muon">x</skipped></testcase>
 <testcase classname="tests.test_a" name="test_four"><skipped message="needs Muon">x</skipped></testcase>
+<testcase name="tests.c"><skipped message="collection skipped">('c', 3, 'Skipped: needs a')</skipped></testcase>
 <testcase classname="tests.test_b" name="test_five"><error message="no">text</error></testcase>
 </testsuite></testsuites>"""
 
@@ -26,7 +27,7 @@ def test_what_a_run_comes_to(tmp_path: Path) -> None:
     assert versions.counts(report) == {
         "passed": 1,
         "failed": ["tests.test_a.test_two", "tests.test_b.test_five"],
-        "skipped": {"needs Muon": 2},
+        "skipped": {"needs Muon": 2, "needs a": 1},
     }
 
 

@@ -119,7 +119,10 @@ def counts(report: Path) -> Record:
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
         if "skipped" in kinds:
-            skipped[kinds["skipped"].get("message", "")] += 1
+            said = kinds["skipped"].get("message", "")
+            if said == "collection skipped":  # a whole file, whose reason stands in the text
+                said = (kinds["skipped"].text or "").rpartition("Skipped: ")[2].rstrip("')\"")
+            skipped[said] += 1
         elif {"failure", "error"} & set(kinds):
             failed.append(f"{case.get('classname')}.{case.get('name')}")
         else:
