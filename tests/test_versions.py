@@ -16,7 +16,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_two"><failure message="no">text</failure></testcase>
 <testcase classname="tests.test_a" name="test_three"><skipped message="needs Muon">x</skipped></testcase>
 <testcase classname="tests.test_a" name="test_four"><skipped message="needs Muon">x</skipped></testcase>
-<testcase name="tests.c"><skipped message="collection skipped">('c', 3, 'Skipped: needs a')</skipped></testcase>
+<testcase name="tests.c"><skipped message="collection skipped">('c', 'Skipped: needs a')</skipped></testcase>
 <testcase classname="tests.test_b" name="test_five"><error message="no">text</error></testcase>
 </testsuite></testsuites>"""
 
