@@ -163,7 +163,8 @@ class Part:
         if t < self.options.warmup or self.options.compressor == "none":
             return copy.deepcopy(vector)
         if self.options.compressor == "fp16":
-            return combined(lambda v: v.astype(np.float16), vector)
+            # As torch does: double numbers become float32 on the way.
+            return combined(lambda v: v.astype(np.float32).astype(np.float16), vector)
         return {name: self._by_blocks(value) for name, value in vector.items()}
 
     def _by_blocks(self, value: Array) -> Array:

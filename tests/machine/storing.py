@@ -91,8 +91,10 @@ class SaveCheckpoint(Action):
             reference.take_in(0, rank)
         if len({seat.names for seat in part.seats}) > 1:
             raise everywhere(reference.size, "ConfigurationMismatchError")
-        seats = [saved_seat(reference, 0, rank) for rank in range(reference.size)]
-        reference.stored = seats, [copy.deepcopy(reference.at_x(rank)) for rank in range(reference.size)]
+        # A worker has one file, of its first rank.
+        firsts = [rank - rank % reference.options.ranks for rank in range(reference.size)]
+        seats = [saved_seat(reference, 0, first) for first in firsts]
+        reference.stored = seats, [copy.deepcopy(reference.at_x(first)) for first in firsts]
         for rank, seat in enumerate(part.seats):
             reference.stale(rank)
             seat.mode = "either" if seat.mode == "visit" else seat.mode
