@@ -116,7 +116,7 @@ class Seat:
             name for name, value in values.items() if not np.array_equal(value, self.point[name])
         }
         self.point |= values
-        if not self.taken:
+        if not self.taken or self.source == "parameters":  # x is still to be taken from what is there
             self.x |= copy.deepcopy(values)
 
 

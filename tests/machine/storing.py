@@ -70,7 +70,12 @@ def _reanchor(reference: Reference, number: int, part: Part) -> None:
         reference.take_in(number, rank)
     if len({(seat.names, tuple(seat.buckets)) for seat in part.seats}) > 1:
         raise everywhere(reference.size, "ConfigurationMismatchError")
-    root, t = reference.shown(0), part.seats[0].t
+    # Where rank 0 may be at either of two points, what it shows now says at which one it was.
+    shows, names = reference.showed[0], part.seats[0].names
+    root = min(
+        reference.possible(0), key=lambda place: max(float(np.abs(shows[n] - place[n]).max()) for n in names)
+    )
+    t = part.seats[0].t
     for seat in part.seats:
         seat.x = {name: root[name].copy() for name in seat.names}
         seat.t, seat.source, seat.taken, seat.under = t, "kept", True, reference.options
