@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,13 +124,18 @@ def test_several_passes() -> None:
 
 
 def test_a_pass_too_many() -> None:
-    """One that was not announced comes too late: an error, not another result."""
+    """One that was not announced comes too late: an error, not another result.
+
+    It is autograd's if the early step, in its own thread, writes a weight after the forward pass has read it.
+    """
 
     def work(rank: int) -> None:
         training = Training(rank).steps(2)
         training.backward(2)
 
-    assert all("backward_passes_per_step=1" in str(f) for f in caught(2, work) if not _gone(f))
+    said = [str(failure) for failure in caught(2, work) if not _gone(failure)]
+    assert said
+    assert all(re.search("backward_passes_per_step=1|modified by an inplace operation", one) for one in said)
 
 
 def test_missing_gradients() -> None:
