@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -16,6 +18,19 @@ BOTH = "both_arithmetics"
 """The mark of tests about the arithmetic and its bits: they run with the kernels and on the twins."""
 
 
+NUMBER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+"""This process's among those that run tests; "" if it is the only one."""
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keeps the process, and threads that it starts, on one core: each process of the tests on its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(NUMBER or 0) % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
     """With the kernels, as they are here; or on the twins: "kernels" or "twins"."""
@@ -25,15 +40,18 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """Lets collections of garbage, of which each wrapping does one, pass by what was there before."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def one_core(request: pytest.FixtureRequest) -> Iterator[None]:
     """Workers that are threads hand over nearly twice as fast on one core: each process takes its own."""
-    cores = sorted(os.sched_getaffinity(0))
     threads = request.node.get_closest_marker(BOTH) is not None
-    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    if threads and number:
-        os.sched_setaffinity(0, {cores[int(number) % len(cores)]})
-    yield
-    os.sched_setaffinity(0, cores)
+    with on_one_core() if threads and NUMBER else nullcontext():
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

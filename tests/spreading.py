@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-STARTS_MPI_JOBS = ("tests/mpi/", "tests/doctor/", "tests/examples/")
-"""Folders of tests that start MPI jobs."""
+GROUPS = {"mpi": ("tests/mpi/", "tests/doctor/", "tests/examples/"), "gloo": ("tests/torch_distributed/",)}
+"""Folders of tests that start jobs, many tests one job together. Each group is for one process."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """xdist's, with all tests of MPI jobs in one group: these run one after another, in one process.
+    """xdist's, with all tests of a group one after another, in one process.
 
     Not by xdist_group marks: xdist 3.8 forgets them under pytest 9.2 (pytest-dev/pytest-xdist#1386).
     """
@@ -22,6 +22,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadGroupScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "mpi" if nodeid.startswith(STARTS_MPI_JOBS) else nodeid
+            return next((name for name, folders in GROUPS.items() if nodeid.startswith(folders)), nodeid)
 
     return Scheduling(config, log)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hvd_saef.round.modes import Modes
 from hvd_saef.transport.communicator import Channel
 from hvd_saef.transport.threads import ThreadCommunicator
+from tests.conftest import on_one_core
 from tests.machine.actions import Action, Backward, Forward, Look, Step, Zero
 from tests.machine.options import Options
 from tests.machine.programs import programs
@@ -34,10 +35,8 @@ FIXED = settings(
 @pytest.fixture(scope="module", autouse=True)
 def one_of_the_cores() -> Iterator[None]:
     """Threads that wait for each other hand over nearly twice as fast on one."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
+    with on_one_core():
+        yield
 
 
 TRAINS: tuple[Action, ...] = (Zero(), Forward(), Backward(), Step())
