@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,6 +31,15 @@ def note_step(optimizer: torch.optim.Optimizer) -> None:
     noted["_opt_called"] = True
     if "_step_count" in noted:
         noted["_step_count"] += 1
+
+
+def raise_versions(tensors: Iterable[Tensor]) -> None:
+    """Raises the tensors' version counters, so that autograd takes them for written in place.
+
+    Before torch 2.5 the function takes one tensor at a time.
+    """
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def copies_hold_numbers() -> bool:

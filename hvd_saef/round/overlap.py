@@ -23,6 +23,7 @@ from torch import Tensor
 from hvd_saef import kernels
 from hvd_saef.memory.layout import takes_part
 from hvd_saef.memory.state import BucketState
+from hvd_saef.older_torch import raise_versions
 from hvd_saef.round.armed import Armed
 from hvd_saef.round.capture import refuse_capture
 from hvd_saef.round.exchange import Exchange
@@ -261,8 +262,7 @@ class Overlap:
             return
         step = step_elsewhere(inner, bucket.parameters)
         # Bumps the version counters now, so that autograd reports reuse as it would after an in-place step.
-        for gradient in gradients:
-            torch.autograd.graph.increment_version(gradient)  # one by one, as older torches want it
+        raise_versions(gradients)
         self._modes.leave_early(bucket.parameters)
 
         take = partial(self._take, armed, step, bucket.parameters, gradients.values())

@@ -19,6 +19,7 @@ from torch import Tensor
 from hvd_saef.compression import BlockedTensor, Fused, Memory
 from hvd_saef.memory import algorithm
 from hvd_saef.memory.state import BucketState
+from hvd_saef.older_torch import raise_versions
 from hvd_saef.round.statistics import Statistics
 from hvd_saef.settings import Settings
 from hvd_saef.transport.background import Done
@@ -156,8 +157,7 @@ class Trip:
             if shows and not self.plain:
                 bucket_state.show(self._start_point())
             elif shows:  # kernels write past autograd, which must know of it
-                for parameter in bucket_state.bucket.parameters:
-                    torch.autograd.graph.increment_version(parameter)
+                raise_versions(bucket_state.bucket.parameters)
 
     def count(self) -> None:
         """Adds the bytes of the trip to the statistics. Local."""
